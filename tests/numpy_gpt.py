@@ -16,7 +16,7 @@ Shapes: B batch · T time · D model · N heads · H head dim · F hidden · V v
 
 import numpy as np
 
-NORM_EPS = 1e-6  # inside the square root; transformers' NanoChat default, and 1e-7..1e-6 cannot be told apart in f32
+NORM_EPS = 2.0**-23  # inside the square root: what torch's F.rms_norm takes in f32, hence nanochat
 
 
 def rms(x, eps=NORM_EPS):
@@ -160,7 +160,7 @@ def loss_and_grads(params, tokens, targets, cfg):
 
 
 def random_params(seed, cfg, std=1.0):
-    """Float32 parameters for tests in which every tensor is non-zero, so that every gradient is (the recipe's init zeroes three)."""
+    """Float32 parameters with no tensor zero, so that no gradient is (the recipe's init zeroes three)."""
     m = getattr(cfg, "model", cfg)
     rng = np.random.default_rng(seed)
     D, F, V, L = m.width, 4 * m.width, m.vocab, m.depth

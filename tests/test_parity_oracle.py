@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
-
 import numpy_gpt
+import pytest
 
 CFG = SimpleNamespace(depth=2, width=16, head_dim=8, vocab=23, softcap=15.0, rope_base=10000.0)
 
@@ -25,7 +24,7 @@ def _get(tree, path):
 
 
 def test_every_gradient_equals_central_differences():
-    """Each of the six tensors, 12 entries each: analytic equals numeric gradient to 1e-6 relative (float64, step 1e-5)."""
+    """Six tensors, 12 entries each: analytic equals numeric gradient to 1e-6 relative (float64, step 1e-5)."""
     params = numpy_gpt.to_float64(numpy_gpt.random_params(0, CFG))
     rng = np.random.default_rng(1)
     tokens, targets = rng.integers(0, CFG.vocab, (2, 7)), rng.integers(0, CFG.vocab, (2, 7))
