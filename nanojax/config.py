@@ -1,8 +1,8 @@
 """Frozen dataclasses that say what a run is: loaded by name, overridden by dots, checked before anything compiles.
 
-A config file is plain Python with one function, `get_config() -> Config`; its docstring carries the command and the plan.
-`load("d12_4070", ["--model.depth=8"])` finds `configs/d12_4070.py` from any directory, applies the overrides, fills in what
-follows from the rest (steps, width) and raises `UserError` with one line if the result cannot run.
+A config file is plain Python with one function, `get_config() -> Config`; its docstring carries the command and the
+plan. `load("d12_4070", ["--model.depth=8"])` finds `configs/d12_4070.py` from any directory, applies the overrides,
+fills in what follows from the rest (steps, width) and raises `UserError` with one line if the result cannot run.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; a UserError becomes `error: ...` on stderr and exit code 2, a closed pipe or Ctrl-C is quiet."""
+    """Runs a command's `main`; UserError becomes `error: ...` on stderr and exit 2, a closed pipe or Ctrl-C is quiet."""
     try:
         main()
         sys.stdout.flush()
@@ -90,12 +90,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Exact count: 12*D^2 a layer, embedding and untied head. d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
+        """12*D^2 a layer, embedding and untied head: d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
         return self.L * sum(a * b for a, b in self.shapes.values()) + 2 * self.V * self.D
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs of one token as nanochat counts them: 6(N - N_embedding) + 12*L*N*H*T (causality not deducted)."""
+        """Training FLOPs a token in nanochat's count: 6(N - N_embedding) + 12*L*N*H*T (causality not deducted)."""
         return 6 * (self.parameters - self.V * self.D) + 12 * self.L * self.D * self.T
 
 
@@ -292,7 +292,7 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
             if isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit()
             else int(number)
         )
-        if exact != number and abs(exact - number) > abs(exact) * 1e-15 or abs(exact) >= 2**63:
+        if (exact != number and abs(exact - number) > abs(exact) * 1e-15) or abs(exact) >= 2**63:
             raise ValueError
         return exact
     except (ValueError, TypeError, OverflowError):
@@ -318,7 +318,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what follows from the rest (width, steps, tokens, run) and checks that the result can run. No jax here."""
+    """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
     m, t = config.model, config.train
     _check_model(config)
     rows = t.microbatch * m.T
@@ -391,8 +391,17 @@ def _check_model(config: Config) -> None:
             f"--compute.loss_chunk={c.loss_chunk}: must divide the microbatch's {t.microbatch * m.seq} tokens "
             "(train.microbatch*model.seq)"
         )
-    if config.accumulate.dtype == "momentum" and o.nesterov:
-        raise UserError("--accumulate.dtype=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false")
+    if config.accumulate.dtype == "momentum":
+        if o.nesterov:
+            raise UserError(
+                "--accumulate.dtype=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false"
+            )
+        if o.clip:
+            raise UserError("--accumulate.dtype=momentum: the gradient's norm is never seen alone; set --optim.clip=0")
+        if config.stored.momentum == "int8":
+            raise UserError(
+                "--accumulate.dtype=momentum: gradients cannot be summed in int8; set --stored.momentum to f32 or bf16"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

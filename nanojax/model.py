@@ -10,6 +10,7 @@ scalars and windows, which the released d32 does not have.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (x.astype(F32) * inverse_rms(x)).astype(x.dtype)
 
 
-def _angles(config: Config, T: int, start: Any = 0) -> tuple[jax.Array, jax.Array]:
+def _angles(config: Config, T: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin [T,1,H/2] of positions start..start+T."""
     H = config.model.H
     frequency = config.model.rope_base ** (-jnp.arange(0, H, 2, dtype=F32) / H)
@@ -68,22 +69,23 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], -1)
 
 
-@jax.custom_vjp
-def rope_norm(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE, then QK-norm over H; backward needs the output and 1/rms, not x."""
-    return _rope_norm_fwd(x_BTNH, cos, sin)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rope_norm(config: Config, x_BTNH: jax.Array, start: jax.Array) -> jax.Array:
+    """RoPE at positions start.., then QK-norm over H; backward needs the output and 1/rms, not x."""
+    return _rope_norm_fwd(config, x_BTNH, start)[0]
 
 
-def _rope_norm_fwd(x, cos, sin):
-    y = _rotate(x.astype(F32), cos, sin)
+def _rope_norm_fwd(config, x, start):
+    y = _rotate(x.astype(F32), *_angles(config, x.shape[1], start))
     r = checkpoint_name(inverse_rms(y), "qkv")
     y = checkpoint_name((y * r).astype(x.dtype), "qkv")
-    return y, (y, r, cos, sin)
+    return y, (y, r, start)
 
 
-def _rope_norm_bwd(residuals, dy):
-    y, r, cos, sin = residuals
-    return _rotate(norm_backward(dy, y, r), cos, -sin).astype(dy.dtype), None, None
+def _rope_norm_bwd(config, residuals, dy):
+    y, r, start = residuals
+    cos, sin = _angles(config, y.shape[1], start)
+    return _rotate(norm_backward(dy, y, r), cos, -sin).astype(dy.dtype), None
 
 
 rope_norm.defvjp(_rope_norm_fwd, _rope_norm_bwd)
@@ -129,8 +131,7 @@ class Block(nn.Module):
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
         y = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D)).reshape(B, T, 3, m.N, m.H)
-        cos, sin = _angles(self.config, T, start)
-        q, k = rope_norm(y[:, :, 0], cos, sin), rope_norm(y[:, :, 1], cos, sin)
+        q, k = (rope_norm(self.config, y[:, :, i], jnp.asarray(start, jnp.int32)) for i in (0, 1))
         return q, k, checkpoint_name(y[:, :, 2], "qkv")
 
     def rest(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
@@ -203,6 +204,20 @@ def block(config: Config) -> Callable[..., jax.Array]:
         return module.apply({"params": params} if taps is None else {"params": params, "taps": taps}, x_BTD)
 
     return apply
+
+
+def rematerialised_block(config: Config) -> Callable[..., jax.Array]:
+    """`block` under jax.checkpoint: differentiated, it keeps what compute.residuals names and recomputes the rest."""
+    names = residual_names(config)
+    if set(names) == set(RESIDUALS):
+        return block(config)
+
+    def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
+        if primitive.name == "name":
+            return parameters["name"] in names
+        return "attn" in names and "dot_product_attention_fwd" in primitive.name  # cuDNN's output and log-sum-exp
+
+    return jax.checkpoint(block(config), policy=keep, prevent_cse=False)
 
 
 def init_params(config: Config, key: jax.Array) -> Any:

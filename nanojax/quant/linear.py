@@ -71,9 +71,14 @@ def _keep(c: Compute, x: jax.Array, name: str) -> Any:
     return jax.tree.map(lambda a: checkpoint_name(a, name), saved)
 
 
-def _gradient(w: Any, tap: jax.Array | None, dw: jax.Array) -> tuple[Any, Any]:
+def _mark(tap: jax.Array | None) -> Any:
+    """Whether there is a tap, as tree structure (a bool would become an array)."""
+    return None if tap is None else ()
+
+
+def _gradient(w: Any, tapped: Any, dw: jax.Array) -> tuple[Any, Any]:
     """Cotangents of (w, tap): the tap takes the gradient when there is one, else a float w does."""
-    if tap is not None:
+    if tapped is not None:
         return None, dw
     return (None if isinstance(w, Quantized) else dw.astype(w.dtype)), None
 
@@ -90,13 +95,13 @@ def linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -
 
 def _linear_fwd(c, name, w, tap, x):
     saved = _keep(c, x, name)
-    return _forward(c, w, saved), (w, tap is None, saved)
+    return _forward(c, w, saved), (w, _mark(tap), saved)
 
 
 def _linear_bwd(c, name, residuals, dy):
-    w, untapped, saved = residuals
+    w, tapped, saved = residuals
     dw = _dw(c, dy, saved)
-    return (*_gradient(w, None if untapped else dw, dw), _dx(c, w, dy).astype(float_dtype(c)))
+    return (*_gradient(w, tapped, dw), _dx(c, w, dy).astype(float_dtype(c)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -120,14 +125,14 @@ def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array) -> jax.Array:
 def _norm_linear_fwd(c, name, w, tap, x):
     r = checkpoint_name(inverse_rms(x), name)
     saved = _keep(c, x.astype(F32) * r, name)
-    return _forward(c, w, saved), (w, tap is None, saved, r)
+    return _forward(c, w, saved), (w, _mark(tap), saved, r)
 
 
 def _norm_linear_bwd(c, name, residuals, dy):
-    w, untapped, saved, r = residuals
+    w, tapped, saved, r = residuals
     dw = _dw(c, dy, saved)
     dx = norm_backward(_dx(c, w, dy), decode(saved), r)
-    return (*_gradient(w, None if untapped else dw, dw), dx.astype(float_dtype(c)))
+    return (*_gradient(w, tapped, dw), dx.astype(float_dtype(c)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -139,20 +144,20 @@ def relu2_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Ar
 def _relu2_linear_fwd(c, name, w, tap, x):
     if c.forward == "int8":
         a = _keep(c, jnp.square(jax.nn.relu(x.astype(F32))), name)
-        return _forward(c, w, a), (w, tap is None, a)
+        return _forward(c, w, a), (w, _mark(tap), a)
     p = checkpoint_name(jax.nn.relu(x), name)
-    return _forward(c, w, p * p), (w, tap is None, p)
+    return _forward(c, w, p * p), (w, _mark(tap), p)
 
 
 def _relu2_linear_bwd(c, name, residuals, dy):
-    w, untapped, saved = residuals
+    w, tapped, saved = residuals
     if isinstance(saved, Quantized):
         a, p = saved, jnp.sqrt(decode(saved))
     else:
         a, p = saved * saved, saved.astype(F32)
     dw = _dw(c, dy, a)
     dx = _dx(c, w, dy) * (2 * p)
-    return (*_gradient(w, None if untapped else dw, dw), dx.astype(float_dtype(c)))
+    return (*_gradient(w, tapped, dw), dx.astype(float_dtype(c)))
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)

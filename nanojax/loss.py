@@ -1,0 +1,80 @@
+"""Next-token cross entropy, logits for one chunk of tokens at a time: d32's logits of 2048 tokens would be 537 MB in f32."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanojax import model
+from nanojax.config import Config
+from nanojax.quant import decode, quantize_rows, round_bf16
+from nanojax.quant.linear import F32, float_dtype, inverse_rms, matmul_t, norm_backward
+
+
+def accumulate(total: jax.Array, addend: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
+    """total + addend (f32) in `dtype`, bf16 rounded stochastically: to nearest, most of d32's 256th addend would be lost."""
+    return round_bf16(total + addend, key) if dtype == jnp.bfloat16 else total + addend
+
+
+def _capped(config: Config, head: Any, h_CD: jax.Array) -> jax.Array:
+    """softcap*tanh(h @ head.T / softcap), f32 [C,V], from normed h in the compute dtype."""
+    c = config.compute
+    if c.head == "int8":
+        h, w = quantize_rows(h_CD), head if hasattr(head, "codes") else quantize_rows(head)
+        z = matmul_t(h.codes, w.codes).astype(F32) * h.scale * w.scale.T
+    else:
+        # in bf16 the logits are bf16 before the cap, as nanochat's; half the bytes of the step's largest array
+        z = matmul_t(h_CD, decode(head, h_CD.dtype))
+    cap = config.model.softcap
+    return cap * jnp.tanh(z.astype(float_dtype(c)).astype(F32) / cap)
+
+
+def _chunks(config: Config, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    M = arrays[0].shape[0]
+    C = math.gcd(M, min(M, config.compute.loss_chunk))
+    return tuple(a.reshape(M // C, C, *a.shape[1:]) for a in arrays)
+
+
+def _nll(cap_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) [C] and the log-sum-exp [C,1], f32."""
+    lse = jax.nn.logsumexp(cap_CV, -1, keepdims=True)
+    return (lse - jnp.take_along_axis(cap_CV, targets_C[:, None], 1))[:, 0], lse
+
+
+def loss_and_grads(
+    config: Config, head: Any, total_VD: jax.Array, x_MD: jax.Array, targets_M: jax.Array, scale: float, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed -log p(targets) of the last block's output x, with gradients of `scale` times that sum.
+
+    Returns (sum f32, total_VD with the head's gradient added to it, dx_MD in x's dtype). Exact; no logits survive a chunk.
+    """
+    cap = config.model.softcap
+
+    def chunk(carry, inputs):
+        total, loss = carry
+        x, targets, i = inputs
+        r = inverse_rms(x)
+        h = (x.astype(F32) * r).astype(x.dtype)
+        z = _capped(config, head, h)
+        nll, lse = _nll(z, targets)
+        hot = lax.broadcasted_iota(jnp.int32, z.shape, 1) == targets[:, None]
+        dz = ((jnp.exp(z - lse) - hot.astype(F32)) * (1 - jnp.square(z / cap)) * scale).astype(x.dtype)
+        dh = lax.dot_general(dz, decode(head, x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
+        dw = lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=F32)
+        total = accumulate(total.astype(F32), dw, jax.random.fold_in(key, i), total.dtype)
+        return (total, loss + jnp.sum(nll)), norm_backward(dh, h, r).astype(x.dtype)
+
+    xs, ts = _chunks(config, x_MD, targets_M)
+    (total_VD, loss), dx = lax.scan(chunk, (total_VD, jnp.float32(0)), (xs, ts, jnp.arange(len(xs))))
+    return loss, total_VD, dx.reshape(x_MD.shape)
+
+
+def token_losses(config: Config, params: Any, tokens_BT1: jax.Array) -> jax.Array:
+    """-log p(next token) in nats, f32 [B,T], of rows of T+1 tokens; logits exist for one chunk at a time."""
+    x = model.hidden(config, params, tokens_BT1[:, :-1])
+    targets = tokens_BT1[:, 1:]
+    xs, ts = _chunks(config, x.reshape(-1, x.shape[-1]), targets.reshape(-1))
+    nll = lax.map(lambda z: _nll(_capped(config, params["head"], model.rms_norm(z[0])), z[1])[0], (xs, ts))
+    return nll.reshape(targets.shape)

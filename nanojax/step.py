@@ -1,0 +1,233 @@
+"""The train step: forward, layer-by-layer backward into accumulators, update one layer at a time. Pure; to be jitted, donated.
+
+Per microbatch a scan over layers runs forward and stacks what each block's vjp needs (compute.residuals); the chunked loss
+turns the last output into its gradient; a reverse scan calls each vjp and adds dW into that layer's slice of the accumulator,
+which is in the carry. Once per step a scan over layers runs the optax transform, decodes, adds and encodes. The full
+gradient, the full float view of the parameters and the full logits never exist.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanojax import model, optim
+from nanojax.config import Config
+from nanojax.loss import accumulate, loss_and_grads
+from nanojax.quant import BLOCK, decode, zeros
+from nanojax.quant.linear import F32, inverse_rms, norm_backward
+
+ROWS_BYTES = 32 << 20  # f32 bytes of the embedding or head rows updated at one time
+
+
+class State(NamedTuple):
+    """What a step turns into the next: all of it donated.
+
+    step int32; params (model.py); opt {"blocks": momentum, "embed": (mu, nu), "head": (mu, nu)} as stored; accum {"embed",
+    "head": [V,D], "blocks": stacks (absent with accumulate.dtype=momentum)}, zeros between steps.
+    """
+
+    step: jax.Array
+    params: Any
+    opt: Any
+    accum: Any
+
+
+def init_state(config: Config) -> State:
+    """Fresh state from config.train.seed. Jit it: eagerly it would hold f32 copies."""
+    m, s, a = config.model, config.stored, config.accumulate
+    stacks = {name: (m.L, *shape) for name, shape in m.shapes.items()}
+    edge = lambda form: zeros((m.V, m.D), form, BLOCK)
+    accum: dict[str, Any] = {name: jnp.zeros((m.V, m.D), _dtype(a.edges)) for name in ("embed", "head")}
+    if a.dtype != "momentum":
+        accum["blocks"] = {name: jnp.zeros(shape, _dtype(a.dtype)) for name, shape in stacks.items()}
+    opt = {
+        "blocks": {name: zeros(shape, s.momentum, BLOCK) for name, shape in stacks.items()},
+        "embed": (edge(s.adam), edge(s.adam)),
+        "head": (edge(s.adam), edge(s.adam)),
+    }
+    params = model.init_params(config, jax.random.key(config.train.seed))
+    return State(jnp.int32(0), params, opt, accum)
+
+
+def abstract_state(config: Config) -> State:
+    """Shapes and dtypes of the state, nothing allocated."""
+    return jax.eval_shape(lambda: init_state(config))
+
+
+def _dtype(name: str) -> Any:
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+
+def _put(tree: Any, new: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), tree, new)
+
+
+def forward_backward(
+    config: Config, params: Any, accum: Any, tokens_BT1: jax.Array, decay: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Loss sum (f32, nats) of one microbatch, and `accum` with its gradients added.
+
+    The gradient is of the mean over the whole step's tokens. `decay` multiplies what the block accumulators hold (1, or the
+    momentum at a step's first microbatch when they are the momentum).
+    """
+    m = config.model
+    scale = 1 / config.train.tokens_per_step
+    block = model.rematerialised_block(config)
+    tokens, targets = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    embed_key, head_key, block_key = jax.random.split(key, 3)
+    x0 = model.Embed(config).apply({"params": params}, tokens)
+    plan: list[Any] = []  # of the vjp: its tree, and for each leaf the index of the layer's leaf it is, or None
+
+    def forward(x: jax.Array, layer: Any) -> tuple[jax.Array, list[jax.Array]]:
+        taps = {name: jnp.zeros(shape, F32) for name, shape in m.shapes.items()}
+        y, vjp = jax.vjp(lambda x, taps: block(layer, x, taps), x, taps)
+        leaves, tree = jax.tree.flatten(vjp)
+        own = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(layer))}
+        plan[:] = [tree, [own.get(id(leaf)) for leaf in leaves]]
+        # the layer's parameters are read again from the stack in backward instead of being stacked once more
+        return y, [leaf for leaf in leaves if id(leaf) not in own]
+
+    x, residuals = lax.scan(forward, x0, params["blocks"])
+    flat = x.reshape(-1, m.D)
+    loss, head, dx = loss_and_grads(config, params["head"], accum["head"], flat, targets.reshape(-1), scale, head_key)
+
+    def backward(carry: tuple[jax.Array, Any], inputs: Any) -> tuple[tuple[jax.Array, Any], None]:
+        dx, totals = carry
+        i, layer, saved = inputs
+        tree, indices = plan
+        own, rest = jax.tree.leaves(layer), iter(saved)
+        vjp = jax.tree.unflatten(tree, [next(rest) if j is None else own[j] for j in indices])
+        dx, dws = vjp(dx)
+        keys = jax.random.split(jax.random.fold_in(block_key, i), len(dws))
+        old = _at(totals, i)
+        new = {n: accumulate(old[n].astype(F32) * decay, dw, k, old[n].dtype) for k, (n, dw) in zip(keys, dws.items())}
+        # without the barrier XLA fuses the slice's read and write into consumers and copies the stacks: +1.5 of their size
+        new, dx = lax.optimization_barrier((new, dx))
+        return (dx, _put(totals, new, i)), None
+
+    xs = (jnp.arange(m.L), params["blocks"], residuals)
+    (dx, blocks), _ = lax.scan(backward, (dx.reshape(x0.shape), accum["blocks"]), xs, reverse=True)
+    embed = _embed_backward(params["embed"], accum["embed"], tokens, dx, embed_key)
+    return loss, {"embed": embed, "blocks": blocks, "head": head}
+
+
+def _embed_backward(embed: Any, total_VD: jax.Array, tokens_BT: jax.Array, dx: jax.Array, key: jax.Array) -> jax.Array:
+    """total plus the embedding's gradient: a token's occurrences are summed in f32 first, each row then rounded once."""
+    tokens, dx = tokens_BT.reshape(-1), dx.reshape(-1, dx.shape[-1])
+    rows = decode(jax.tree.map(lambda a: a[tokens], embed))
+    r = inverse_rms(rows)
+    drows = norm_backward(dx, rows * r, r)
+    unique, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=total_VD.shape[0])
+    sums = jnp.zeros(drows.shape, F32).at[place.reshape(-1)].add(drows)
+    new = accumulate(total_VD.at[unique].get(mode="clip").astype(F32), sums, key, total_VD.dtype)
+    return total_VD.at[unique].set(new, mode="drop", unique_indices=True)
+
+
+def _squares(tree: Any) -> jax.Array:
+    """Sum of squares, one slice of the leading axis at a time."""
+    one = lambda total, part: (total + sum(jnp.sum(jnp.square(a.astype(F32))) for a in jax.tree.leaves(part)), None)
+    return lax.scan(one, jnp.float32(0), tree)[0]
+
+
+def _rows(config: Config) -> int:
+    """Chunks in which embedding and head are updated: the fewest that divide V and keep one below ROWS_BYTES."""
+    m = config.model
+    least = math.ceil(m.V * m.D * 4 / ROWS_BYTES)
+    return next(n for n in range(least, m.V + 1) if m.V % n == 0)
+
+
+def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
+    """(parameters, momentum, accumulators) of the blocks after Muon, one layer at a time."""
+    tx = optim.muon(config)
+    folded = config.accumulate.dtype == "momentum"
+
+    def layer(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        params, momentum, totals = carry
+        keys = jax.random.split(jax.random.fold_in(key, i))
+        p, grads = _at(params, i), jax.tree.map(lambda g: g.astype(F32) * clip, _at(totals, i))
+        buf = grads if folded else _at(momentum, i)
+        updates, new = tx.update(grads, optim.MuonState(state.step, buf), p, key=keys[0])
+        p = optim.apply(p, updates, config.stored.blocks, keys[1])
+        if folded:  # the accumulator is the momentum and stays as it is
+            p = lax.optimization_barrier(p)
+            return (_put(params, p, i), momentum, totals), None
+        cleared = jax.tree.map(jnp.zeros_like, _at(totals, i))
+        p, new, cleared = lax.optimization_barrier((p, new.momentum, cleared))
+        return (_put(params, p, i), _put(momentum, new, i), _put(totals, cleared, i)), None
+
+    carry = (state.params["blocks"], state.opt["blocks"], totals)
+    return lax.scan(layer, carry, jnp.arange(config.model.L))[0]
+
+
+def _update_rows(
+    config: Config, lr: float, form: Any, step: jax.Array, carry: Any, clip: jax.Array, key: jax.Array
+) -> tuple[Any, Any, Any]:
+    """(parameters, (mu, nu), accumulator) [V,D] of embedding or head after AdamW, a chunk of rows at a time."""
+    tx, n = optim.adamw(config, lr), _rows(config)
+    split = lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:])
+
+    def rows(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        params, (mu, nu), total = carry
+        keys = jax.random.split(jax.random.fold_in(key, i))
+        p, grads = _at(params, i), _at(total, i).astype(F32) * clip
+        updates, new = tx.update(grads, optim.AdamState(step, _at(mu, i), _at(nu, i)), p, key=keys[0])
+        p = optim.apply(p, updates, form, keys[1])
+        cleared = jnp.zeros_like(_at(total, i))
+        p, mu_i, nu_i, cleared = lax.optimization_barrier((p, new.mu, new.nu, cleared))
+        return (_put(params, p, i), (_put(mu, mu_i, i), _put(nu, nu_i, i)), _put(total, cleared, i)), None
+
+    out = lax.scan(rows, jax.tree.map(split, carry), jnp.arange(n))[0]
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+
+def train_step(config: Config) -> Any:
+    """The step as a pure function (State, tokens_ABT1 int32) -> (State, metrics), A = config.microbatches.
+
+    Metrics, f32 scalars: loss (mean nats a token), grad_norm (before clipping; absent when gradients are summed into the
+    momentum), lr (factor), momentum. Randomness: fold_in(key(seed), step). Jit with donate_argnums=0.
+    """
+    folded = config.accumulate.dtype == "momentum"
+    rate, momentum = optim.schedules(config)
+
+    def step(state: State, tokens_ABT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        A = tokens_ABT1.shape[0]
+        key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+        m = momentum(state.step)
+        accum = dict(state.accum)
+        if folded:
+            accum["blocks"] = state.opt["blocks"]
+
+        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
+            accum, loss = carry
+            i, tokens = inputs
+            decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
+            more, accum = forward_backward(config, state.params, accum, tokens, decay, jax.random.fold_in(key, i))
+            return (accum, loss + more), None
+
+        (accum, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), tokens_ABT1))
+        metrics = {"loss": loss / config.train.tokens_per_step, "lr": rate(state.step), "momentum": m}
+        clip = jnp.float32(1)
+        if not folded:
+            norm = jnp.sqrt(_squares(accum["blocks"]) + _squares(accum["embed"]) + _squares(accum["head"]))
+            metrics["grad_norm"] = norm
+            if config.optim.clip:
+                clip = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
+        keys = jax.random.split(jax.random.fold_in(key, A), 3)
+        blocks, bufs, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
+        params, opt, cleared = {"blocks": blocks}, {"blocks": totals if folded else bufs}, {}
+        for k, name, lr in ((keys[1], "embed", config.optim.embed_lr), (keys[2], "head", config.optim.head_lr)):
+            carry = (state.params[name], state.opt[name], accum[name])
+            form = getattr(config.stored, name)
+            params[name], opt[name], cleared[name] = _update_rows(config, lr, form, state.step, carry, clip, k)
+        if not folded:
+            cleared["blocks"] = totals
+        return State(state.step + 1, params, opt, cleared), metrics
+
+    return step
