@@ -1,0 +1,67 @@
+"""Trains nanochat's d32 from scratch on one 12 GB consumer GPU. Importing it picks the CPU where no GPU can be used."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+
+
+def nvidia_driver() -> bool:
+    """Whether an NVIDIA kernel driver serves this machine: Linux's own, or WSL2's through /dev/dxg."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return True
+    return Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+
+
+class _Idle(types.ModuleType):
+    """Stands in for a CUDA plugin that has no driver to talk to: jax asks every plugin to initialise."""
+
+    def initialize(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Discards what C++ writes to stderr before its logging is set up: "Could not find cuda drivers" and the like."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def _stay_on_cpu() -> None:
+    """Without a driver jax loads an installed CUDA plugin nevertheless (0.5 s, log lines, a traceback): keep it idle.
+
+    A JAX_PLATFORMS that the user set is respected; `use_cuda_compiler` brings the plugin back for the planner.
+    """
+    if nvidia_driver() or not any(importlib.util.find_spec(f"jax_{name[-6:]}_plugin") for name in _PLUGINS):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        for name in _PLUGINS:
+            sys.modules.setdefault(name, _Idle(name))
+    with silent_libraries():
+        import jax  # noqa: F401  its import already loads the plugin's kernels, and each of them complains
+
+
+def use_cuda_compiler() -> None:
+    """Loads the real CUDA plugin where it was kept idle, for its compiler; computation stays on the CPU."""
+    idle = [name for name in _PLUGINS if isinstance(sys.modules.get(name), _Idle)]
+    for name in idle:
+        del sys.modules[name]
+        if importlib.util.find_spec(f"jax_{name[-6:]}_plugin"):
+            importlib.import_module(name).initialize()
+
+
+_stay_on_cpu()

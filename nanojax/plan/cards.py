@@ -1,0 +1,130 @@
+"""What the planner knows about each GPU: peaks, bandwidth, memory, power, and how XLA is told of an absent one."""
+
+import dataclasses
+import re
+
+from nanojax.config import UserError
+
+# Dense tensor-core operations per clock and SM (a multiply-add is two). They reproduce NVIDIA's whitepaper totals, and
+# tests hold them to it: GA102 v2.0 (RTX 3090: bf16 with f32 accumulate 71, tf32 35.6, int8 284), Ada v2.02 (RTX 4090:
+# bf16 165.2, fp8 with f32 accumulate 330.3, tf32 82.6, int8 660.6), RTX Blackwell v1.1 (RTX 5090: bf16 209.5, fp8 with
+# f32 accumulate 419, tf32 104.8, int8 838), Hopper v1.04 (H100 SXM: bf16 989.4, fp8 and int8 1978.9, tf32 494.7).
+# GeForce halves what accumulates in f32, so there int8 is 4x bf16; on Hopper it is 2x. f32 is the plain FMA rate.
+_PER_CLOCK = {
+    "8.6": {"bf16": 512, "int8": 2048, "fp8": 0, "tf32": 256, "f32": 256},
+    "8.9": {"bf16": 512, "int8": 2048, "fp8": 1024, "tf32": 256, "f32": 256},
+    "9.0": {"bf16": 4096, "int8": 8192, "fp8": 8192, "tf32": 2048, "f32": 256},
+    "12.0": {"bf16": 512, "int8": 2048, "fp8": 1024, "tf32": 256, "f32": 256},
+}
+# Shared memory per SM, the most one block may opt in to, threads per SM (CUDA programming guide, compute capabilities).
+_SM_LIMITS = {
+    "8.6": (102400, 101376, 1536),
+    "8.9": (102400, 101376, 1536),
+    "9.0": (233472, 232448, 2048),
+    "12.0": (102400, 101376, 1536),
+}
+DTYPES = ("bf16", "int8", "fp8", "tf32", "f32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One GPU. `clock_ghz` is the clock at which the peaks below are computed: NVIDIA's boost unless noted."""
+
+    key: str
+    name: str  # as the driver reports it
+    capability: str  # CUDA compute capability
+    sms: int
+    clock_ghz: float
+    gb_per_s: float  # memory bandwidth, 10^9 bytes/s
+    memory_mib: int  # as nvidia-smi reports it
+    l2_mib: int
+    watts: int  # board power limit
+    reserve_gib: float  # context, libraries and a desktop: what XLA's buffers cannot have
+
+    def peak(self, dtype: str) -> float:
+        """Dense operations/s of matmuls on `dtype` operands (accumulated in f32; int8 in int32). 0 = not supported."""
+        return self.sms * self.clock_ghz * 1e9 * _PER_CLOCK[self.capability][dtype]
+
+    @property
+    def lane_ops(self) -> float:
+        """32-bit vector instructions/s: 128 lanes an SM."""
+        return self.sms * self.clock_ghz * 1e9 * 128
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of device memory."""
+        return self.gb_per_s * 1e9
+
+    @property
+    def budget_bytes(self) -> int:
+        """The most that the compiled step may need: 10.5 GiB on a 12 GB desktop card, 6.8 GiB on an 8 GB laptop."""
+        return int(self.memory_mib * 2**20 - self.reserve_gib * 2**30)
+
+    def target_config(self) -> str:
+        """XLA's GpuTargetConfigProto in text form: enough for its GPU compiler to compile without the card."""
+        major, minor = self.capability.split(".")
+        shared, optin, threads = _SM_LIMITS[self.capability]
+        # The driver keeps ~2.5 % of the memory for itself (12,282 MiB are reported as 11,987 to CUDA on an RTX 4070).
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  core_count: {self.sms} fpus_per_core: 128 clock_rate_ghz: {self.clock_ghz}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2_mib * 2**20}
+  device_memory_size: {int(self.memory_mib * 2**20 * 0.976)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{self.name}"
+"""
+
+
+# SMs, boost clock, bandwidth, L2 and power: NVIDIA's product pages and the whitepapers above. Memory: what nvidia-smi
+# prints. Reserve: 1.5 GiB where a desktop shares the card, 1.2 on a laptop (its screen hangs on the other GPU),
+# 1.0 on a server card.
+CARDS: dict[str, Card] = {
+    card.key: card
+    for card in (
+        Card("rtx3060", "NVIDIA GeForce RTX 3060", "8.6", 28, 1.777, 360, 12288, 3, 170, 1.5),
+        Card("rtx3090", "NVIDIA GeForce RTX 3090", "8.6", 82, 1.695, 936, 24576, 6, 350, 1.5),
+        Card("rtx4060ti_16gb", "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 2.535, 288, 16380, 32, 165, 1.5),
+        Card("rtx4070", "NVIDIA GeForce RTX 4070", "8.9", 46, 2.475, 504, 12282, 36, 200, 1.494),
+        # Laptop: 35-115 W, boost 1.23-2.175 GHz. 1.9 GHz is what 115 W over 36 SMs sustain under tensor load, scaled
+        # from the desktop card's 200 W over 46; set --watts and read the days as the best case of a thin machine.
+        Card("rtx4070_laptop", "NVIDIA GeForce RTX 4070 Laptop GPU", "8.9", 36, 1.9, 256, 8188, 32, 115, 1.196),
+        Card("rtx4070_super", "NVIDIA GeForce RTX 4070 SUPER", "8.9", 56, 2.475, 504, 12282, 48, 220, 1.494),
+        Card("rtx4070_ti_super", "NVIDIA GeForce RTX 4070 Ti SUPER", "8.9", 66, 2.61, 672, 16376, 48, 285, 1.5),
+        Card("rtx4090", "NVIDIA GeForce RTX 4090", "8.9", 128, 2.52, 1008, 24564, 72, 450, 1.5),
+        Card("rtx5070", "NVIDIA GeForce RTX 5070", "12.0", 48, 2.512, 672, 12227, 48, 250, 1.5),
+        Card("rtx5090", "NVIDIA GeForce RTX 5090", "12.0", 170, 2.407, 1792, 32607, 96, 575, 1.5),
+        # SXM boards; 1.83 GHz is the clock behind the whitepaper's peaks (989.4 = 132 x 4096 x 1.83 GHz).
+        Card("h100", "NVIDIA H100 80GB HBM3", "9.0", 132, 1.83, 3352, 81559, 50, 700, 1.0),
+        Card("h200", "NVIDIA H200", "9.0", 132, 1.83, 4800, 143771, 50, 700, 1.0),
+    )
+}
+
+
+def find(name: str) -> Card:
+    """The card called `name` (rtx4070, RTX-4070, 4070 Super, a driver's device name, ...). UserError if unknown."""
+    wanted = re.sub(r"nvidia|geforce|rtx|gpu|80gb|hbm3e?|[^a-z0-9]", "", name.lower())
+    for card in CARDS.values():
+        if wanted in (re.sub(r"rtx|[^a-z0-9]", "", card.key), _plain(card.name)):
+            return card
+    raise UserError(
+        f"--card={name}: unknown card; known are {', '.join(CARDS)}; to add one, add a line to CARDS in {__file__}"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|rtx|gpu|80gb|hbm3e?|[^a-z0-9]", "", name.lower())
+
+
+def of_config(config_name: str) -> Card:
+    """Configs are named depth_hardware: the longest card key inside the name; an RTX 4070 where there is none."""
+    tails = {key.removeprefix("rtx"): card for key, card in CARDS.items()}
+    inside = [tail for tail in tails if re.search(rf"(^|_)(rtx)?{tail}(_|$)", config_name)]
+    return tails[max(inside, key=len)] if inside else CARDS["rtx4070"]
