@@ -114,7 +114,7 @@ def _tree_bytes(tree: Any) -> int:
 
 @contextlib.contextmanager
 def _no_remat_pass() -> Iterator[None]:
-    """XLA's own rematerialisation duplicates matmuls when it believes memory is short; `residuals` decides that here."""
+    """XLA's own rematerialisation duplicates matmuls when it believes memory is short; here `residuals` decides."""
     import jax
 
     before = jax.config.jax_compiler_enable_remat_pass
@@ -125,14 +125,12 @@ def _no_remat_pass() -> Iterator[None]:
         jax.config.update("jax_compiler_enable_remat_pass", before)
 
 
-def compile_for(
-    function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int | None = 0
-) -> Program:
+def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0) -> Program:
     """Compiles `function(*arguments)` for `card`; the arguments are trees of shapes and dtypes.
 
     Args:
       arguments: pytrees of anything with shape and dtype; the first may be a State whose fields give the groups.
-      donate: index of the donated argument, or None.
+      donate: index of the donated argument.
     """
     start_compiler()
     import jax
@@ -142,7 +140,7 @@ def compile_for(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, _no_remat_pass():
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
+        jitted = jax.jit(function, donate_argnums=donate)
         try:
             compiled = jitted.lower(*specs).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
@@ -230,7 +228,7 @@ def cache_folder() -> Path:
 
 
 def _key(config: Config, card: Card) -> str:
-    """Everything the compiled step depends on: shapes and formats, the card, versions, the code that builds the step."""
+    """Everything the compiled step depends on: shapes, formats, the card, versions, the code that builds the step."""
     kept = to_dict(config)
     parts = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
     parts += [{"steps": config.train.steps, "batch": config.batch_shape}, card.target_config()]

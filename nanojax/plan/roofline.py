@@ -1,4 +1,4 @@
-"""Models the time of a compiled step on a card: every kernel is the slowest of its matmuls, its traffic, its vector work.
+"""Models the time of a compiled step on a card: a kernel takes as long as its matmuls, traffic or vector work.
 
 A kernel takes max(matmul FLOPs / tensor rate, bytes / bandwidth, vector instructions / lanes) + launch; loops multiply
 by their trip count. Bytes are what a fusion really touches: a sliced read counts the slice, an in-place slice write the
@@ -138,9 +138,7 @@ class _Program:
         whole = computation.instructions[name].bytes
         total = 0.0
         for user in computation.users[name]:
-            if user.opcode in ("slice", "dynamic-slice"):
-                total += user.bytes
-            elif user.opcode == "gather" and user.operands[0] == name:
+            if user.opcode in ("slice", "dynamic-slice") or (user.opcode == "gather" and user.operands[0] == name):
                 total += user.bytes
             elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
                 pass  # in place: only the update is touched, counted where it is written
@@ -177,8 +175,8 @@ class _Program:
 
     def inside(self, computation: hlo.Computation, work: _Work, evaluations: float | None = None) -> None:
         """Adds the dots and the vector instructions of a fused computation to `work`."""
-        # Emitters evaluate an operand once per element of its user, also through a broadcast: a cosine that is broadcast
-        # over heads is computed once per head. Walk from the root, carrying how often each instruction is evaluated.
+        # Emitters evaluate an operand once per element of its user, also through a broadcast: a cosine broadcast over
+        # heads is computed once per head. Walk from the root, carrying how often each instruction is evaluated.
         demand: dict[str, float] = collections.defaultdict(float)
         instructions = list(computation.instructions.values())
         demand[computation.root.name] = computation.root.size if evaluations is None else evaluations
