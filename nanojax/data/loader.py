@@ -1,0 +1,256 @@
+"""Random access to packed rows over all shards, shuffled by grain; position saved and restored in O(1)."""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import grain
+import numpy as np
+
+from nanojax.config import UserError
+from nanojax.data.packing import Plan, packed_rows, read_row, shard_plan
+from nanojax.data.shards import Shard, find_shards
+from nanojax.tokenizer import Tokenizer
+
+OPEN_SHARDS = 128  # memory-mapped at once: two files each, well under the usual limit of 1,024 open files
+FOREVER = 1 << 60  # rows; grain wants a length, training ends long before
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass over a fixed set of shards: rows start..start+rows of the endless stream."""
+
+    number: int
+    start: int
+    shards: tuple[Shard, ...]
+    ends: tuple[int, ...]  # cumulative rows of the shards
+
+    @property
+    def rows(self) -> int:
+        """Rows of this pass."""
+        return self.ends[-1]
+
+
+class RowStream:
+    """The endless stream of rows, pass after pass; row g is found in O(log shards) without the rows before it.
+
+    A pass goes over the shards that were gone over least often, so shards that appear during training make the next
+    pass by themselves until they have caught up: no token is seen twice before every token was seen once. Which shards
+    a pass has is decided when its first row is asked for, and kept in the state from then on.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, row: int, seed: int):
+        self.folder, self.tokenizer, self.row, self.seed = folder, tokenizer, row, seed
+        self.passes: list[Pass] = []
+        self.visits: dict[int, int] = {}  # shard number -> passes begun over it
+        self.lock = threading.Lock()
+        self.opened = functools.lru_cache(OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return FOREVER
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        """int32 [T+1]."""
+        position = int(index)
+        with self.lock:
+            while not self.passes or position >= self.passes[-1].start + self.passes[-1].rows:
+                self._begin_pass()
+            now = self.passes[bisect.bisect_right(self.passes, position, key=lambda p: p.start) - 1]
+        if position < now.start:
+            raise IndexError(f"row {position} lies before the restored position")
+        shuffled = _shuffle(position - now.start, now.rows, _seed(self.seed, now.number))
+        which = bisect.bisect_right(now.ends, shuffled)
+        tokens, plan = self.opened(now.shards[which])
+        return read_row(tokens, plan, shuffled - (now.ends[which - 1] if which else 0), self.tokenizer.bos, self.row)
+
+    def _begin_pass(self) -> None:
+        shards = find_shards(self.folder, "train", self.tokenizer.fingerprint)
+        if not shards:
+            raise UserError(
+                f"{self.folder}: no training shards (train_00000.bin); run `python -m nanojax.data tokenize`"
+            )
+        for number in sorted(self.visits):
+            if number >= len(shards):
+                raise UserError(f"{self.folder / f'train_{number:05d}.bin'}: was there before and is gone; put it back")
+        filled = [shard for shard in shards if packed_rows(shard, self.tokenizer.bos, self.row)]
+        if not filled:
+            raise UserError(
+                f"{self.folder}: the training shards do not fill one row of {self.row} tokens; give more text or a "
+                "shorter sequence"
+            )
+        least = min(self.visits.get(shard.number, 0) for shard in filled)
+        chosen = tuple(shard for shard in filled if self.visits.get(shard.number, 0) == least)
+        start = self.passes[-1].start + self.passes[-1].rows if self.passes else 0
+        number = self.passes[-1].number + 1 if self.passes else 0
+        self._add_pass(number, start, chosen)
+
+    def _add_pass(self, number: int, start: int, shards: tuple[Shard, ...]) -> None:
+        rows = [packed_rows(shard, self.tokenizer.bos, self.row) for shard in shards]
+        self.passes.append(Pass(number, start, shards, tuple(np.cumsum(rows).tolist())))
+        for shard in shards:
+            self.visits[shard.number] = self.visits.get(shard.number, 0) + 1
+
+    def _open(self, shard: Shard) -> tuple[np.ndarray, Plan]:
+        return shard.open(), shard_plan(shard, self.tokenizer.bos, self.row)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """JSON-able: the pass that holds row `position` and all begun after it, and the visits before them."""
+        with self.lock:
+            kept = [p for p in self.passes if position < p.start + p.rows] or self.passes[-1:]
+            visits = dict(self.visits)
+        for p in kept:
+            for shard in p.shards:
+                visits[shard.number] -= 1
+        return {
+            "visits": {str(number): times for number, times in sorted(visits.items())},
+            "passes": [
+                {"number": p.number, "start": p.start, "shards": {s.name: s.sha256[:16] for s in p.shards}}
+                for p in kept
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up the passes of `state`; UserError names a shard that is gone or has other content."""
+        shards = {shard.name: shard for shard in find_shards(self.folder, "train", self.tokenizer.fingerprint)}
+        self.passes = []
+        self.visits = {int(number): times for number, times in state["visits"].items()}
+        for entry in state["passes"]:
+            for name, sha in entry["shards"].items():
+                if name not in shards:
+                    raise UserError(
+                        f"{self.folder / f'{name}.bin'}: this run was reading it and it is gone; put it back to resume"
+                    )
+                if not shards[name].sha256.startswith(sha):
+                    raise UserError(
+                        f"{shards[name].path}: not what this run was reading (sha256 {shards[name].sha256[:16]}, "
+                        f"expected {sha}); put the old file back to resume"
+                    )
+            self._add_pass(entry["number"], entry["start"], tuple(shards[name] for name in entry["shards"]))
+
+
+class TrainIterator:
+    """Endless batches int32 [rows, T+1]; `get_state`/`set_state` in O(1), also for another number of rows a batch."""
+
+    def __init__(self, stream: RowStream, rows: int):
+        self.stream, self.rows = stream, rows
+        self._seek(0)
+
+    def _seek(self, position: int) -> None:
+        self.begun = position
+        self.taken = 0
+        source = grain.MapDataset.source(_From(self.stream, position)).batch(self.rows, drop_remainder=True)
+        # One thread keeps four batches ready: at d32's rate on a 4070 (5 rows a second) more would only hold memory.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        self.batches = iter(source.to_iter_dataset(options))
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        batch = next(self.batches)
+        self.taken += 1
+        return batch
+
+    @property
+    def position(self) -> int:
+        """Rows handed out since the start of training."""
+        return self.begun + self.taken * self.rows
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able position: everything the next batches depend on, with the folder's shards and tokenizer."""
+        stream = self.stream
+        return {
+            "position": self.position, "row": stream.row, "seed": stream.seed,
+            "tokenizer": stream.tokenizer.fingerprint, **stream.state(self.position),
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at `state`; UserError when sequence, seed, tokenizer or a shard is another than when saved."""
+        stream = self.stream
+        here = {"row": stream.row, "seed": stream.seed, "tokenizer": stream.tokenizer.fingerprint}
+        for name, value in here.items():
+            if state[name] != value:
+                raise UserError(
+                    f"{stream.folder}: the saved data position was made with {name} {state[name]}, this run has {value}"
+                )
+        stream.restore(state)
+        self._seek(state["position"])
+
+
+class _From:
+    """The stream seen from row `offset` on, for grain, which counts from 0."""
+
+    def __init__(self, stream: RowStream, offset: int):
+        self.stream, self.offset = stream, offset
+
+    def __len__(self) -> int:
+        return FOREVER
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        return self.stream[self.offset + int(index)]
+
+
+def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vocab: int) -> TrainIterator:
+    """Endless shuffled training batches int32 [rows, seq+1], every row beginning with the begin token.
+
+    The same folder content and seed give the same batches on any machine, and after `set_state(get_state())`. UserError
+    names what is missing or damaged, or says that the tokenizer has more than `vocab` ids.
+    """
+    tokenizer = _tokenizer(folder, vocab)
+    stream = RowStream(Path(folder), tokenizer, seq + 1, seed)
+    stream._begin_pass()  # here and not in grain's thread, so that a bad folder is told before anything starts
+    return TrainIterator(stream, rows)
+
+
+def valid_batches(folder: str | os.PathLike, rows: int, seq: int) -> Iterator[np.ndarray]:
+    """All validation rows once, int32 [rows, seq+1], in a fixed order (shuffled within each shard, so that the first
+    batches are a fair sample); what does not fill the last batch is left out. UserError when not one batch fills."""
+    tokenizer = _tokenizer(folder, None)
+    shards = find_shards(folder, "valid", tokenizer.fingerprint)
+    plans = [shard_plan(shard, tokenizer.bos, seq + 1) for shard in shards]
+    total = sum(plan.rows for plan in plans)
+    if total < rows:
+        raise UserError(
+            f"{folder}: validation has {total} rows of {seq + 1} tokens, fewer than one batch of {rows}; hold out more "
+            "text (--valid), or use fewer rows or a shorter sequence"
+        )
+    return _valid(shards, plans, rows, seq + 1, tokenizer.bos)
+
+
+def _valid(shards: list[Shard], plans: list[Plan], rows: int, row: int, bos: int) -> Iterator[np.ndarray]:
+    batch: list[np.ndarray] = []
+    for shard, plan in zip(shards, plans):
+        tokens = shard.open()
+        for index in range(plan.rows):
+            batch.append(read_row(tokens, plan, _shuffle(index, plan.rows, 0), bos, row))
+            if len(batch) == rows:
+                yield np.stack(batch)
+                batch = []
+
+
+def _tokenizer(folder: str | os.PathLike, vocab: int | None) -> Tokenizer:
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: no data folder there; make one with `python -m nanojax.data prepare --out={folder}`"
+        )
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
+    if vocab is not None and tokenizer.vocab_size > vocab:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model only {vocab}; set --model.vocab"
+        )
+    return tokenizer
+
+
+def _shuffle(index: int, rows: int, seed: int) -> int:
+    """Where a pseudo-random permutation of range(rows) sends the index; the same on every machine and version."""
+    return grain.experimental.index_shuffle(index, max_index=rows - 1, seed=seed, rounds=4) if rows > 1 else index
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "little")

