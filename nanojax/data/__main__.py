@@ -6,9 +6,11 @@ import sys
 from nanojax.config import UserError, run_main
 
 SUBCOMMANDS = {
+    "download": "fetch text shards from the Hugging Face hub",
     "prepare": "tokenizer and token shards from text in one go",
     "tokenizer": "train a tokenizer, compare it with others",
     "tokenize": "text files -> token shards, restartable",
+    "inspect": "what a data folder holds, as text and as a picture",
 }
 HELP = (
     "usage: python -m nanojax.data SUBCOMMAND [--help]\n\nText in, token shards for training out.\n\n"

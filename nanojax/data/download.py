@@ -1,0 +1,250 @@
+"""Downloads text shards from the Hugging Face hub: pinned revision, parallel, checksummed, free to stop and rerun."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars, logging
+
+from nanojax.config import UserError
+from nanojax.data import cli
+from nanojax.data.shards import write_atomic
+from nanojax.data.text import SUFFIXES
+
+# nanochat's shuffled sets: ~100 MB and ~250 M characters a shard, column `text`, the last shard is validation.
+PRESETS = {
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",  # 1,823 shards
+    "climbmix": "karpathy/climbmix-400b-shuffle",  # 6,543 shards
+}
+RECORD = "download.json"
+TRIES = 6  # waits of 1, 2, 4, 8, 16 s between them: half a minute of a failing server, twice the hub's own retries
+
+
+class _Record:
+    """`download.json`: repository, revision, and the files asked for with size, checksum and verification time."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / RECORD
+        self.lock = threading.Lock()
+        self.content: dict[str, Any] = {}
+        try:
+            self.content = json.loads(self.path.read_bytes())
+            assert isinstance(self.content["files"], dict)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f"{self.path}: damaged; delete it, the files themselves are checked again") from None
+
+    def save(self) -> None:
+        write_atomic(self.path, json.dumps(self.content, indent=1, sort_keys=True).encode())
+
+
+def download(
+    dataset: str, out: str | os.PathLike, shards: int, threads: int = 4, wait_seconds: float = 1.0, quiet: bool = False
+) -> list[Path]:
+    """Fetches the first `shards` text files of a dataset repository and its last one (validation) into `out`.
+
+    The revision of the first call is kept in download.json, so later calls add files of the same version. Returns the
+    local paths, validation last. UserError: no such repository, no text files, disk too small, or a file that still
+    fails after TRIES tries; whole files that did arrive stay, and the same call goes on.
+    """
+    repo = PRESETS.get(dataset, dataset)
+    if repo.count("/") != 1:
+        raise UserError(f"--dataset={dataset}: give {', '.join(PRESETS)} or a hub repository as owner/name")
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+    record = _Record(out)
+    if record.content.get("repo", repo) != repo:
+        raise UserError(f"{out}: holds files of {record.content['repo']}; choose another --out for {repo}")
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    if record.content.get("shards", 0) < shards or not record.content.get("files"):
+        files = _listing(HfApi(endpoint=endpoint), repo, record, wait_seconds)
+        record.content |= {"repo": repo, "shards": shards}
+        chosen = dict(sorted(files.items())[:shards]) | dict([max(files.items())])
+        if shards > len(files) - 1:
+            raise UserError(f"--shards={shards}: {repo} has {len(files) - 1} training shards and one for validation")
+        record.content["files"] = {
+            name: info | ({"verified": old["verified"]} if (old := _old(record, name, info)) else {})
+            for name, info in chosen.items()
+        }
+        record.save()
+    names = sorted(record.content["files"])
+    wanted = [names[-1], *sorted(names)[:-1][:shards]]  # validation first: tokenize needs it before anything else
+    left = [name for name in wanted if not _verified(out, name, record)]
+    need = sum(record.content["files"][name]["size"] for name in left)
+    free = shutil.disk_usage(out).free
+    if need > 0.97 * free:
+        raise UserError(
+            f"{out}: {len(left)} files need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free "
+            "some, or ask for fewer --shards"
+        )
+    _fetch_all(left, out, repo, endpoint, record, threads, wait_seconds, quiet)
+    return [out / name for name in [*wanted[1:], wanted[0]]]
+
+
+def _old(record: _Record, name: str, info: dict[str, Any]) -> dict[str, Any] | None:
+    old = record.content.get("files", {}).get(name, {})
+    return old if old.get("sha256") == info["sha256"] and "verified" in old else None
+
+
+def _listing(api: HfApi, repo: str, record: _Record, wait_seconds: float) -> dict[str, dict[str, Any]]:
+    """All text files of the repository at the recorded (else the newest) revision, with size and checksum."""
+
+    def ask() -> dict[str, dict[str, Any]]:
+        if "revision" not in record.content:
+            record.content["revision"] = api.repo_info(repo, repo_type="dataset").sha
+        found = {}
+        tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True, revision=record.content["revision"])
+        for entry in tree:
+            if isinstance(entry, RepoFile) and entry.path.endswith(SUFFIXES):
+                # A large file's checksum is its sha256; a small one's is git's sha1 of b"blob <size>\0" + content.
+                sha256 = entry.lfs.sha256 if entry.lfs else ""
+                found[entry.path] = {"size": entry.size, "sha256": sha256, "git": entry.blob_id}
+        return found
+
+    files = _persist(ask, f"listing of {repo}", wait_seconds, lambda attempt, reason: None)
+    if len(files) < 2:
+        raise UserError(f"{repo}: has {len(files)} text files ({', '.join(SUFFIXES)}), and at least two are needed")
+    return files
+
+
+def _persist(action, what: str, wait_seconds: float, note):
+    """`action()`, tried TRIES times with doubling waits; UserError with the last reason, at once when it is final."""
+    for attempt in range(TRIES):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # the hub's, the HTTP library's (its name differs by version) and the disk's own
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            if isinstance(error, OSError) and error.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
+                raise UserError(f"{what}: cannot be written ({error.strerror}); free space and run again") from None
+            if status in (400, 401, 403, 404):
+                raise UserError(
+                    f"{what}: the server answers {status} ({reason}); check the name and your access"
+                ) from None
+            if attempt == TRIES - 1:
+                raise UserError(
+                    f"{what}: still failing after {TRIES} tries ({reason}); what has arrived is kept, run the same "
+                    "command again later"
+                ) from None
+            note(attempt, reason)
+            time.sleep(wait_seconds * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _verified(out: Path, name: str, record: _Record) -> bool:
+    """Whether the file is there as it was when its checksum was verified (size and modification time)."""
+    info = record.content["files"][name]
+    try:
+        stat = (out / name).stat()
+    except OSError:
+        return False
+    return stat.st_size == info["size"] and info.get("verified") == stat.st_mtime_ns
+
+
+def _right(path: Path, info: dict[str, Any]) -> bool:
+    if path.stat().st_size != info["size"]:
+        return False
+    with open(path, "rb") as file:
+        if info["sha256"]:
+            return hashlib.file_digest(file, "sha256").hexdigest() == info["sha256"]
+        return hashlib.sha1(b"blob %d\0" % info["size"] + file.read()).hexdigest() == info["git"]
+
+
+def _fetch_all(
+    left: list[str], out: Path, repo: str, endpoint: str | None, record: _Record, threads: int, wait_seconds: float,
+    quiet: bool,
+) -> None:  # fmt: skip
+    if not left:
+        return
+    notes: list[str] = []
+
+    def fetch(name: str) -> None:
+        info = record.content["files"][name]
+        path = out / name
+        force = False
+
+        def attempt() -> None:
+            nonlocal force
+            if force or not (path.exists() and _right(path, info)):
+                hf_hub_download(
+                    repo, name, repo_type="dataset", revision=record.content["revision"], local_dir=out,
+                    endpoint=endpoint, force_download=True,
+                )  # fmt: skip
+                force = True
+                if not _right(path, info):
+                    path.unlink()
+                    raise ValueError("its checksum is not the one the hub lists")
+            with record.lock:
+                info["verified"] = path.stat().st_mtime_ns
+                record.save()
+
+        def note(tried: int, reason: str) -> None:
+            notes.append(f"{name}: {reason}; try {tried + 2} of {TRIES}")
+
+        _persist(attempt, str(path), wait_seconds, note)
+
+    total = sum(record.content["files"][name]["size"] for name in left)
+    partial = out / ".cache" / "huggingface" / "download"
+    with cli.Bar("download", total, "B", quiet) as bar:
+        pool = ThreadPoolExecutor(threads)
+        pending = {pool.submit(fetch, name) for name in left}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                arrived = sum(record.content["files"][n]["size"] for n in left if _verified(out, n, record))
+                arrived += sum(_size(path) for path in partial.rglob("*.incomplete"))
+                bar.reach(min(arrived, total), notes[-1] if notes else "")
+                for future in done:
+                    future.result()
+        except KeyboardInterrupt:
+            # The hub's client cannot be interrupted between threads; a file half-way leaves only its temporary name.
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            os._exit(130)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # finished between listing and asking
+        return 0
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m nanojax.data download`."""
+    parser = cli.Parser(
+        "download",
+        "Fetches text shards from the Hugging Face hub (or the server in HF_ENDPOINT) and checks every checksum.\n"
+        "The repository's last file is always fetched, for validation. Stop and rerun as you like: whole files are\n"
+        "kept, a larger --shards adds to them, and the revision stays the one of the first call.",
+        "  python -m nanojax.data download --dataset fineweb-edu --shards 800 --out texts/fw\n"
+        "  python -m nanojax.data download --dataset climbmix --shards 2 --out texts/cm\n"
+        "then\n"
+        "  python -m nanojax.data tokenizer --input texts/fw --valid last --out data/fw/tokenizer\n"
+        "  python -m nanojax.data tokenize --input texts/fw --valid last --out data/fw",
+    )
+    parser.add_argument("--dataset", required=True, help=f"{', '.join(PRESETS)}, or a dataset repository owner/name")
+    parser.add_argument("--shards", type=cli.count, required=True, metavar="N", help="training files to fetch")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the files and download.json")
+    parser.add_argument("--threads", type=cli.count, default=4, metavar="N", help="files at a time (%(default)s)")
+    args = parser.parse_args(arguments)
+    paths = download(args.dataset, args.out, args.shards, args.threads)
+    print(f"{len(paths)} files in {args.out}, checksums verified; validation is {paths[-1].name}")
