@@ -1,0 +1,273 @@
+"""The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
+
+import contextlib
+import fcntl
+import itertools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanojax import checkpoint, loss, metrics, model, runtime, sample
+from nanojax import config as configs
+from nanojax import step as steps
+from nanojax.config import Config, UserError, run_main
+from nanojax.data import loader
+from nanojax.tokenizer import Tokenizer
+
+USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
+
+Trains a model. The same command again resumes where the run folder's newest checkpoint ends. SIGTERM and Ctrl-C finish
+the step, save and exit 0; a second Ctrl-C exits at once. Exit codes: 0 done, or stopped and saved; 1 the loss became
+NaN or Inf; 2 a mistake in config, data or folders, told in one line.
+
+examples:
+  python -m nanojax.train --config=demo
+  python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
+  python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
+"""
+# A run may be resumed with these changed: they do not touch what is computed. The loader compares the data itself.
+HARMLESS = ("eval.", "checkpoint.", "profile.", "train.log_every", "train.tensorboard", "train.run", "data.path")
+
+
+class Diverged(Exception):
+    """The loss, another metric or the state is NaN or Inf. The message says which, when and what is left."""
+
+
+def train(config: Config) -> None:
+    """Runs `config` (resolved) to its last step, or to a signal; resumes if its run folder has a checkpoint.
+
+    Raises UserError before anything compiles or is written when data, folder or sizes cannot work; Diverged on NaN or Inf.
+    """
+    run, t, T = Path(config.train.run), config.train, config.model.T
+    model.residual_names(config)
+
+    # data
+    A, B, _ = config.batch_shape
+    batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
+    tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
+    bytes_V = tokenizer.bytes_per_token()
+    loader.valid_batches(config.data.path, B, T)  # told now rather than at the first evaluation
+    limit = math.ceil(config.eval.tokens / (B * T)) or None
+
+    with contextlib.ExitStack() as open_until_the_end:
+        # run folder
+        open_until_the_end.enter_context(_locked(run))
+        stop, in_loop = open_until_the_end.enter_context(_signals())
+        _compare_with_earlier(run, config)
+        tokenizer.save(run / "tokenizer")
+        checkpoint.write_config(run, config)
+
+        # the step, compiled before the state exists: autotuning on a GPU wants scratch memory
+        begin = time.monotonic()
+        print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
+        print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
+        abstract = steps.abstract_state(config)
+        tokens = jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
+        train_step = jax.jit(steps.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
+        rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+        losses: Any = jax.jit(lambda params, tokens: loss.token_losses(config, params, tokens))
+        losses = losses.lower(abstract.params, rows).compile()
+        print(f"compiled in {time.monotonic() - begin:.0f} s; the step needs {_gib(train_step):.2f} GiB")
+
+        # state, restored or fresh
+        restored = checkpoint.restore(run, config)
+        if restored:
+            state, meta = restored
+            batches.set_state(meta["data"])
+            print(f"resuming after step {meta['step']}")
+        else:
+            state = jax.jit(steps.init_state, static_argnums=0)(config)
+        done = int(state.step)
+        if done >= t.steps:
+            print(f"{run}: all {t.steps} steps are done")
+            return
+        writer = open_until_the_end.enter_context(contextlib.closing(checkpoint.open_for_saving(run, config)))
+        log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
+
+        # loop
+        in_loop.set()
+        late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
+        while done < t.steps and not stop.is_set():
+            if done == config.profile.start:
+                jax.profiler.start_trace(run / "profile")
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                state, new = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
+            done += 1
+            if late:  # the device is busy with the next step meanwhile
+                log.train(late[0], _read(*late, run))
+            late = done, new
+
+            evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
+            save = done == t.steps or stop.is_set() or (config.checkpoint.every and done % config.checkpoint.every == 0)
+            profiled = config.profile.start >= 0 and done == min(config.profile.start + config.profile.steps, t.steps)
+            if not (evaluate or save or profiled):
+                continue
+            log.train(done, _read(*late, run))  # waits for the device
+            late = None
+            if profiled:
+                jax.profiler.stop_trace()
+                (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
+                log.say(f"trace written to {run / 'profile'}; python scripts/profile.py {run} prints its top kernels")
+            if evaluate:
+                parts = itertools.islice(loader.valid_batches(config.data.path, B, T), limit)
+                scores = metrics.bits_per_byte(losses, state.params, parts, bytes_V)
+                log.evaluation(done, scores, _sample(config, state.params, tokenizer))
+            if save:
+                log.flush()
+                _save(writer, config, state, batches, tokenizer, run)
+            log.restart_clock(done)
+
+        if late:  # a signal came between the two looks at `stop`
+            log.train(done, _read(*late, run))
+            log.flush()
+            _save(writer, config, state, batches, tokenizer, run)
+        checkpoint.wait(writer)
+        left = f"stopped after step {done}; the same command resumes" if done < t.steps else f"done, {t.steps} steps"
+        log.say(f"{left}; saved in {run}")
+
+
+def _read(step: int, device_metrics: dict[str, jax.Array], run: Path) -> dict[str, float]:
+    """A step's metrics as floats. Diverged if one is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name} is {value}; {_left(run)}")
+    return values
+
+
+def _save(
+    writer: Any, config: Config, state: steps.State, batches: loader.TrainIterator, tokenizer: Tokenizer, run: Path
+) -> None:
+    step = int(state.step)
+    try:
+        checkpoint.save(writer, config, state, batches.get_state(), tokenizer.fingerprint)
+    except checkpoint.NotFinite as error:
+        raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved; {_left(run)}") from None
+
+
+def _left(run: Path) -> str:
+    """What a diverged run can go back to."""
+    steps = checkpoint.available(run)
+    last = f"the last good checkpoint is {run / checkpoint.FOLDER / str(steps[-1])}" if steps else "no checkpoint yet"
+    return f"{last}; lower the learning rates (optim.*) in another --train.run"
+
+
+def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
+    if not config.eval.prompt or not config.eval.sample_tokens:
+        return None
+    return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens)[0]
+
+
+def _gib(compiled: Any) -> float:
+    m = compiled.memory_analysis()
+    return (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
+
+
+def _compare_with_earlier(run: Path, config: Config) -> None:
+    """UserError naming the keys in which this command differs from the run that the folder's checkpoints belong to."""
+    if not checkpoint.available(run):
+        return
+    earlier, now = configs.keys(checkpoint.read_config(run)), configs.keys(config)
+    changed = [k for k in now if now[k][1] != earlier[k][1] and not k.startswith(HARMLESS)]
+    if changed:
+        list_of = ", ".join(f"{k} (was {earlier[k][1]}, now {now[k][1]})" for k in changed)
+        raise UserError(f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run")
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Makes the run folder and holds it: two runs in one folder would destroy each other's checkpoints."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / "lock", "w")  # noqa: SIM115  held until the run ends; the kernel lets go of it after kill -9
+    except OSError as error:
+        raise UserError(f"{run}: cannot write there ({error.strerror}); choose another --train.run") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run}: another process is training in it; stop that one first") from None
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """(stop, in_loop). Once in_loop is set, SIGTERM or SIGINT sets stop, and a SIGINT after that exits at once.
+
+    Before, nothing is worth saving and a signal exits at once, with 0. A thread reads the signals from Python's wake-up
+    pipe, because handlers wait for the main thread, which may be inside a compilation of minutes.
+    """
+    stop, in_loop = threading.Event(), threading.Event()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        while (byte := os.read(read, 1)) and byte[0]:
+            if stop.is_set() and byte[0] == signal.SIGINT:
+                os._exit(130)
+            if not in_loop.is_set():
+                os._exit(0)
+            stop.set()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    earlier_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    earlier = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, in_loop
+    finally:
+        signal.set_wakeup_fd(earlier_fd)
+        for s, handler in earlier.items():
+            signal.signal(s, handler)
+        os.write(write, b"\0")
+        thread.join()
+        os.close(read)
+        os.close(write)
+
+
+def parse(arguments: Sequence[str]) -> Config | None:
+    """The config of a command line, None for --help (printed, with the named config's values if there is one)."""
+    rest, name = [], None
+    for argument in arguments:
+        if argument.startswith("--config="):
+            name = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    if {"-h", "--help"} & set(rest):
+        print(USAGE + f"\nconfigs: {', '.join(configs.available())}; or the path of a file\n\nkeys, with their value in "
+              f"{name or 'an empty config'}:\n{configs.describe(configs.load_unresolved(name) if name else Config())}")  # fmt: skip
+        return None
+    if not name:
+        raise UserError(f"--config=NAME is missing; there are {', '.join(configs.available())}; --help lists all keys")
+    return configs.load(name, rest)
+
+
+def main() -> None:
+    """The command."""
+    config = parse(sys.argv[1:])
+    if config is None:
+        return
+    runtime.configure()
+    try:
+        train(config)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        hint = "lower train.microbatch, or set compute.residuals=inputs; python -m nanojax.plan shows what fits"
+        raise UserError(f"out of device memory: {str(error).splitlines()[0][:200]}; {hint}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
