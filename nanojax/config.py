@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; UserError becomes `error: ...` on stderr and exit 2, a closed pipe or Ctrl-C is quiet."""
+    """Runs a command's `main`; UserError becomes `error: ...` on stderr, exit 2; a closed pipe and Ctrl-C are quiet."""
     try:
         main()
         sys.stdout.flush()
@@ -256,7 +256,7 @@ def _type_name(kind: Any) -> str:
 def describe(config: Config) -> str:
     """The table of --help: key, type, value, meaning."""
     return "\n".join(
-        f"  --{key}={value!s:<12} {_type_name(kind)}: {doc}" for key, (kind, value, doc) in keys(config).items()
+        f"  {f'--{key}={value}':<36} {_type_name(kind)}: {doc}" for key, (kind, value, doc) in keys(config).items()
     )
 
 

@@ -5,8 +5,9 @@ Each line of metrics.jsonl is one record with a `kind`:
   train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
   eval     {step, nll (nats a token), bpb (bits a byte), tokens, bytes, time}
   sample   {step, text}
-`step` counts finished updates. mfu is nanochat's FLOPs a token times tokens/s over the card's dense bf16 peak, whatever
-dtype computes; null on an unknown device. watts (mean since the last reading) and kwh (of the run) are null without NVML.
+`step` counts finished updates. mfu is nanochat's FLOPs a token times tokens/s over the card's dense bf16 peak,
+whatever dtype computes; null on an unknown device. watts (mean since the last reading) and kwh (of the run) are null
+where there is no NVIDIA driver to ask.
 """
 
 import collections
@@ -37,7 +38,7 @@ WINDOW = 20  # log lines that tokens/s and ETA are averaged over
 
 
 def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl, those of one kind if given. A last line cut off by a crash is left out."""
+    """The records of a run folder's metrics.jsonl, those of one kind if given; a last line cut off by a crash is not."""
     path = Path(run) / FILE
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():

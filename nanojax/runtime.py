@@ -1,4 +1,4 @@
-"""How jax is set up before a run touches a device: memory share, compilation cache, no rematerialisation behind our back."""
+"""How jax is set up before a run touches a device: memory share, compilation cache, remat pass."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ def configure() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY
     # XLA's own pass recomputes matmuls when it thinks that memory is short; compute.residuals says what is recomputed.
     jax.config.update("jax_compiler_enable_remat_pass", False)
-    if not jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanojax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save in several lines

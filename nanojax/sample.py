@@ -34,7 +34,7 @@ def _extend(config: Config, params: Any, tokens_BS: jax.Array, cache: Any, start
 def _choose(
     vocab: int, logits_BV: jax.Array, seed: jax.Array, position: jax.Array, temperature: jax.Array, ended_B, top_k: int
 ):
-    """Next tokens int32 [B] among the first `vocab` ids: greedy at temperature 0, else from the top_k; -1 where ended."""
+    """Next tokens int32 [B] among the first `vocab` ids: argmax at temperature 0, else from the top_k; -1 where ended."""
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab, logits_BV, -jnp.inf)
     if 0 < top_k < vocab:
         smallest = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -111,7 +111,7 @@ def generate(config: Config, params: Any, tokens: Sequence[int] | np.ndarray, ma
 
 
 def text(config: Config, params: Any, tokenizer: Tokenizer, prompt: str, max_new: int, **options: Any) -> list[str]:
-    """Continuations of `prompt` as text, the prompt in front, one a sample; `max_new` is cut to the model's sequence."""
+    """Continuations of `prompt` as text, the prompt in front, one a sample; `max_new` is cut to fit the model's T."""
     ids = [tokenizer.bos, *tokenizer.encode(prompt)][: config.model.T - 1]
     room = min(max_new, config.model.T - len(ids))
     rows = generate(config, params, ids, room, end=tokenizer.bos, vocab=tokenizer.vocab_size, **options)
@@ -127,7 +127,7 @@ def main() -> None:
     """The command."""
     parser = _Parser(
         prog="python -m nanojax.sample",
-        description="Continues a prompt with a trained run. Needs nothing but the run folder, also one copied elsewhere.",
+        description="Continues a prompt with a trained run. Needs nothing but the run folder, wherever it was copied.",
         epilog="examples:\n"
         "  python -m nanojax.sample --run=runs/demo --prompt='Fellow citizens'\n"
         "  python -m nanojax.sample --run=runs/demo --prompt=The --temperature=0 --tokens=32\n"
@@ -137,13 +137,17 @@ def main() -> None:
     )
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--prompt", default="", help="text to continue; empty = a new document")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens at most; fewer when the document ends (128)")
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="new tokens at most; fewer when the document ends (128)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the most likely token (0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k most likely tokens; 0 = all (50)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (0)")
     parser.add_argument("--samples", type=int, default=1, help="continuations, drawn together (1)")
     parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
-    parser.add_argument("--dtype", choices=[*checkpoint.DTYPES, "stored"], help="default: f32 on a CPU, else as trained")
+    parser.add_argument(
+        "--dtype", choices=[*checkpoint.DTYPES, "stored"], help="default: f32 on a CPU, else as trained"
+    )
     a = parser.parse_args()
     checks = {"tokens": a.tokens >= 1, "temperature": 0 <= a.temperature < 1e6, "top-k": a.top_k >= 0}
     checks |= {"seed": 0 <= a.seed < 2**32, "samples": a.samples >= 1}

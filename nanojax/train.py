@@ -45,7 +45,7 @@ class Diverged(Exception):
 def train(config: Config) -> None:
     """Runs `config` (resolved) to its last step, or to a signal; resumes if its run folder has a checkpoint.
 
-    Raises UserError before anything compiles or is written when data, folder or sizes cannot work; Diverged on NaN or Inf.
+    Raises UserError before anything compiles when data, folder or sizes cannot work; Diverged on NaN or Inf.
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
     model.residual_names(config)
@@ -95,10 +95,15 @@ def train(config: Config) -> None:
 
         # loop
         in_loop.set()
+        traced_until = 0  # the step after which a trace that is being taken ends
         late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
         while done < t.steps and not stop.is_set():
             if done == config.profile.start:
-                jax.profiler.start_trace(run / "profile")
+                jax.block_until_ready(state)  # else the trace would hold the end of the step before
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # a trace of three steps would be 25 MB of Python calls
+                jax.profiler.start_trace(run / "profile", profiler_options=options)
+                traced_until = min(done + config.profile.steps, t.steps)
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
                 state, new = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
             done += 1
@@ -108,15 +113,16 @@ def train(config: Config) -> None:
 
             evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
             save = done == t.steps or stop.is_set() or (config.checkpoint.every and done % config.checkpoint.every == 0)
-            profiled = config.profile.start >= 0 and done == min(config.profile.start + config.profile.steps, t.steps)
+            profiled = traced_until and (done == traced_until or stop.is_set())
             if not (evaluate or save or profiled):
                 continue
             log.train(done, _read(*late, run))  # waits for the device
             late = None
             if profiled:
                 jax.profiler.stop_trace()
+                traced_until = 0
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
-                log.say(f"trace written to {run / 'profile'}; python scripts/profile.py {run} prints its top kernels")
+                log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
                 parts = itertools.islice(loader.valid_batches(config.data.path, B, T), limit)
                 scores = metrics.bits_per_byte(losses, state.params, parts, bytes_V)
@@ -126,6 +132,8 @@ def train(config: Config) -> None:
                 _save(writer, config, state, batches, tokenizer, run)
             log.restart_clock(done)
 
+        if traced_until:
+            jax.profiler.stop_trace()
         if late:  # a signal came between the two looks at `stop`
             log.train(done, _read(*late, run))
             log.flush()
@@ -164,7 +172,8 @@ def _left(run: Path) -> str:
 def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
     if not config.eval.prompt or not config.eval.sample_tokens:
         return None
-    return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens)[0]
+    drawn = dict(temperature=0.8, top_k=50)  # greedy text of a young model is one phrase over and over
+    return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens, **drawn)[0]
 
 
 def _gib(compiled: Any) -> float:
@@ -180,7 +189,9 @@ def _compare_with_earlier(run: Path, config: Config) -> None:
     changed = [k for k in now if now[k][1] != earlier[k][1] and not k.startswith(HARMLESS)]
     if changed:
         list_of = ", ".join(f"{k} (was {earlier[k][1]}, now {now[k][1]})" for k in changed)
-        raise UserError(f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run")
+        raise UserError(
+            f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
+        )
 
 
 @contextlib.contextmanager
@@ -243,8 +254,9 @@ def parse(arguments: Sequence[str]) -> Config | None:
         else:
             rest.append(argument)
     if {"-h", "--help"} & set(rest):
-        print(USAGE + f"\nconfigs: {', '.join(configs.available())}; or the path of a file\n\nkeys, with their value in "
-              f"{name or 'an empty config'}:\n{configs.describe(configs.load_unresolved(name) if name else Config())}")  # fmt: skip
+        shown = configs.load_unresolved(name) if name else Config()
+        print(f"{USAGE}\nconfigs: {', '.join(configs.available())}; or the path of a file\n")
+        print(f"keys, with their value in {name or 'an empty config'}:\n{configs.describe(shown)}")
         return None
     if not name:
         raise UserError(f"--config=NAME is missing; there are {', '.join(configs.available())}; --help lists all keys")
