@@ -1,0 +1,127 @@
+"""A server on 127.0.0.1 that speaks the part of the hub's protocol that downloads need, and misbehaves as told."""
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+
+class HubServer:
+    """Serves `files` of one dataset repository. `faults[path]` is a list of faults, one used up by each GET (or HEAD,
+    for faults that start with "head"): cut, 429, 500, short, corrupt, head500; "tree" and "info" are paths, too."""
+
+    def __init__(self, repo: str, files: dict[str, bytes], small: tuple[str, ...] = ()):
+        self.repo, self.files, self.small = repo, files, small
+        self.sha = "a" * 40
+        self.faults: dict[str, list[str]] = {}
+        self.requests: Counter[str] = Counter()
+        self.ranges: list[str] = []
+        self.lock = threading.Lock()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, head=True)
+
+            def do_GET(self) -> None:
+                hub.answer(self, head=False)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+
+    def __enter__(self) -> "HubServer":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def fault(self, name: str, head: bool) -> str:
+        """The next fault for this name and kind of request, or an empty string."""
+        with self.lock:
+            waiting = self.faults.get(name, [])
+            if waiting and waiting[0].startswith("head") == head:
+                return waiting.pop(0)
+            return ""
+
+    def answer(self, to: BaseHTTPRequestHandler, head: bool) -> None:
+        """Answers one request, with its fault if one is waiting."""
+        path = unquote(urlparse(to.path).path)
+        api, files = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/{self.sha}/"
+        if path.startswith(files) and path[len(files) :] in self.files:
+            self.answer_file(to, path[len(files) :], head)
+        elif path in (api, f"{api}/revision/main"):
+            body = {"id": self.repo, "sha": self.sha, "siblings": [], "tags": [], "private": False, "downloads": 0}
+            self.answer_json(to, "info", {**body, "likes": 0, "_id": "1", "disabled": False, "gated": False})
+        elif path == f"{api}/tree/{self.sha}":
+            self.answer_json(to, "tree", [self.entry(name) for name in self.files])
+        else:
+            self.send(to, 404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+
+    def entry(self, name: str) -> dict:
+        """The tree's line for a file."""
+        data = self.files[name]
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entry = {"type": "file", "path": name, "size": len(data), "oid": git}
+        if name not in self.small:
+            sha256 = hashlib.sha256(data).hexdigest()
+            entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 134}
+        return entry
+
+    def answer_json(self, to: BaseHTTPRequestHandler, name: str, content) -> None:
+        self.requests[name] += 1
+        fault = self.fault(name, head=False)
+        if fault:
+            self.send(to, int(fault), b"{}")
+        else:
+            self.send(to, 200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, to: BaseHTTPRequestHandler, name: str, head: bool) -> None:
+        data, entry = self.files[name], self.entry(name)
+        etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["oid"]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
+        with self.lock:
+            self.requests[("HEAD " if head else "GET ") + name] += 1
+        fault = self.fault(name, head)
+        if fault in ("429", "500", "head500", "head429"):
+            self.send(to, int(fault[-3:]), b"busy", {"Retry-After": "0"}, head)
+            return
+        begin = 0
+        if (wanted := to.headers.get("Range")) and not head:
+            begin = int(wanted.removeprefix("bytes=").split("-")[0])
+            with self.lock:
+                self.ranges.append(f"{name} {begin}")
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        body = data[begin:]
+        if fault == "short":
+            body = body[: len(body) // 2]
+            headers.pop("Content-Range", None)
+        elif fault == "corrupt":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self.send(to, 206 if "Content-Range" in headers else 200, body, headers, head, cut=fault == "cut")
+
+    def send(
+        self, to: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None,
+        head: bool = False, cut: bool = False,
+    ) -> None:  # fmt: skip
+        """One response; `cut` closes the connection in the middle of its body."""
+        to.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            to.send_header(name, value)
+        to.end_headers()
+        if not head:
+            to.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            to.wfile.flush()
+            to.close_connection = True
