@@ -248,7 +248,7 @@ def run(
     ledger: Ledger | None = None,
     window: int = WINDOW,
 ) -> Iterator[dict[str, Any]]:
-    """Evaluates every task; yields a dict per window: task, done, total, seconds; at a task's end also its accuracy, centred."""
+    """Evaluates every task; yields a dict per window of examples, at a task's end with its accuracy."""
     for task in tasks:
         began, examples = time.monotonic(), load_examples(task, max_per_task)
         correct: list[bool] = []

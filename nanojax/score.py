@@ -69,7 +69,7 @@ def _row(request: Request) -> _Row:
 
 
 def _tail_attention(q, k, v, k_trunk, v_trunk, length_B, branch_BS):
-    """Attention [B,S,N,H] of tail queries over their row's trunk (`length_B` tokens) and their own branch up to them."""
+    """Attention [B,S,N,H] of tail queries over their row's trunk (`length_B` tokens) and their own branch."""
     S, T = q.shape[1], k_trunk.shape[1]
     scale = 1 / math.sqrt(q.shape[-1])
     to_trunk = jnp.einsum("bqnh,bknh->bnqk", q, k_trunk, preferred_element_type=F32) * scale
@@ -82,6 +82,7 @@ def _tail_attention(q, k, v, k_trunk, v_trunk, length_B, branch_BS):
     return (out + jnp.einsum("bnqk,bknh->bqnh", p[..., T:], v, preferred_element_type=F32)).astype(q.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_BS, length_B):
     """Last block's output [B,T+S,D] of trunk and tail together; S may be 0."""
     S = tail_BS.shape[1]
@@ -108,10 +109,8 @@ def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(config, params, trunk_BT, tail_BS, branch_BS, position_BS, length_B, at_M, targets_M):
-    """nats [M] f32 and argmax hits [M] bool of `targets_M`, predicted at flat positions `at_M` of [B*(T+S)]."""
-    hidden = _hidden(config, params, trunk_BT, tail_BS, branch_BS, position_BS, length_B)
-    x_MD = hidden.reshape(-1, hidden.shape[-1])[at_M]
+def _head(config: Config, params: Any, x_MD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """nats [M] f32 and argmax hits [M] bool of `targets_M` after the last block's outputs `x_MD`."""
 
     def chunk(inputs):
         x_CD, target_C = inputs
@@ -119,9 +118,24 @@ def _score(config, params, trunk_BT, tail_BS, branch_BS, position_BS, length_B, 
         picked = jnp.take_along_axis(logits, target_C[:, None], -1)[:, 0]
         return jax.nn.logsumexp(logits, -1) - picked, jnp.argmax(logits, -1).astype(jnp.int32) == target_C
 
-    C = min(HEAD_CHUNK, len(at_M))
+    C = min(HEAD_CHUNK, len(targets_M))
     nll, hits = lax.map(chunk, (x_MD.reshape(-1, C, x_MD.shape[-1]), targets_M.reshape(-1, C)))
     return nll.reshape(-1), hits.reshape(-1)
+
+
+def _score(config: Config, params: Any, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, jax.Array]:
+    """nats [M] and hits [M] of one batch; returns before the device is done.
+
+    Three compiled pieces, since the number of scored positions M varies freely with the shape of the trunk, which is
+    the one slow to compile.
+    """
+    *inputs, at_M, targets_M = arrays
+    return _head(config, {"head": params["head"]}, _gather(_hidden(config, params, *inputs), at_M), targets_M)
+
+
+@jax.jit
+def _gather(x_BTD: jax.Array, at_M: jax.Array) -> jax.Array:
+    return x_BTD.reshape(-1, x_BTD.shape[-1])[at_M]
 
 
 def bucket(length: int) -> int:
@@ -145,7 +159,7 @@ def _batch(rows: Sequence[_Row], members: Sequence[int], B: int, T: int, S: int)
         branch[b, : len(row.tail)], position[b, : len(row.tail)] = row.branch, row.position
         at += [b * (T + S) + (i if i >= 0 else T + ~i) for i in row.scored_at]
         targets += row.targets
-    M = max(16, 1 << (len(at) - 1).bit_length()) if at else 16
+    M = 1 << max(4, (len(at) - 1).bit_length())
     padding = [0] * (M - len(at))
     flat = np.array([at + padding, targets + padding], np.int32)
     return _Batch(list(members), (trunk, tail, branch, position, length, flat[0], flat[1]))
@@ -155,9 +169,16 @@ def batches(rows: Sequence[_Row], tokens: int) -> Iterator[_Batch]:
     """Rows sorted into batches of equal padded shape, each of about `tokens` tokens (at least one row)."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
-        S = bucket(len(row.tail)) if row.tail else 0
-        groups.setdefault((bucket(len(row.trunk)), S), []).append(i)
-    for (T, S), members in sorted(groups.items(), reverse=True):  # longest first: a lack of memory shows at once
+        S = 1 << max(4, (len(row.tail) - 1).bit_length()) if row.tail else 0
+        groups.setdefault((S, bucket(len(row.trunk))), []).append(i)
+    # What would leave a batch half empty moves up to a shape at most twice as long, which saves a compilation too.
+    for S, T in sorted(groups):
+        members, spare = groups[S, T], len(groups[S, T]) % max(1, tokens // (T + S))
+        larger = [g for g in sorted(groups) if g > (S, T) and T <= g[1] <= 2 * T and g[0] <= 2 * S]
+        if spare and larger:
+            groups[larger[0]] += members[len(members) - spare :]
+            del members[len(members) - spare :]
+    for (S, T), members in sorted(groups.items(), key=lambda g: -sum(g[0])):  # lack of memory shows at once
         B = max(1, tokens // (T + S))
         for start in range(0, len(members), B):
             yield _batch(rows, members[start : start + B], B, T, S)
@@ -187,7 +208,7 @@ def scorer(config: Config, params: Any, tokens: int = 8192) -> Callable[[Sequenc
 
         pending = None
         for batch in batches(rows, tokens):
-            result = _score(config, params, *batch.arrays)  # returns before the device is done
+            result = _score(config, params, batch.arrays)
             if pending is not None:
                 collect(*pending)
             pending = (batch, result)

@@ -1,7 +1,7 @@
 """PyTorch .pt files and nanochat's pickled tokenizer, read and written without torch and without running pickled code.
 
 A .pt file is a zip: `<root>/data.pkl` says which tensors there are, `<root>/data/<key>` holds their bytes. A pickle is
-a program, so it runs here on an unpickler that knows nothing but what a dictionary of tensors needs; any other name in it
+a program, so it runs here on an unpickler that knows only what a dictionary of tensors needs; any other name in it
 is refused by name before it is looked up. Tensor bytes are memory-mapped, so reading a 7 GB file needs no 7 GB.
 Format: torch/serialization.py and torch/_utils.py of PyTorch 1.6 and later (zip files; the older format is refused).
 """
