@@ -34,6 +34,9 @@ FILE_NAME = "tokenizer.json"
 MAX_VOCAB = 65_536  # token shards are uint16
 # tiktoken's regex engine overflows its stack on a million spaces in a row (100,000 are fine), so longer runs are cut.
 MAX_SPACES = 50_000
+TRAIN_BUFFER = (
+    512  # texts that rustbpe holds at a time: 50 MB at the 100,000 characters that nanojax.data cuts texts to
+)
 _LONG_SPACE = re.compile(rf"\s{{{MAX_SPACES + 1},}}")
 
 
@@ -118,6 +121,12 @@ class Tokenizer:
         """Writes `tokenizer.json` into the folder, atomically; returns its path."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(self._file())
+        os.replace(temporary, path)
+        return path
+
+    def _file(self) -> bytes:
         content = {
             "format": "nanojax-tokenizer-1",
             "fingerprint": self.fingerprint,
@@ -125,17 +134,15 @@ class Tokenizer:
             "special_tokens": list(SPECIAL_TOKENS),
             "tokens_base64": [base64.b64encode(token).decode() for token in self.tokens],
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=0))
-        os.replace(temporary, path)
-        return path
+        return json.dumps(content, indent=0).encode()
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
         """Reads what `save` wrote; UserError names the file when it is missing, damaged or of another kind."""
         path = Path(folder) / FILE_NAME
         try:
-            content = json.loads(path.read_bytes())
+            raw = path.read_bytes()
+            content = json.loads(raw)
             if content["format"] != "nanojax-tokenizer-1" or content["special_tokens"] != list(SPECIAL_TOKENS):
                 raise UserError(f"{path}: not a tokenizer of this version of nanojax")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens_base64"]]
@@ -145,7 +152,10 @@ class Tokenizer:
                 digest.update(len(part).to_bytes(8, "little") + part)
             if digest.hexdigest() != content["fingerprint"]:
                 raise UserError(f"{path}: fingerprint does not match the content; the file is damaged, copy it again")
-            return cls(tokens, content["pattern"])
+            tokenizer = cls(tokens, content["pattern"])
+            if tokenizer._file() != raw:
+                raise UserError(f"{path}: not as it was written; the file is damaged, copy it again")
+            return tokenizer
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no tokenizer there; make one with `python -m nanojax.data tokenizer --out={path.parent}`"
@@ -168,7 +178,9 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     if not smallest <= vocab_size <= MAX_VOCAB:
         raise UserError(f"vocabulary of {vocab_size}: must be {smallest} to {MAX_VOCAB} (ids are stored as uint16)")
     bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.train_from_iterator((_valid(text) for text in texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    bpe.train_from_iterator(
+        (_valid(text) for text in texts), vocab_size - len(SPECIAL_TOKENS), TRAIN_BUFFER, SPLIT_PATTERN
+    )
     ranked = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
     found = len(ranked) + len(SPECIAL_TOKENS)
     if found < vocab_size:

@@ -102,7 +102,7 @@ def test_rerun_fetches_nothing_and_more_shards_add(hub: HubServer, tmp_path: Pat
 
 
 def test_a_damaged_local_file_is_fetched_again(hub: HubServer, tmp_path: Path) -> None:
-    """A file changed, cut or removed since it was verified is noticed and replaced; one with a new time is only checked."""
+    """A file changed, cut or removed since it was verified is noticed and replaced; a touched one is checked."""
     paths = get(hub, tmp_path)
     raw = bytearray(paths[0].read_bytes())
     raw[77] ^= 1

@@ -1,7 +1,6 @@
 """The stated rules for documents: which are dropped, which are cut, how they are hashed and split."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,13 +11,13 @@ from nanojax.data.text import Dropped, Source
 RULES = """\
   empty          nothing but white space: dropped
   invalid UTF-8  bytes that are not UTF-8, or half a surrogate pair in JSON: the document is dropped
-  binary         a NUL, or more than 1 in 50 characters a control character: dropped
+  binary         a NUL, or more than 1 in 50 bytes an ASCII control character: dropped
   giant          over 1,000,000 characters: cut at white space into documents of at most that; a JSON line over 64 MiB
                  is dropped
   duplicate      (with --dedup) a document that came before, byte for byte: dropped
   held out       equal to a validation document, byte for byte: dropped from training"""
 MAX_CHARS = 1_000_000
-_CONTROL = re.compile(r"[\x01-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")  # not \t \n \f \r, not NEL (\x85)
+_CONTROL = bytes({*range(1, 32), 127} - set(b"\t\n\f\r"))  # deleting these from bytes is 4 times faster than a regex
 
 
 def clean(document: str | Dropped) -> Iterator[str | Dropped]:
@@ -27,7 +26,7 @@ def clean(document: str | Dropped) -> Iterator[str | Dropped]:
         yield document
     elif not document or document.isspace():
         yield Dropped("empty")
-    elif "\x00" in document or len(_CONTROL.findall(document)) * 50 > len(document):
+    elif _is_binary(document.encode()):
         yield Dropped("binary")
     elif len(document) <= MAX_CHARS:
         yield document
@@ -41,6 +40,10 @@ def clean(document: str | Dropped) -> Iterator[str | Dropped]:
             if not document[begin:end].isspace():
                 yield document[begin:end]
             begin = end
+
+
+def _is_binary(data: bytes) -> bool:
+    return b"\x00" in data or (len(data) - len(data.translate(None, _CONTROL))) * 50 > len(data)
 
 
 def document_hash(text: str) -> int:

@@ -204,7 +204,7 @@ def _encodable(text: str) -> str | Dropped:
 
 
 def _parquet(path: Path, start: int, key: str, meter: Meter) -> Iterator[str | Dropped]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         if key not in names:
             raise UserError(f"{path}: no column {key!r} (it has: {', '.join(names[:8])}); choose with --key")
