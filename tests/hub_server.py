@@ -4,17 +4,23 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
 class HubServer:
-    """Serves `files` of one dataset repository. `faults[path]` is a list of faults, one used up by each GET (or HEAD,
-    for faults that start with "head"): cut, 429, 500, short, corrupt, head500; "tree" and "info" are paths, too."""
+    """Serves `files` (contents, or paths to read them from) of one dataset repository.
 
-    def __init__(self, repo: str, files: dict[str, bytes], small: tuple[str, ...] = ()):
-        self.repo, self.files, self.small = repo, files, small
+    `faults[name]` is a list of faults of a file, or of "tree" or "info"; each request uses one up: a GET one of cut,
+    429, 500, short, corrupt; a HEAD one of head429, head500.
+    """
+
+    def __init__(self, repo: str, files: Mapping[str, bytes | Path], small: tuple[str, ...] = ()):
+        self.repo, self.files, self.small = repo, dict(files), small
         self.sha = "a" * 40
+        self.entries: dict[str, dict] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
@@ -47,6 +53,11 @@ class HubServer:
         self.server.server_close()
         self.thread.join()
 
+    def data(self, name: str) -> bytes:
+        """A file's content."""
+        content = self.files[name]
+        return content.read_bytes() if isinstance(content, Path) else content
+
     def fault(self, name: str, head: bool) -> str:
         """The next fault for this name and kind of request, or an empty string."""
         with self.lock:
@@ -71,12 +82,16 @@ class HubServer:
 
     def entry(self, name: str) -> dict:
         """The tree's line for a file."""
-        data = self.files[name]
+        if name in self.entries:
+            return self.entries[name]
+        data = self.data(name)
         git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         entry = {"type": "file", "path": name, "size": len(data), "oid": git}
         if name not in self.small:
             sha256 = hashlib.sha256(data).hexdigest()
             entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 134}
+        if isinstance(self.files[name], Path):
+            self.entries[name] = entry  # hashing a large file for each request would take its time
         return entry
 
     def answer_json(self, to: BaseHTTPRequestHandler, name: str, content) -> None:
@@ -88,7 +103,7 @@ class HubServer:
             self.send(to, 200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def answer_file(self, to: BaseHTTPRequestHandler, name: str, head: bool) -> None:
-        data, entry = self.files[name], self.entry(name)
+        data, entry = self.data(name), self.entry(name)
         etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
         with self.lock:
