@@ -89,22 +89,22 @@ def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_
     if not S:
         return model.hidden(config, params, trunk_BT)
     implementation = attn.default_implementation(config.compute.attention)
-    block = model.Block(config, implementation)
+    apply: Any = model.Block(config, implementation).apply
     offset_BS = position_BS - jnp.arange(S)[None, :]
 
     def layer(x, p):
         trunk, tail = x
-        q, k, v = block.apply({"params": p}, trunk, method="qkv")
+        q, k, v = apply({"params": p}, trunk, method="qkv")
         out = attn.attention(q, k, v, implementation)
         # The position of a tail token depends on its row, and qkv takes one list of positions: hence row by row.
-        one = lambda row, offset: block.apply({"params": p}, row[None], offset, method="qkv")
+        one = lambda row, offset: apply({"params": p}, row[None], offset, method="qkv")
         q_t, k_t, v_t = (a[:, 0] for a in jax.vmap(one)(tail, offset_BS))
         out_t = _tail_attention(q_t, k_t, v_t, k, v, length_B, branch_BS)
-        trunk, tail = (block.apply({"params": p}, a, o, method="rest") for a, o in ((trunk, out), (tail, out_t)))
+        trunk, tail = (apply({"params": p}, a, o, method="rest") for a, o in ((trunk, out), (tail, out_t)))
         return (trunk, tail), None
 
-    embed = model.Embed(config)
-    start = tuple(embed.apply({"params": params}, tokens) for tokens in (trunk_BT, tail_BS))
+    embed: Any = model.Embed(config).apply
+    start = tuple(embed({"params": params}, tokens) for tokens in (trunk_BT, tail_BS))
     return jnp.concatenate(lax.scan(layer, start, params["blocks"])[0], 1)
 
 

@@ -139,10 +139,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
             found = _unpickle(
                 path, _Restricted(archive.read(pickles[0]), _TENSOR_NAMES, _storages(path, archive, root))
             )
-    except (OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, zipfile.BadZipFile):
-            raise UserError(f"{path}: not a zip file of torch.save (PyTorch 1.6 or later), or damaged") from None
+    except UserError:
+        raise
+    except zipfile.BadZipFile:
+        raise UserError(f"{path}: not a zip file of torch.save (PyTorch 1.6 or later), or damaged") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # zipfile raises seven other types on damaged files
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     found = {"": found} if isinstance(found, np.ndarray) else found
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, expected a dictionary of tensors")
@@ -193,7 +197,7 @@ def write(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], ar
                 if array.shape != shape or array.dtype != dtype:
                     raise ValueError(f"{name}: {array.dtype}{array.shape}, announced {dtype}{shape}")
                 with archive.open(f"{root}/data/{key}", "w", force_zip64=True) as entry:
-                    entry.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+                    entry.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             archive.writestr(f"{root}/version", "3\n")
         os.replace(partial, path)
     finally:

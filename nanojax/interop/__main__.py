@@ -1,0 +1,84 @@
+"""The command that converts checkpoints.        python -m nanojax.interop"""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from nanojax import checkpoint, runtime
+from nanojax.config import UserError, run_main
+from nanojax.interop import convert
+
+EXAMPLES = """examples:
+  python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
+  python -m nanojax.interop import ~/.cache/nanochat/base_checkpoints/d20 runs/d20
+  python -m nanojax.interop export runs/d32 d32-hf                       -> transformers' NanoChat (safetensors)
+  python -m nanojax.interop export runs/d32 d32-nanochat --to=nanochat   -> model_NNNNNN.pt, meta_NNNNNN.json
+  python -m nanojax.interop export runs/d32 d32-hf --dtype=bf16
+Neither torch nor transformers is needed, and no pickled code is run.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m nanojax.interop --help")
+
+
+def _import(a: argparse.Namespace) -> None:
+    found = convert.load(Path(a.folder), Path(a.tokenizer) if a.tokenizer else None, a.step)
+    for note in found.notes:
+        print(f"note: {note}")
+    convert.to_run(found, Path(a.run))
+    m, s = found.config.model, found.config.stored
+    print(
+        f"{a.run}: {m.parameters:,} parameters of step {found.step}, blocks {s.blocks}, embed {s.embed}, head {s.head}"
+    )
+    print(f"next: python -m nanojax.sample --run={a.run} --prompt='The'")
+
+
+def _export(a: argparse.Namespace) -> None:
+    steps = checkpoint.available(a.run)
+    step = steps[-1] if a.step is None and steps else a.step
+    config, params, tokenizer = checkpoint.load_params(a.run, None, step)
+    params, quantised = convert.floats(params, a.dtype)
+    if quantised:
+        print(f"note: {', '.join(quantised)} are stored in int8 and are written as the floats they stand for")
+    if a.to == "nanochat":
+        convert.export_nanochat(Path(a.out), config, params, tokenizer, step or 0)
+    else:
+        convert.export_transformers(Path(a.out), config, params, tokenizer)
+    files = sorted(Path(a.out).iterdir())
+    print("\n".join(f"{path}  {path.stat().st_size:,} bytes" for path in files))
+
+
+def main() -> None:
+    """The command."""
+    parser = _Parser(
+        prog="python -m nanojax.interop",
+        description="Converts checkpoints: nanochat's and Hugging Face's into run folders, run folders into both.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export")
+    take = commands.add_parser("import", help="a nanochat or Hugging Face checkpoint folder -> a run folder")
+    take.add_argument("folder", help="folder with model_NNNNNN.pt, meta_NNNNNN.json, or config.json, *.safetensors")
+    take.add_argument("run", help="run folder to make")
+    take.add_argument("--step", type=int, help="nanochat: which model_NNNNNN.pt; default: the newest")
+    take.add_argument("--tokenizer", help="tokenizer.pkl or tokenizer.json, if it is not beside the weights")
+    take.set_defaults(do=_import)
+    give = commands.add_parser("export", help="a run folder -> a nanochat or Hugging Face checkpoint folder")
+    give.add_argument("run", help="run folder")
+    give.add_argument("out", help="folder to write, empty or new")
+    give.add_argument("--to", choices=["hf", "nanochat"], default="hf", help="layout (hf)")
+    give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, int8 as f32")
+    give.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
+    give.set_defaults(do=_export)
+    a = parser.parse_args()
+    runtime.configure()
+    try:
+        a.do(a)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'writing'}: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,326 @@
+"""Whole checkpoints: reads nanochat's and transformers' folders into our parameters, writes both, makes run folders.
+
+nanochat: model_NNNNNN.pt, meta_NNNNNN.json, and tokenizer.pkl beside them, in tokenizer/ or in ../../tokenizer.
+transformers: config.json, *.safetensors (one or sharded), tokenizer.json.
+Parameters keep their dtype bit by bit. int8 parameters are exported as the floats they stand for.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nanojax import checkpoint
+from nanojax.config import Compute, Config, Format, Model, Stored, Train, UserError, resolve
+from nanojax.interop import tensors, tokenizers, torch_file
+from nanojax.interop.tensors import BF16
+from nanojax.quant import Quantized, decode, decode_tree
+from nanojax.tokenizer import Tokenizer
+
+SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
+NORM_EPS = 2.0**-23  # ours and nanochat's; transformers' default of 1e-6 differs by 4e-7 relative
+DTYPES: dict[Any, Format] = {np.dtype(np.float32): "f32", BF16: "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A foreign checkpoint: `params` numpy float arrays in our layout; `notes` for the reader."""
+
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+    notes: tuple[str, ...] = ()
+
+
+def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -> Imported:
+    """Reads a folder of either kind. UserError when it is neither, incomplete or of another architecture."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if any(folder.glob("model_*.pt")):
+        return _load_nanochat(folder, tokenizer, step)
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return _load_transformers(folder, tokenizer)
+    raise UserError(
+        f"{folder}: neither a nanochat checkpoint (model_NNNNNN.pt, meta_NNNNNN.json) nor a Hugging Face one "
+        "(config.json, *.safetensors)"
+    )
+
+
+def _config(name: str, m: Model, params: Any) -> Config:
+    """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
+    forms: Callable[[Any], Format] = lambda array: DTYPES[array.dtype]
+    blocks: set[Format] = {forms(p) for p in params["blocks"].values()}
+    if len(blocks) != 1:
+        raise UserError(
+            f"{name}: block matrices of different dtypes ({', '.join(sorted(blocks))}); convert them to one"
+        )
+    (form,) = blocks
+    compute = Compute(dtype="bf16" if form == "bf16" else "f32", loss_chunk=math.gcd(m.T, 1024))
+    stored = Stored(blocks=form, embed=forms(params["embed"]), head=forms(params["head"]))
+    return resolve(Config(name=name, model=m, stored=stored, compute=compute, train=Train(tokens_per_step=m.T)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; copy it beside the weights") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON table")
+    return found
+
+
+def _whole(where: Path, found: Mapping[str, Any], key: str, default: Any = None) -> int:
+    value = found.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"{where}: {key} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _model(where: Path, V: int, L: int, D: int, N: int, KV: int, T: int, **rest: Any) -> Model:
+    if KV != N:
+        raise UserError(f"{where}: {KV} key-value heads for {N} heads; grouped-query attention is not supported")
+    if D % N:
+        raise UserError(f"{where}: width {D} is not a multiple of {N} heads")
+    return Model(depth=L, width=D, head_dim=D // N, vocab=V, seq=T, **rest)
+
+
+def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Imported:
+    steps = sorted(int(m[1]) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        raise UserError(f"{folder}: no model_NNNNNN.pt of step {step}; there are {steps}")
+    meta_path, path = folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt"
+    c = _json(meta_path).get("model_config")
+    if not isinstance(c, dict):
+        raise UserError(f"{meta_path}: no model_config in it")
+    V, L, D, N = (_whole(meta_path, c, k) for k in ("vocab_size", "n_layer", "n_embd", "n_head"))
+    heads = _whole(meta_path, c, "n_kv_head", c["n_head"])
+    m = _model(meta_path, V, L, D, N, heads, _whole(meta_path, c, "sequence_len"))
+    found = {name.removeprefix("_orig_mod."): array for name, array in torch_file.read(path).items()}
+    listed = {name: (array.shape, array.dtype) for name, array in found.items()}
+    params = tensors.join(tensors.NANOCHAT, m, listed, found.__getitem__, path)
+    places = [tokenizer] if tokenizer else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
+    name = folder.name if folder.name not in ("", ".") else "nanochat"
+    return Imported(_config(name, m, params), params, _tokenizer(places, m), step)
+
+
+def _load_transformers(folder: Path, tokenizer: Path | None) -> Imported:
+    where = folder / "config.json"
+    c = _json(where)
+    if c.get("model_type") != "nanochat":
+        raise UserError(f"{where}: model_type is {c.get('model_type')!r}, only 'nanochat' can be read")
+    fixed = {"hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False}
+    for key, value in fixed.items():
+        if c.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {c[key]!r}, only {value!r} is supported")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{where}: rope_type is {rope['rope_type']!r}, only 'default' is supported")
+    cap, eps = c.get("final_logit_softcapping", 15.0), c.get("rms_norm_eps", 1e-6)
+    if not isinstance(cap, (int, float)) or cap <= 0:
+        raise UserError(f"{where}: final_logit_softcapping is {cap!r}; a model without a softcap is not supported")
+    if not isinstance(eps, float) or not 0 <= eps <= 1e-5:
+        raise UserError(f"{where}: rms_norm_eps is {eps!r}; only up to 1e-5 is close enough to our 2^-23")
+    base = float(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    names = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    V, L, D, N = (_whole(where, c, k) for k in names)
+    heads = _whole(where, c, "num_key_value_heads", c["num_attention_heads"])
+    T = _whole(where, c, "max_position_embeddings")
+    m = _model(where, V, L, D, N, heads, T, softcap=float(cap), rope_base=base)
+    if _whole(where, c, "intermediate_size") != m.F:
+        raise UserError(f"{where}: intermediate_size is {c['intermediate_size']}, expected 4*hidden_size = {m.F}")
+    if c.get("head_dim", m.H) != m.H:
+        raise UserError(f"{where}: head_dim is {c['head_dim']}, expected hidden_size/num_attention_heads = {m.H}")
+    files = _safetensors(folder)
+    try:
+        listed, owner = {}, {}
+        for path in files:
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    part = file.get_slice(name)
+                    kinds = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
+                    listed[name] = (tuple(part.get_shape()), kinds.get(part.get_dtype(), np.dtype(np.int64)))
+                    owner[name] = path
+        opened = {path: safe_open(path, "np") for path in files}
+        read: Callable = lambda name: opened[owner[name]].get_tensor(name)
+        params = tensors.join(tensors.TRANSFORMERS, m, listed, read, folder)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: damaged safetensors file ({error}); fetch it again") from None
+    note = () if math.isclose(eps, NORM_EPS, rel_tol=1e-3) else (f"its rms_norm_eps is {eps:g}, ours 2^-23",)
+    name = folder.name if folder.name not in ("", ".") else "huggingface"
+    return Imported(_config(name, m, params), params, _tokenizer([tokenizer or folder], m), 0, note)
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The files of the weights; a shard that the index names and the folder lacks is told by name."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise UserError(f"{index}: its weight_map does not map tensors to files in this folder")
+    files = [folder / name for name in sorted(set(names.values()))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, though {index.name} names it; fetch it again")
+    return files
+
+
+def _tokenizer(places: list[Path], m: Model) -> Tokenizer:
+    found = tokenizers.load(places)
+    if found.vocab_size > m.V:
+        raise UserError(f"{places[0]}: its tokenizer has {found.vocab_size} ids, the model only {m.V}")
+    return found
+
+
+def as_dtype(config: Config, params: Any, dtype: str) -> tuple[Config, Any]:
+    """(config, params) on the device, all parameters in f32 or bf16 and computed in it, or "stored" = as they are."""
+    if dtype == "stored":
+        return config, jax.tree.map(jnp.asarray, params)
+    form: Any = dtype
+    stored = dataclasses.replace(config.stored, blocks=form, embed=form, head=form)
+    compute = dataclasses.replace(config.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
+    return dataclasses.replace(config, stored=stored, compute=compute), decode_tree(params, checkpoint.DTYPES[dtype])
+
+
+def to_run(found: Imported, run: Path) -> None:
+    """Makes a run folder that evaluate, sample and export accept: config, tokenizer and parameters at `found.step`.
+
+    It holds no optimizer state, so training does not resume from it. UserError if the folder holds checkpoints already.
+    """
+    if checkpoint.available(run):
+        raise UserError(f"{run}: holds checkpoints already; choose another folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run}: cannot write there ({error.strerror})") from None
+    found.tokenizer.save(run / "tokenizer")
+    checkpoint.write_config(run, found.config)
+    sums, finite = jax.device_get(checkpoint._checks({"params": jax.tree.map(jnp.asarray, found.params)}))
+    for path, ok in finite.items():
+        if not ok:
+            raise UserError(f"{path} holds NaN or Inf; not imported")
+    meta = {"step": found.step, "checks": {k: int(v) for k, v in sums.items()}}
+    meta |= {"tokenizer": found.tokenizer.fingerprint, "config": dataclasses.asdict(found.config), "data": {}}
+    writer = checkpoint.open_for_saving(run, found.config)
+    try:
+        writer.save_checkpointables(found.step, {"params": jax.tree.map(jnp.asarray, found.params), "meta": meta})
+    finally:
+        writer.close()
+
+
+def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
+    """(numpy float parameters, names of those that were int8). dtype None: floats as they are, int8 as f32."""
+    quantised: list[str] = []
+
+    def one(path: Any, leaf: Any) -> np.ndarray:
+        if isinstance(leaf, Quantized):
+            quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if isinstance(leaf, Quantized) else leaf.dtype
+        return np.asarray(decode(leaf, target))
+
+    is_leaf = lambda leaf: isinstance(leaf, Quantized)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf), quantised
+
+
+def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:
+    """Writes model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl and token_bytes.pt; `params` are numpy floats."""
+    m = config.model
+    if m.softcap != 15.0 or m.rope_base != 10000.0:
+        raise UserError(
+            f"nanochat fixes softcap 15 and rope base 10000 in its code; this one has {m.softcap:g} and {m.rope_base:g}"
+        )
+    _fresh(out)
+    kinds = tensors.dtypes(tensors.NANOCHAT, params, m)
+    listed = {name: (shape, kinds[name]) for name, shape in tensors.shapes(tensors.NANOCHAT, m).items()}
+    torch_file.write(out / f"model_{step:06d}.pt", listed, tensors.split(tensors.NANOCHAT, params, m))
+    sizes = {"sequence_len": m.T, "vocab_size": m.V, "n_layer": m.L, "n_head": m.N, "n_kv_head": m.N, "n_embd": m.D}
+    meta = {"step": step, "model_config": sizes, "user_config": {}}
+    (out / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    tokenizers.save_nanochat(tokenizer, out, m.V)
+
+
+def export_transformers(out: Path, config: Config, params: Any, tokenizer: Tokenizer) -> None:
+    """Writes config.json, model.safetensors (or shards and an index), tokenizer files; `params` are numpy floats."""
+    m = config.model
+    _fresh(out)
+    kinds = tensors.dtypes(tensors.TRANSFORMERS, params, m)
+    listed = tensors.shapes(tensors.TRANSFORMERS, m)
+    size = {n: math.prod(s) * kinds[n].itemsize for n, s in listed.items()}
+    if sum(size.values()) <= SHARD_BYTES:
+        _save(out / "model.safetensors", dict(zip(listed, tensors.split(tensors.TRANSFORMERS, params, m))))
+    else:
+        groups = _groups(size)
+        arrays, weight_map = zip(listed, tensors.split(tensors.TRANSFORMERS, params, m)), {}
+        for i, group in enumerate(groups, 1):
+            file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            _save(out / file, dict(next(arrays) for _ in group))
+            weight_map |= dict.fromkeys(group, file)
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    narrow = all(k == BF16 for k in kinds.values())
+    table = {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": m.V,
+        "hidden_size": m.D,
+        "intermediate_size": m.F,
+        "num_hidden_layers": m.L,
+        "num_attention_heads": m.N,
+        "num_key_value_heads": m.N,
+        "max_position_embeddings": m.T,
+        "hidden_act": "relu2",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_theta": m.rope_base, "rope_type": "default"},
+        "final_logit_softcapping": m.softcap,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.bos,
+        "pad_token_id": tokenizer.bos,
+        "dtype": "bfloat16" if narrow else "float32",
+    }
+    tokenizers.save_transformers(tokenizer, out, m.T)
+    (out / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _groups(size: Mapping[str, int]) -> list[list[str]]:
+    groups, filled = [[]], 0
+    for name, n in size.items():
+        if groups[-1] and filled + n > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += n
+    return groups
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial, metadata={"format": "pt"})
+    os.replace(partial, path)
+
+
+def _fresh(out: Path) -> None:
+    """Makes the folder; an export never mixes with what is there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out}: is not empty; choose another folder")
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror})") from None
