@@ -5,6 +5,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from pathlib import Path
@@ -46,9 +48,22 @@ class Encoded:
 _worker_tokenizer: Tokenizer | None = None
 
 
-def _start_worker(folder: str) -> None:
+def _load_tokenizer(folder: str) -> None:
     global _worker_tokenizer
     _worker_tokenizer = Tokenizer.load(folder)
+
+
+def _start_worker(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:  # a worker waits for work for ever when its parent was killed
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _load_tokenizer(folder)
 
 
 def _encode(documents: list[str | text.Dropped]) -> Encoded:
@@ -70,8 +85,18 @@ def _encode(documents: list[str | text.Dropped]) -> Encoded:
     return Encoded(tokens, lengths, np.array(sizes, np.int64), np.array(hashes, np.uint64), dict(counts))
 
 
-def _tasks(source: text.Source, start: int, key: str) -> Iterator[tuple[list[str | text.Dropped], float]]:
-    """Documents from `start` on in lists of about TASK_CHARS, each with the fraction of the file read by then."""
+@dataclasses.dataclass
+class Task:
+    """Some documents of one source; `fraction` of its file was read by then, `last` when no more follow."""
+
+    source: text.Source
+    documents: list[str | text.Dropped]
+    fraction: float
+    last: bool
+
+
+def _tasks(source: text.Source, start: int, key: str) -> Iterator[Task]:
+    """The source's documents from `start` on, in tasks of about TASK_CHARS characters; at least one task."""
     meter = text.Meter()
     task: list[str | text.Dropped] = []
     chars = 0
@@ -79,9 +104,9 @@ def _tasks(source: text.Source, start: int, key: str) -> Iterator[tuple[list[str
         task.append(document)
         chars += len(document) if isinstance(document, str) else 1000
         if chars >= TASK_CHARS:
-            yield task, meter.fraction
+            yield Task(source, task, meter.fraction, last=False)
             task, chars = [], 0
-    yield task, 1.0
+    yield Task(source, task, 1.0, last=True)
 
 
 class _Inline(Executor):
@@ -95,7 +120,7 @@ class _Inline(Executor):
 
 def _pool(workers: int, tokenizer_folder: str) -> Executor:
     if workers == 1:
-        _start_worker(tokenizer_folder)
+        _load_tokenizer(tokenizer_folder)
         return _Inline()
     context = multiprocessing.get_context("spawn")  # fork would copy a process that may hold threads of jax or grain
     return ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
@@ -103,17 +128,18 @@ def _pool(workers: int, tokenizer_folder: str) -> Executor:
 
 def _results(
     pool: Executor, workers: int, left: list[tuple[text.Source, int]], key: str
-) -> Iterator[tuple[text.Source, float, Encoded]]:
-    """The tasks' results in order, with at most three tasks a worker in flight; fraction 1.0 ends a source."""
-    flying: collections.deque[tuple[text.Source, float, Future[Encoded]]] = collections.deque()
+) -> Iterator[tuple[Task, Encoded]]:
+    """The tasks and their results in order, with at most three tasks a worker in flight."""
+    flying: collections.deque[tuple[Task, Future[Encoded]]] = collections.deque()
     for source, start in left:
-        for task, fraction in _tasks(source, start, key):
-            flying.append((source, fraction, pool.submit(_encode, task)))
+        for task in _tasks(source, start, key):
+            flying.append((task, pool.submit(_encode, task.documents)))
+            task.documents = []  # the worker has them now
             if len(flying) > 3 * workers:
-                first, read, future = flying.popleft()
-                yield first, read, future.result()
-    for source, fraction, future in flying:
-        yield source, fraction, future.result()
+                first, future = flying.popleft()
+                yield first, future.result()
+    for task, future in flying:
+        yield task, future.result()
 
 
 class _Part:
@@ -205,8 +231,13 @@ class _Job:
     def left(self, split: str, sources: list[text.Source]) -> list[tuple[text.Source, int]]:
         """The sources that are not done, each with the number of its first document that is not."""
         named = {source.name: source for source in sources}
-        finished = [done for shard in self.shards[split] for done in shard.meta["finished"]]
+        # The last documents of a run may all be validation: then a validation shard ends it and says what is finished.
+        shards = self.shards["valid"] + self.shards["train"] if split == "train" else self.shards["valid"]
+        finished = [done for shard in shards for done in shard.meta["finished"]]
+        over = {done["name"] for done in finished}
         position = self.shards[split][-1].meta["position"] if self.shards[split] else {}
+        if position.get("name") in over:
+            position = {}
         for done in [*finished, *([position] if position else [])]:
             source = named.get(done["name"])
             if source and source.size != done["size"]:
@@ -219,7 +250,6 @@ class _Job:
                 f"{position['name']}: tokenising stopped inside this input, which is not among the inputs now; put it "
                 "back"
             )
-        over = {done["name"] for done in finished}
         open_at = [(named[position["name"]], position["documents"])] if position else []
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
 
@@ -227,32 +257,31 @@ class _Job:
             bar: cli.Bar) -> None:  # fmt: skip
         """Tokenises `left` into shards of `split`; under a hash rule a train run also writes the validation shards."""
         parts = {name: _Part(self.out, name) for name in ("valid", "train")}
+        starts = {source.name: start for source, start in left}
         position: dict[str, Any] = {}
         finished: list[dict[str, Any]] = []
         bytes_before = 0
         try:
-            for source, fraction, encoded in _results(pool, workers, left, self.options.key):
+            for task, encoded in _results(pool, workers, left, self.options.key):
+                source = task.source
                 counts = self.leftover.setdefault(source.name, collections.Counter())
                 keep = self._keep(split, encoded, counts)
                 chosen = self.split.chosen(encoded.hashes) if split == "train" else np.ones(len(keep), bool)
                 for name, part in parts.items():
                     part.append(len(self.shards[name]), source, encoded, keep & (chosen == (name == "valid")))
-                if position.get("name") != source.name:
-                    position = {"name": source.name, "size": source.size, "documents": dict(left)[source]}
-                position = {**position, "documents": position["documents"] + encoded.counts["read"]}
-                if fraction == 1.0:
+                done = position.get("documents", starts[source.name]) + encoded.counts["read"]
+                position = {"name": source.name, "size": source.size, "documents": done}
+                tokens = sum(map(self._tokens, parts.values()))
+                bar.reach(bytes_before + task.fraction * source.size, f"{tokens / 1e6:.1f} M tokens")
+                if task.last:
                     finished.append({"name": source.name, "size": source.size})
                     position = {}
-                bar.reach(
-                    bytes_before + fraction * source.size,
-                    f"{sum(map(self._tokens, parts.values())) / 1e6:.1f} M tokens",
-                )
-                bytes_before += source.size if fraction == 1.0 else 0
+                    bytes_before += source.size
                 writer = parts[split].writer
                 if writer and writer.tokens >= self.options.shard_tokens:
                     self._commit(split, parts, position, finished)
                     finished = []
-            if parts[split].writer:
+            if any(part.writer for part in parts.values()):
                 self._commit(split, parts, position, finished)
         finally:
             for part in parts.values():
@@ -276,18 +305,18 @@ class _Job:
         return keep
 
     def _commit(self, split: str, parts: dict[str, _Part], position: dict, finished: list) -> None:
+        carrier = split if parts[split].writer else "valid"  # the shard that says how far the run has come
         common = {
             "tokenizer": self.tokenizer.fingerprint, "options": dataclasses.asdict(self.options),
-            "with_train": len(self.shards["train"]) if split == "train" else -1,
+            "with_train": len(self.shards["train"]) if carrier == "train" else -1,
         }  # fmt: skip
         for name, part in parts.items():  # validation first, see __init__
-            mine = name == split
             if part.writer:
-                meta = {
-                    **common, "position": position if mine else {}, "finished": finished if mine else [],
-                    "counts": {name: dict(counts) for name, counts in self.leftover.items()} if mine else {},
-                }  # fmt: skip
-                self.shards[name].append(part.commit(meta, self.keep_hashes[name]))
+                progress = {"position": {}, "finished": [], "counts": {}}
+                if name == carrier:
+                    counts = {source: dict(counts) for source, counts in self.leftover.items()}
+                    progress = {"position": position, "finished": finished, "counts": counts}
+                self.shards[name].append(part.commit({**common, **progress}, self.keep_hashes[name]))
         self.leftover.clear()
         self.write_manifest()
 
