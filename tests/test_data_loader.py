@@ -340,6 +340,15 @@ def test_throughput_is_200_times_what_d32_eats(tmp_path: Path, tokenizer: Tokeni
     assert best > 200 * D32_ON_A_4070
 
 
+def test_long_planning_shows_progress(folder: Path, monkeypatch, capsys) -> None:
+    """The first opening of many tokens prints a progress line on stderr, the second (plans cached) does not."""
+    monkeypatch.setattr(loader, "ANNOUNCE_TOKENS", 1000)
+    train_iterator(folder, 4, 64, 0, 512)
+    assert "packing rows of 65" in capsys.readouterr().err
+    train_iterator(folder, 4, 64, 0, 512)
+    assert not capsys.readouterr().err
+
+
 def test_open_files_are_bounded(folder: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     """With more shards than OPEN_SHARDS the loader keeps only so many open, and batches stay the same."""
     for number in range(3, 40):

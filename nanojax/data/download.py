@@ -178,16 +178,18 @@ def _fetch_all(
     def fetch(name: str) -> None:
         info = record.content["files"][name]
         path = out / name
-        force = False
 
         def attempt() -> None:
-            nonlocal force
-            if force or not (path.exists() and _right(path, info)):
+            if not (path.exists() and _right(path, info)):
+                path.unlink(missing_ok=True)
                 hf_hub_download(
-                    repo, name, repo_type="dataset", revision=record.content["revision"], local_dir=out,
-                    endpoint=endpoint, force_download=True,
-                )  # fmt: skip
-                force = True
+                    repo,
+                    name,
+                    repo_type="dataset",
+                    revision=record.content["revision"],
+                    local_dir=out,
+                    endpoint=endpoint,
+                )
                 if not _right(path, info):
                     path.unlink()
                     raise ValueError("its checksum is not the one the hub lists")

@@ -14,11 +14,13 @@ import grain
 import numpy as np
 
 from nanojax.config import UserError
-from nanojax.data.packing import Plan, packed_rows, read_row, shard_plan
+from nanojax.data import cli
+from nanojax.data.packing import Plan, has_plan, packed_rows, read_row, shard_plan
 from nanojax.data.shards import Shard, find_shards
 from nanojax.tokenizer import Tokenizer
 
 OPEN_SHARDS = 128  # memory-mapped at once: two files each, well under the usual limit of 1,024 open files
+ANNOUNCE_TOKENS = 500_000_000  # planning and verifying runs at ~200 M tokens a second
 FOREVER = 1 << 60  # rows; grain wants a length, training ends long before
 
 
@@ -204,8 +206,21 @@ def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vo
     """
     tokenizer = _tokenizer(folder, vocab)
     stream = RowStream(Path(folder), tokenizer, seq + 1, seed)
+    _plan(find_shards(folder, "train", tokenizer.fingerprint), tokenizer.bos, seq + 1)
     stream._begin_pass()  # here and not in grain's thread, so that a bad folder is told before anything starts
     return TrainIterator(stream, rows)
+
+
+def _plan(shards: list[Shard], bos: int, row: int) -> None:
+    """Makes the plans that are not cached yet, with a progress line when that takes more than seconds."""
+    missing = [shard for shard in shards if not has_plan(shard, bos, row)]
+    total = sum(shard.tokens for shard in missing)
+    done = 0
+    with cli.Bar(f"packing rows of {row}", total, "tokens", quiet=total < ANNOUNCE_TOKENS) as bar:
+        for shard in missing:
+            shard_plan(shard, bos, row)
+            done += shard.tokens
+            bar.reach(done)
 
 
 def valid_batches(folder: str | os.PathLike, rows: int, seq: int) -> Iterator[np.ndarray]:

@@ -91,6 +91,11 @@ def plan_rows(begins: np.ndarray, total: int, row: int) -> Plan:
     return Plan(np.array(first, np.uint32), np.array(start, np.uint32), np.array(length, np.uint32), dropped, repeated)
 
 
+def has_plan(shard: Shard, bos: int, row: int) -> bool:
+    """Whether the shard's plan is cached."""
+    return _read_head(shard, bos, row) is not None
+
+
 def packed_rows(shard: Shard, bos: int, row: int) -> int:
     """How many rows of `row` tokens the shard gives; O(1) when its plan is cached, else the plan is made."""
     head = _read_head(shard, bos, row)
