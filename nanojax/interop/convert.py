@@ -292,7 +292,7 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.bos,
-        "pad_token_id": tokenizer.bos,
+        "pad_token_id": tokenizer.special(tokenizers.PADDING),
         "dtype": "bfloat16" if narrow else "float32",
     }
     tokenizers.save_transformers(tokenizer, out, m.T)

@@ -24,6 +24,8 @@ def _byte_characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+# Not bos: generate() masks what equals the padding token, and every prompt begins with bos.
+PADDING = "<|output_end|>"
 CHARACTER = _byte_characters()
 BYTE = {character: byte for byte, character in CHARACTER.items()}
 
@@ -152,7 +154,7 @@ def save_transformers(tokenizer: Tokenizer, out: Path, seq: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": bos,
-        "pad_token": bos,
+        "pad_token": PADDING,
         "model_max_length": seq,
         "clean_up_tokenization_spaces": False,
     }
