@@ -16,6 +16,7 @@ import pytest
 from nanojax import tokenizer as tokenizers
 from nanojax.config import UserError, run_main
 from nanojax.data import tokenize as module
+from nanojax.data import tokenizer as training
 from nanojax.data.__main__ import SUBCOMMANDS, main
 from nanojax.data.clean import document_hash
 from nanojax.data.seen import Seen
@@ -407,6 +408,45 @@ def test_bad_command_lines_are_one_line(arguments: list[str], message: str, monk
     stderr = capsys.readouterr().err
     assert exit.value.code == 2
     assert len(stderr.splitlines()) == 1 and stderr.startswith("error: ") and message in stderr
+
+
+@pytest.mark.parametrize("subcommand", ["prepare", "tokenizer"])
+def test_unwritable_folder_is_told_before_the_work(data: Path, monkeypatch, capsys, subcommand: str) -> None:
+    """An --out that cannot be made ends the command before the first character is trained on."""
+    (data / "file").write_text("in the way")
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained first"))
+    arguments = [subcommand, "--input", str(data / "text"), "--vocab", "300", "--out", str(data / "file" / "out")]
+    monkeypatch.setattr(sys, "argv", ["nanojax.data", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run_main(main)
+    assert exit.value.code == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_prepare_does_all_and_runs_again(data: Path, monkeypatch, capsys) -> None:
+    """`prepare` gives tokenizer, shards and manifest; run again it changes nothing; another --vocab is refused."""
+    arguments = [
+        "prepare",
+        "--input",
+        str(data / "text"),
+        "--vocab",
+        "290",
+        "--out",
+        str(data / "new"),
+        "--workers",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["nanojax.data", *arguments])
+    run_main(main)
+    assert "train: 1 shards" in capsys.readouterr().out
+    before = files(data / "new")
+    assert Tokenizer.load(data / "new" / "tokenizer").vocab_size == 290 and len(before) == 4
+    run_main(main)
+    assert files(data / "new") == before
+    monkeypatch.setattr(sys, "argv", ["nanojax.data", *arguments, "--vocab", "300"])
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert "has 290 ids, not 300" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", *SUBCOMMANDS])

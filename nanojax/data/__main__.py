@@ -29,7 +29,12 @@ def main() -> None:
     name = sys.argv[1]
     if name not in SUBCOMMANDS:
         raise UserError(f"no subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}")
-    importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
+    try:
+        importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # what no step foresaw, a folder without permission say, still names its file
+        raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

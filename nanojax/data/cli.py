@@ -1,8 +1,11 @@
 """What all data subcommands' command lines share: one-line argument errors, numbers like 2e9, a progress line."""
 
 import argparse
+import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -38,6 +41,16 @@ def count(text: str) -> int:
         return int(value)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number") from None
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """Makes the folder and sees that it can be written, before hours of work; UserError when not."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
 class Bar:

@@ -62,11 +62,7 @@ def download(
         raise UserError(f"--dataset={dataset}: give {', '.join(PRESETS)} or a hub repository as owner/name")
     disable_progress_bars()
     logging.set_verbosity_error()
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+    out = cli.output_folder(out)
     record = _Record(out)
     if record.content.get("repo", repo) != repo:
         raise UserError(f"{out}: holds files of {record.content['repo']}; choose another --out for {repo}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nanojax.config import UserError
-from nanojax.data import cli
+from nanojax.data import cli, text
 from nanojax.data.tokenize import Options, add_arguments, place_tokenizer, report, tokenize
 from nanojax.data.tokenizer import CHARS, train_on
 from nanojax.tokenizer import FILE_NAME, Tokenizer
@@ -13,7 +13,8 @@ def prepare(
     inputs: list[str], out: str | Path, vocab: int, options: Options, workers: int, quiet: bool = False
 ) -> dict:
     """Trains a tokenizer of `vocab` ids into `out`/tokenizer unless one is there, then tokenises; the manifest."""
-    out = Path(out)
+    text.find(inputs)  # before anything is written
+    out = cli.output_folder(out)
     if (out / "tokenizer" / FILE_NAME).exists():
         tokenizer = Tokenizer.load(out / "tokenizer")
         if tokenizer.vocab_size != vocab:

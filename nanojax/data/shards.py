@@ -37,7 +37,10 @@ class Shard:
     def open(self) -> np.ndarray:
         """uint16 [tokens], memory-mapped; UserError when the file is gone or has another length."""
         self.check_size()
-        return np.memmap(self.path, np.dtype("<u2"), mode="r", shape=(self.tokens,))
+        try:
+            return np.memmap(self.path, np.dtype("<u2"), mode="r", shape=(self.tokens,))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def check_size(self) -> os.stat_result:
         """The file's stat, once its length is the one recorded."""
@@ -45,6 +48,8 @@ class Shard:
             stat = self.path.stat()
         except FileNotFoundError:
             raise UserError(f"{self.path}: this token shard is missing; copy it again or rerun tokenize") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         if stat.st_size != 2 * self.tokens:
             raise UserError(
                 f"{self.path}: {stat.st_size} bytes where {2 * self.tokens} are recorded (truncated or still being "
@@ -55,12 +60,16 @@ class Shard:
     def verify(self) -> None:
         """Reads the whole file; UserError unless its sha256 is the recorded one."""
         self.check_size()
-        with open(self.path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
-                raise UserError(
-                    f"{self.path}: content does not match its sha256 (corrupted); copy it again, or delete it with its "
-                    ".json and rerun tokenize"
-                )
+        try:
+            with open(self.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if digest != self.sha256:
+            raise UserError(
+                f"{self.path}: content does not match its sha256 (corrupted); copy it again, or delete it with its "
+                ".json and rerun tokenize"
+            )
 
 
 def find_shards(folder: str | os.PathLike, split: str, fingerprint: str) -> list[Shard]:
@@ -166,13 +175,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Writes a small file by temporary name, fsync and rename; UserError when the disk refuses."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _write_error(path, error) from None
 
 

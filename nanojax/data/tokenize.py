@@ -166,7 +166,6 @@ class _Part:
         assert self.writer is not None
         if keep_hashes:
             path = _hash_path(self.writer.path)
-            path.parent.mkdir(exist_ok=True)
             write_atomic(path, np.concatenate(self.hashes).astype("<u8").tobytes())
         inputs = {name: dict(counts) for name, counts in self.inputs.items()}
         shard = self.writer.commit({**meta, "inputs": inputs})
@@ -444,11 +443,8 @@ def main(arguments: list[str]) -> None:
 def place_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Saves the tokenizer into the data folder; UserError when another one is there."""
     folder = out / "tokenizer"
-    try:
-        if not (folder / "tokenizer.json").exists():
-            tokenizer.save(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.save(cli.output_folder(folder))
     if (there := Tokenizer.load(folder)).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{folder}: holds another tokenizer (fingerprint {there.fingerprint[:12]}, not "

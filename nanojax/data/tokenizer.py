@@ -1,7 +1,6 @@
 """Trains a tokenizer on a budget of characters, streaming from text files."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,8 +43,10 @@ def train_on(
     inputs: list[str], vocab: int, valid: str, chars: int, document_chars: int, key: str, quiet: bool = False
 ) -> Tokenizer:
     """A tokenizer of `vocab` ids trained on the inputs' training documents."""
-    with cli.Bar("tokenizer", chars, "chars", quiet) as bar:
-        texts = training_text(text.find(inputs), Split(valid), chars, document_chars, key, bar)
+    sources = text.find(inputs)
+    enough = sum(source.size for source in sources) > chars  # compressed text may still be; then the end comes sooner
+    with cli.Bar("tokenizer", chars if enough else None, "chars", quiet) as bar:
+        texts = training_text(sources, Split(valid), chars, document_chars, key, bar)
         return train(texts, vocab)
 
 
@@ -76,13 +77,10 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if (Path(args.out) / FILE_NAME).exists():
         raise UserError(f"{Path(args.out) / FILE_NAME}: exists already; delete it or choose another --out")
+    text.find(args.input)  # before anything is written
+    folder = cli.output_folder(args.out)
     tokenizer = train_on(args.input, args.vocab, args.valid, args.chars, args.document_chars, args.key)
-    try:
-        path = tokenizer.save(args.out)
-    except OSError as error:
-        raise UserError(
-            f"{args.out}: cannot be written ({os.strerror(error.errno or 0)}); choose another --out"
-        ) from None
+    path = tokenizer.save(folder)
     print(f"{path}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")
     print_comparison(tokenizer, _prose(args.input, args.key))
 
