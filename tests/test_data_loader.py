@@ -103,6 +103,18 @@ def test_resume_at_any_step(folder: Path, steps: int) -> None:
     assert state_of(resumed)["position"] == (steps + 120) * 8
 
 
+def test_going_back_in_a_running_iterator(folder: Path) -> None:
+    """set_state on an iterator whose prefetching is under way goes back exactly, again and again."""
+    iterator = train_iterator(folder, 4, 64, 3, 512)
+    total = iterator.stream.passes[0].rows // 4
+    take(iterator, total - 2)  # prefetching is about to begin the next pass
+    state = state_of(iterator)
+    expected = take(iterator, 10)
+    for _ in range(10):
+        iterator.set_state(state)
+        np.testing.assert_array_equal(take(iterator, 10), expected)
+
+
 def test_resume_with_another_batch_size(folder: Path) -> None:
     """Rows go on where they were when the resumed run has another number of rows a batch."""
     iterator = train_iterator(folder, 8, 64, 3, 512)

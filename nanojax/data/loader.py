@@ -118,9 +118,8 @@ class RowStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up the passes of `state`; UserError names a shard that is gone or has other content."""
+        """Takes up the passes of `state`, in a fresh stream; UserError names a shard that is gone or has other content."""
         shards = {shard.name: shard for shard in find_shards(self.folder, "train", self.tokenizer.fingerprint)}
-        self.passes = []
         self.visits = {int(number): times for number, times in state["visits"].items()}
         for entry in state["passes"]:
             for name, sha in entry["shards"].items():
@@ -181,7 +180,9 @@ class TrainIterator:
                 raise UserError(
                     f"{stream.folder}: the saved data position was made with {name} {state[name]}, this run has {value}"
                 )
-        stream.restore(state)
+        # A new stream: a prefetching thread of the old position may still be at work on the old one.
+        self.stream = RowStream(stream.folder, stream.tokenizer, stream.row, stream.seed)
+        self.stream.restore(state)
         self._seek(state["position"])
 
 
