@@ -42,14 +42,16 @@ def varied(corpus: str, megabytes: float, seed: int) -> Iterator[str]:
     sentences = [document.split(". ") for document in documents]
     given = 0
     while given < megabytes * 1e6:
-        a, b = sentences[rng.integers(len(sentences))], sentences[rng.integers(len(sentences))]
-        begin = int(rng.integers(len(a)))
         wanted = min(int(rng.lognormal(7.6, 1.0)), 200_000)
         chosen, size = [], 0
-        while size < wanted and begin < len(a):
-            chosen.append(b[rng.integers(len(b))] if rng.random() < 0.1 else a[begin])
+        a, b, at = [], [], 0
+        while size < wanted:
+            if at == len(a):  # at the start, and where a document ends
+                a, b = sentences[rng.integers(len(sentences))], sentences[rng.integers(len(sentences))]
+                at = int(rng.integers(len(a)))
+            chosen.append(b[rng.integers(len(b))] if rng.random() < 0.1 else a[at])
             size += len(chosen[-1]) + 2
-            begin += 1
+            at += 1
         document = ". ".join(chosen) + "."
         given += len(document.encode())
         yield document

@@ -118,7 +118,7 @@ class RowStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up the passes of `state`, in a fresh stream; UserError names a shard that is gone or has other content."""
+        """Takes up the passes of `state`, in a fresh stream; UserError names a shard that is gone or changed."""
         shards = {shard.name: shard for shard in find_shards(self.folder, "train", self.tokenizer.fingerprint)}
         self.visits = {int(number): times for number, times in state["visits"].items()}
         for entry in state["passes"]:
