@@ -1,0 +1,73 @@
+"""CORE one example at a time, as slow and plain as it reads: the oracle of core.py and score.py, none of their code.
+
+Every prompt of an example is a row of one batch, all logits are computed for every position, and scores are taken from
+them in numpy. Rows are padded to multiples of 64 so that jit compiles a few shapes only; causality makes that harmless.
+"""
+
+import functools
+import random
+
+import jax
+import numpy as np
+
+from nanojax import model
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+    return model.forward(config, params, tokens)
+
+
+def prompts(kind, item, shots, delimiter):
+    """The prompts of one example, written out."""
+    text = ""
+    for shot in shots:
+        if kind == "multiple_choice":
+            text += shot["query"] + delimiter + shot["choices"][shot["gold"]]
+        elif kind == "schema":
+            text += shot["context_options"][shot["gold"]] + delimiter + shot["continuation"]
+        else:
+            text += shot["context"].strip() + delimiter + shot["continuation"]
+        text += "\n\n"
+    if kind == "multiple_choice":
+        return [text + item["query"] + delimiter + choice for choice in item["choices"]]
+    if kind == "schema":
+        return [text + context + delimiter + item["continuation"] for context in item["context_options"]]
+    start = text + item["context"].strip() + delimiter
+    return [start.strip(), start + item["continuation"]]
+
+
+def example(config, params, tokenizer, task, data, index):
+    """True if the model answers example `index` of the list `data` rightly."""
+    item = data[index]
+    others = [i for i in range(len(data)) if i != index]
+    shots = [data[i] for i in random.Random(1234 + index).sample(others, task.shots)] if task.shots else []
+    rows = [[tokenizer.bos] + tokenizer.encode(p) for p in prompts(task.kind, item, shots, task.delimiter)]
+    if task.kind == "language_modeling":
+        without, full = rows
+        start, rows = len(without), [full]
+        assert full[:start] == without
+        spans = [(start, len(full))]
+    elif task.kind == "multiple_choice":
+        start = 0
+        while all(len(r) > start and r[start] == rows[0][start] for r in rows):
+            start += 1
+        spans = [(start, len(r)) for r in rows]
+    else:
+        tail = 0
+        while all(len(r) > tail and r[-1 - tail] == rows[0][-1 - tail] for r in rows):
+            tail += 1
+        spans = [(len(r) - tail, len(r)) for r in rows]
+    length = -(-max(map(len, rows)) // 64) * 64
+    tokens = np.array([r + [tokenizer.bos] * (length - len(r)) for r in rows], np.int32)
+    logits = np.asarray(_logits(config, params, tokens), np.float64)
+    if task.kind == "language_modeling":
+        ((a, b),) = spans
+        return bool((logits[0, a - 1 : b - 1].argmax(-1) == tokens[0, a:b]).all())
+    top = logits.max(-1, keepdims=True)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    means = []
+    for row, (a, b) in enumerate(spans):
+        picked = [log_p[row, t - 1, tokens[row, t]] for t in range(a, b)]
+        means.append(-sum(picked) / len(picked) if picked else float("nan"))
+    return means.index(min(means)) == item["gold"]
