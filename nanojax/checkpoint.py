@@ -4,7 +4,7 @@ A run folder holds config.json (resolved), tokenizer/, metrics.jsonl and checkpo
 (optimizer state and step) and meta (JSON: step, data position, config, tokenizer fingerprint, checks). The run's only
 randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are zeros between steps.
 
-A check per leaf guards what orbax does not: of 39 kinds of damage tried, one loaded silently, a bit flipped in the data.
+A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
 """
 
 import dataclasses
@@ -176,7 +176,7 @@ def load_params(
 
 
 def _newest_good(run: Path, wanted: dict[str, Any], candidates: list[int]) -> tuple[dict[str, Any], dict] | None:
-    """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none is given."""
+    """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
     for step in reversed(candidates):
         folder = run / FOLDER / str(step)

@@ -38,7 +38,7 @@ WINDOW = 20  # log lines that tokens/s and ETA are averaged over
 
 
 def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl, those of one kind if given; a last line cut off by a crash is not."""
+    """The records of a run folder's metrics.jsonl, of one kind if given; without a last line cut off by a crash."""
     path = Path(run) / FILE
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -34,7 +34,7 @@ def _extend(config: Config, params: Any, tokens_BS: jax.Array, cache: Any, start
 def _choose(
     vocab: int, logits_BV: jax.Array, seed: jax.Array, position: jax.Array, temperature: jax.Array, ended_B, top_k: int
 ):
-    """Next tokens int32 [B] among the first `vocab` ids: argmax at temperature 0, else from the top_k; -1 where ended."""
+    """Next tokens int32 [B] below `vocab`: the argmax at temperature 0, else drawn from the top_k; -1 where ended."""
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab, logits_BV, -jnp.inf)
     if 0 < top_k < vocab:
         smallest = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]

@@ -39,7 +39,7 @@ HARMLESS = ("eval.", "checkpoint.", "profile.", "train.log_every", "train.tensor
 
 
 class Diverged(Exception):
-    """The loss, another metric or the state is NaN or Inf. The message says which, when and what is left."""
+    """The loss, another metric or the state is NaN or Inf. The message says which and when."""
 
 
 def train(config: Config) -> None:
@@ -97,7 +97,8 @@ def train(config: Config) -> None:
         in_loop.set()
         traced_until = 0  # the step after which a trace that is being taken ends
         late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
-        while done < t.steps and not stop.is_set():
+        stopping = False
+        while done < t.steps and not stopping:
             if done == config.profile.start:
                 jax.block_until_ready(state)  # else the trace would hold the end of the step before
                 options = jax.profiler.ProfileOptions()
@@ -108,15 +109,16 @@ def train(config: Config) -> None:
                 state, new = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
             done += 1
             if late:  # the device is busy with the next step meanwhile
-                log.train(late[0], _read(*late, run))
+                log.train(late[0], _read(*late))
             late = done, new
+            stopping = stop.is_set()  # looked at once a step, so that the step it ends is the step that is saved
 
             evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
-            save = done == t.steps or stop.is_set() or (config.checkpoint.every and done % config.checkpoint.every == 0)
-            profiled = traced_until and (done == traced_until or stop.is_set())
+            save = done == t.steps or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
+            profiled = traced_until and (done == traced_until or stopping)
             if not (evaluate or save or profiled):
                 continue
-            log.train(done, _read(*late, run))  # waits for the device
+            log.train(done, _read(*late))  # waits for the device
             late = None
             if profiled:
                 jax.profiler.stop_trace()
@@ -129,37 +131,29 @@ def train(config: Config) -> None:
                 log.evaluation(done, scores, _sample(config, state.params, tokenizer))
             if save:
                 log.flush()
-                _save(writer, config, state, batches, tokenizer, run)
+                _save(writer, config, state, batches, tokenizer)
             log.restart_clock(done)
 
-        if traced_until:
-            jax.profiler.stop_trace()
-        if late:  # a signal came between the two looks at `stop`
-            log.train(done, _read(*late, run))
-            log.flush()
-            _save(writer, config, state, batches, tokenizer, run)
         checkpoint.wait(writer)
         left = f"stopped after step {done}; the same command resumes" if done < t.steps else f"done, {t.steps} steps"
         log.say(f"{left}; saved in {run}")
 
 
-def _read(step: int, device_metrics: dict[str, jax.Array], run: Path) -> dict[str, float]:
+def _read(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
     """A step's metrics as floats. Diverged if one is not finite."""
     values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
     for name, value in values.items():
         if not math.isfinite(value):
-            raise Diverged(f"step {step}: {name} is {value}; {_left(run)}")
+            raise Diverged(f"step {step}: {name} is {value}")
     return values
 
 
-def _save(
-    writer: Any, config: Config, state: steps.State, batches: loader.TrainIterator, tokenizer: Tokenizer, run: Path
-) -> None:
+def _save(writer: Any, config: Config, state: steps.State, batches: loader.TrainIterator, tokenizer: Tokenizer) -> None:
     step = int(state.step)
     try:
         checkpoint.save(writer, config, state, batches.get_state(), tokenizer.fingerprint)
     except checkpoint.NotFinite as error:
-        raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved; {_left(run)}") from None
+        raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved") from None
 
 
 def _left(run: Path) -> str:
@@ -272,7 +266,7 @@ def main() -> None:
     try:
         train(config)
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; {_left(Path(config.train.run))}", file=sys.stderr)
         sys.exit(1)
     except jax.errors.JaxRuntimeError as error:
         if not runtime.is_out_of_memory(error):
