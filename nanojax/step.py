@@ -7,6 +7,7 @@ gradient, the full float view of the parameters and the full logits never exist.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,12 +71,12 @@ def _put(tree: Any, new: Any, i: jax.Array) -> Any:
 
 
 def forward_backward(
-    config: Config, params: Any, accum: Any, tokens_BT1: jax.Array, decay: jax.Array, key: jax.Array
+    config: Config, params: Any, accum: Any, tokens_BT1: jax.Array, decay: jax.Array, weight: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Loss sum (f32, nats) of one microbatch, and `accum` with its gradients added.
 
-    The gradient is of the mean over the whole step's tokens. `decay` multiplies what the block accumulators hold (1, or the
-    momentum at a step's first microbatch when they are the momentum).
+    The gradient is of the mean over the whole step's tokens. Block accumulators become decay*old + weight*gradient: 1 and 1,
+    or, when they are the momentum m, m (at a step's first microbatch) and 1-m.
     """
     m = config.model
     scale = 1 / config.train.tokens_per_step
@@ -107,7 +108,10 @@ def forward_backward(
         dx, dws = vjp(dx)
         keys = jax.random.split(jax.random.fold_in(block_key, i), len(dws))
         old = _at(totals, i)
-        new = {n: accumulate(old[n].astype(F32) * decay, dw, k, old[n].dtype) for k, (n, dw) in zip(keys, dws.items())}
+        new = {
+            n: accumulate(old[n].astype(F32) * decay, dw * weight, k, old[n].dtype)
+            for k, (n, dw) in zip(keys, dws.items())
+        }
         # without the barrier XLA fuses the slice's read and write into consumers and copies the stacks: +1.5 of their size
         new, dx = lax.optimization_barrier((new, dx))
         return (dx, _put(totals, new, i)), None
@@ -187,47 +191,57 @@ def _update_rows(
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
 
-def train_step(config: Config) -> Any:
-    """The step as a pure function (State, tokens_ABT1 int32) -> (State, metrics), A = config.microbatches.
+def keyed_step(
+    config: Config, state: State, tokens_ABT1: jax.Array, key: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update. tokens int32 [A,B,T+1], A = config.microbatches; `key` only feeds stochastic rounding.
 
     Metrics, f32 scalars: loss (mean nats a token), grad_norm (before clipping; absent when gradients are summed into the
-    momentum), lr (factor), momentum. Randomness: fold_in(key(seed), step). Jit with donate_argnums=0.
+    momentum), lr (factor), momentum.
     """
-    folded = config.accumulate.dtype == "momentum"
+    A = tokens_ABT1.shape[0]
     rate, momentum = optim.schedules(config)
+    folded, m = config.accumulate.dtype == "momentum", momentum(state.step)
+    accum = dict(state.accum)
+    if folded:
+        accum["blocks"] = state.opt["blocks"]
+
+    def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
+        accum, loss = carry
+        i, tokens = inputs
+        decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
+        weight = 1 - m if folded else jnp.float32(1)
+        more, accum = forward_backward(config, state.params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
+        return (accum, loss + more), None
+
+    (accum, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), tokens_ABT1))
+    metrics = {"loss": loss / config.train.tokens_per_step, "lr": rate(state.step), "momentum": m}
+    clip = jnp.float32(1)
+    if not folded:
+        norm = jnp.sqrt(sum((_squares(accum[n]) for n in ("blocks", "embed", "head")), jnp.float32(0)))
+        metrics["grad_norm"] = norm
+        if config.optim.clip:
+            clip = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
+    keys = jax.random.split(jax.random.fold_in(key, A), 3)
+    blocks, bufs, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
+    params, opt, cleared = {"blocks": blocks}, {"blocks": totals if folded else bufs}, {}
+    for k, name, lr in ((keys[1], "embed", config.optim.embed_lr), (keys[2], "head", config.optim.head_lr)):
+        carry = (state.params[name], state.opt[name], accum[name])
+        form = getattr(config.stored, name)
+        params[name], opt[name], cleared[name] = _update_rows(config, lr, form, state.step, carry, clip, k)
+    if not folded:
+        cleared["blocks"] = totals
+    return State(state.step + 1, params, opt, cleared), metrics
+
+
+def train_step(config: Config) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """`keyed_step` as the loop calls it, (state, tokens_ABT1) -> (state, metrics): jit with donate_argnums=0.
+
+    Its key is fold_in(key(seed + 1), step), so a resumed run rounds as the uninterrupted one.
+    """
 
     def step(state: State, tokens_ABT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        A = tokens_ABT1.shape[0]
         key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
-        m = momentum(state.step)
-        accum = dict(state.accum)
-        if folded:
-            accum["blocks"] = state.opt["blocks"]
-
-        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
-            accum, loss = carry
-            i, tokens = inputs
-            decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
-            more, accum = forward_backward(config, state.params, accum, tokens, decay, jax.random.fold_in(key, i))
-            return (accum, loss + more), None
-
-        (accum, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), tokens_ABT1))
-        metrics = {"loss": loss / config.train.tokens_per_step, "lr": rate(state.step), "momentum": m}
-        clip = jnp.float32(1)
-        if not folded:
-            norm = jnp.sqrt(_squares(accum["blocks"]) + _squares(accum["embed"]) + _squares(accum["head"]))
-            metrics["grad_norm"] = norm
-            if config.optim.clip:
-                clip = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
-        keys = jax.random.split(jax.random.fold_in(key, A), 3)
-        blocks, bufs, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
-        params, opt, cleared = {"blocks": blocks}, {"blocks": totals if folded else bufs}, {}
-        for k, name, lr in ((keys[1], "embed", config.optim.embed_lr), (keys[2], "head", config.optim.head_lr)):
-            carry = (state.params[name], state.opt[name], accum[name])
-            form = getattr(config.stored, name)
-            params[name], opt[name], cleared[name] = _update_rows(config, lr, form, state.step, carry, clip, k)
-        if not folded:
-            cleared["blocks"] = totals
-        return State(state.step + 1, params, opt, cleared), metrics
+        return keyed_step(config, state, tokens_ABT1, key)
 
     return step

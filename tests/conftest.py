@@ -1,0 +1,36 @@
+"""Rules of all tests: on the CPU (unless the gpu marker is asked for), no implicit dtype promotion, a compile cache off."""
+
+import os
+
+if "gpu" not in os.environ.get("PYTEST_ADDOPTS", ""):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import nanojax  # noqa: F401, I001  before jax, so that a CUDA plugin without a driver stays quiet
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from nanojax import config as configs
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def tiny() -> Callable[..., configs.Config]:
+    """A d2 of width 64 that runs in milliseconds: tiny(section={"key": value}, ...) overrides, resolved."""
+
+    def make(**sections: dict[str, Any]) -> configs.Config:
+        base = configs.Config(
+            name="tiny",
+            model=configs.Model(depth=2, width=64, head_dim=32, vocab=128, seq=32),
+            compute=configs.Compute(loss_chunk=16),
+            train=configs.Train(tokens_per_step=128, microbatch=2, steps=20),
+        )
+        changed = {name: dataclasses.replace(getattr(base, name), **keys) for name, keys in sections.items()}
+        return configs.resolve(dataclasses.replace(base, **changed))
+
+    return make
