@@ -1,0 +1,146 @@
+"""python -m nanojax.plan: what a config needs on a card that may be absent; memory, days, kilowatt hours, money."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from nanojax import config as configs
+from nanojax.config import UserError, run_main
+from nanojax.plan import cards, device, energy, planner, report
+
+EXAMPLES = """examples:
+  python -m nanojax.plan --config=d32_4070
+  python -m nanojax.plan --config=d32_4070 --card=rtx3060 --json
+  python -m nanojax.plan --config=d32_4070 --train.microbatch=2 --compute.residuals=cheap
+  python -m nanojax.plan --config=d32_4070 --try=train.microbatch=1,2,4 --try=compute.residuals=cheap,all
+  python -m nanojax.plan --config=d12_4070 --measure          (needs the GPU: measures instead of modelling)
+  python -m nanojax.plan --table                              (all shipped configs, and published figures)
+
+Cards: """
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python -m nanojax.plan --help shows the usage")
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog="python -m nanojax.plan",
+        description=__doc__,
+        epilog=EXAMPLES + ", ".join(cards.CARDS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="name or path of a config; any --section.key=value overrides it")
+    parser.add_argument("--card", help="the GPU to plan for; default: the one in the config's name, else rtx4070")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--hlo", metavar="FILE", type=Path, help="also write the optimised HLO of the step to FILE")
+    parser.add_argument("--table", action="store_true", help="plan every shipped config, beside published figures")
+    parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
+    parser.add_argument("--try", dest="axes", metavar="KEY=A,B", action="append", default=[], help="compare values")
+    parser.add_argument("--top", type=int, default=10, help="slowest kernels shown (default 10)")
+    parser.add_argument("--watts", type=float, help="power while training; default: the card's limit")
+    parser.add_argument("--price", type=float, help="money per kWh; default: USD 0.17 and NT$ 3.5")
+    parser.add_argument("--currency", default="USD", help="currency of --price (default USD)")
+    parser.add_argument("--no-cache", dest="cache", action="store_false", help="compile again, keep nothing")
+    known, rest = parser.parse_known_args()
+    if known.watts is not None and not 0 < known.watts < 1e6:
+        raise UserError(f"--watts={known.watts:g}: must be between 0 and a million")
+    if known.price is not None and not 0 <= known.price < 1e9:
+        raise UserError(f"--price={known.price:g}: must be a price per kWh, not negative")
+    if known.table and (known.config or rest or known.axes or known.measure):
+        raise UserError("--table: plans all shipped configs by itself; leave out --config, --measure, --try, overrides")
+    if not known.table and not known.config:
+        raise UserError(f"--config: missing; there are {', '.join(configs.available())}, or --table for all")
+    return known, rest
+
+
+def _say(message: str) -> None:
+    """Progress on stderr, so that stdout stays clean."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def _axes(texts: list[str]) -> list[tuple[str, list[str]]]:
+    out = []
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not values:
+            raise UserError(f"--try={text}: expected KEY=VALUE,VALUE, for example --try=train.microbatch=1,2,4")
+        out.append((key, values.split(",")))
+    return out
+
+
+def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) -> None:
+    names = configs.available()
+    plans = []
+    for i, name in enumerate(names, 1):
+        card = cards.find(a.card) if a.card else cards.of_config(name)
+        _say(f"{i} of {len(names)}: {name}")
+        plans.append(planner.make(configs.load(name), card, cache=a.cache, watts=a.watts, prices=prices, say=_say))
+    if a.json:
+        print(json.dumps([p.as_json() for p in plans], indent=1))
+    else:
+        report.show_table(plans, console, prices)
+
+
+def main() -> None:
+    a, overrides = _arguments()
+    prices = energy.PRICES if a.price is None else {a.currency: a.price}
+    out = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    if a.table:
+        return _table(a, prices, out)
+    config = configs.load(a.config, overrides)
+    reading = device.read()
+    card = cards.find(a.card or (reading.name if reading and a.measure else cards.of_config(config.name).key))
+    if a.measure:
+        from nanojax.plan import measure
+
+        if reading is None:
+            raise UserError(
+                "--measure: no NVIDIA GPU with a driver in this machine; without --measure the plan is modelled"
+            )
+        if card.name != reading.name:
+            raise UserError(f"--measure: this machine has {reading.name}, not {card.name}; leave out --card")
+        plan, lines = measure.plan(config, card, prices=prices, watts=a.watts, say=_say)
+    else:
+        axes = _axes(a.axes)
+        if axes:
+            trials = planner.sweep(config, card, axes, cache=a.cache, say=_say)
+            if a.json:
+                print(json.dumps([{"change": c} | p.as_json() for c, p in trials], indent=1))
+            else:
+                report.show_sweep(trials, out)
+            return
+        plan = planner.make(config, card, cache=a.cache, watts=a.watts, prices=prices, say=_say)
+        lines = []
+    if a.hlo:
+        try:
+            a.hlo.write_text(plan.program.hlo)
+        except OSError as error:
+            raise UserError(f"--hlo={a.hlo}: {error.strerror}") from None
+    found = []
+    if not plan.fits:
+        _say("it does not fit; trying what would")
+        found = planner.try_changes(plan, cache=a.cache, say=_say)
+    if a.json:
+        changes = [
+            {"change": c, "peak_bytes": p.memory.peak, "tokens_per_second": p.tokens_per_second} for c, p in found
+        ]
+        print(json.dumps(plan.as_json() | {"would_fit": changes} | ({"measured": lines} if lines else {}), indent=1))
+        return
+    report.show(plan, out, prices, a.top)
+    for line in lines:
+        out.print(line)
+    if not plan.fits:
+        report.show_changes(found, out)
+    out.print(plan.summary)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,209 @@
+"""Draws a plan in the terminal: memory bar, time by kernel, days, energy and money; and the tables of all configs."""
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nanojax.plan import energy
+from nanojax.plan.cards import Card
+from nanojax.plan.memory import GIB, Memory
+from nanojax.plan.planner import Plan
+
+_PARTS = (
+    ("params", "parameters", "cyan"),
+    ("opt", "optimizer state", "blue"),
+    ("accum", "accumulators", "magenta"),
+    ("residuals", "residuals", "green"),
+    ("temporaries", "temporaries", "yellow"),
+    ("other", "tokens, counters", "white"),
+)
+
+
+def bar(memory: Memory, card: Card, width: int = 72) -> Text:
+    """The card's memory as one line of blocks: what the step needs, what is free, what XLA cannot have."""
+    total = max(card.memory_mib * 2**20, memory.peak)
+    text, cells = Text(), 0
+    spent = 0
+    for key, _, colour in _PARTS:
+        spent += getattr(memory, key)
+        upto = round(spent / total * width)
+        text.append("█" * (upto - cells), style=colour)
+        cells = max(cells, upto)
+    budget = round(min(card.budget_bytes / total, 1) * width)
+    text.append("·" * max(0, budget - cells))
+    text.append("▒" * (width - max(cells, budget)), style="bright_black")
+    return text
+
+
+def _memory(plan: Plan) -> RenderableType:
+    m = plan.memory
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=18)
+    table.add_column(justify="right", width=9)
+    table.add_column()
+    for key, label, colour in _PARTS:
+        size = getattr(m, key)
+        if size >= GIB * 0.0005:
+            table.add_row(Text("█ ", style=colour) + Text(label), f"{size / GIB:.3f}", "GiB")
+    table.add_row("peak", f"{m.peak / GIB:.3f}", "GiB: XLA's arguments + outputs - aliased + temporaries")
+    lines: list[RenderableType] = [bar(m, plan.card), table]
+    style = "bold green" if plan.fits else "bold red"
+    lines.append(Text(plan.verdict, style=style))
+    if m.not_reused:
+        lines.append(Text(f"state that is not updated in place: {m.not_reused / GIB:.3f} GiB", style="red"))
+    share = m.temporaries / max(1, m.params)
+    lines.append(
+        Text(f"temporaries are {share:.2f} of the parameters' bytes; the largest of the temporary allocation:")
+    )
+    lines += [
+        Text(f"  {t.bytes / GIB:6.3f} GiB  {t.shape:26} {t.name:36} {_short(t.op_name)}", no_wrap=True, overflow="crop")
+        for t in m.largest[:5]
+    ]
+    return Group(*lines)
+
+
+def _short(op_name: str, most: int = 48) -> str:
+    name = "/".join(p for p in op_name.split("/") if p not in ("while", "body", "closed_call", "jit(step)"))
+    return name if len(name) <= most else "…" + name[-most:]
+
+
+def _time(plan: Plan, top: int) -> RenderableType:
+    model, train = plan.config.model, plan.config.train
+    step = plan.estimate.seconds
+    kinds = Table("kernels", "calls", "ms/step", "share", "TFLOP", "GB", box=None, pad_edge=False)
+    for column in kinds.columns[1:]:
+        column.justify = "right"
+    for kind, k in plan.estimate.by_kind().items():
+        ms, share = f"{k.seconds * 1e3:.1f}", f"{k.seconds / step:.1%}"
+        kinds.add_row(kind, f"{k.calls}", ms, share, f"{k.flops / 1e12:.2f}", f"{k.bytes / 1e9:.1f}")
+    kernels = Table("slowest kernels (modelled)", "bound", "ms/step", "share", "from", box=None, pad_edge=False)
+    for k in plan.estimate.kernels[:top]:
+        kernels.add_row(
+            k.name, k.bound, f"{k.seconds * 1e3:.1f}", f"{k.seconds / step:.1%}", Text(_short(k.op_name, 40))
+        )
+    rate = plan.tokens_per_second
+    word = "measured" if plan.measured else "modelled"
+    flops = rate * model.flops_per_token
+    lines: list[RenderableType] = [
+        Text(
+            f"{model.parameters:,} parameters, {train.tokens:,} tokens in {train.steps:,} steps of "
+            f"{train.tokens_per_step:,} ({train.microbatch} rows a microbatch)"
+        ),
+        Text(
+            f"{model.flops_per_token / 1e9:.3f} GFLOP a token, {model.flops_per_token * train.tokens:.3g} FLOP in all "
+            "(6(N - embedding) + 12 L N H T)"
+        ),
+        Text(
+            f"{rate:,.0f} tokens/s {word}, {train.tokens_per_step / rate:.1f} s a step, "
+            f"{flops / 1e12:.1f} model TFLOP/s ({flops / plan.card.peak('bf16'):.0%} of the card's bf16 peak)",
+            style="bold",
+        ),
+        Text(""),
+        kinds,
+    ]
+    if top:
+        lines += [Text(""), kernels]
+    if plan.estimate.unknown:
+        lines.append(Text(f"not modelled beyond their traffic: {', '.join(plan.estimate.unknown)}", style="yellow"))
+    return Group(*lines)
+
+
+def _money(bill: energy.Bill, prices: dict[str, float]) -> Text:
+    costs = ", ".join(f"{c} {bill.cost[c]:,.0f} at {p:g} per kWh" for c, p in prices.items())
+    return Text(
+        f"{bill.days:,.1f} days, {bill.kwh:,.0f} kWh at {bill.watts:g} W (the GPU alone): {costs}", style="bold"
+    )
+
+
+def show(plan: Plan, console: Console, prices: dict[str, float], top: int = 10) -> None:
+    """The whole plan."""
+    console.rule(f"{plan.config.name} on {plan.card.name}", align="left")
+    console.print(_memory(plan), Text(""), _time(plan, top), Text(""), _money(plan.bill, prices), sep="\n")
+
+
+def show_changes(found: Sequence[tuple[dict[str, str], Plan]], console: Console) -> None:
+    """What would make it fit, as tried."""
+    if not found:
+        console.print(
+            "no change of microbatch, residuals or formats makes it fit; a smaller model.depth or model.seq would"
+        )
+        return
+    console.print("what would make it fit (each compiled):")
+    console.print(_trials(found))
+
+
+def _trials(trials: Sequence[tuple[dict[str, str], Plan]]) -> Table:
+    table = Table("change", "peak GiB", "fits", "tokens/s modelled", "days", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for change, plan in trials:
+        text = " ".join(f"--{k}={v}" for k, v in change.items())
+        peak, rate = f"{plan.memory.peak / GIB:.2f}", f"{plan.tokens_per_second:,.0f}"
+        table.add_row(text, peak, "yes" if plan.fits else "no", rate, f"{plan.bill.days:,.1f}")
+    return table
+
+
+def show_sweep(trials: Sequence[tuple[dict[str, str], Plan]], console: Console) -> None:
+    console.print(_trials(trials))
+
+
+def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
+    """All shipped configs, then the published claims beside what the arithmetic gives."""
+    head = ("config", "card", "parameters", "tokens", "peak GiB", "fits", "tok/s modelled", "days", "kWh", *prices)
+    table = Table(*head, title="shipped configs (modelled; GPU power at its limit)", title_justify="left")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for p in plans:
+        tokens, b = f"{p.config.train.tokens / 1e9:.2f}B", p.bill
+        peak, rate = f"{p.memory.peak / GIB:.2f}", f"{p.tokens_per_second:,.0f}"
+        costs = [f"{b.cost[c]:,.0f}" for c in prices]
+        row = (
+            p.config.name,
+            p.card.key,
+            f"{p.config.model.parameters:,}",
+            tokens,
+            peak,
+            "yes" if p.fits else "NO",
+            rate,
+        )
+        table.add_row(*row, f"{b.days:,.1f}", f"{b.kwh:,.0f}", *costs)
+    console.print(table)
+    show_anchors(console)
+
+
+def _span(pair: tuple[float, float] | None, form: str = ",.0f") -> str:
+    if pair is None:
+        return "-"
+    low, high = (format(v, form) for v in pair)
+    return low if low == high else f"{low}-{high}"
+
+
+def show_anchors(console: Console) -> None:
+    """d32's published figures: 4.54e20 FLOP at the stated rate, and the rate that the stated days would need."""
+    title = f"d32 as published, {energy.D32_FLOPS:.3g} FLOP; right: what the stated TFLOP/s really give"
+    head = (
+        "claim",
+        "TFLOP/s each",
+        "days",
+        "kWh",
+        "days by arithmetic",
+        "kWh by arithmetic",
+        "TFLOP/s those days need",
+    )
+    table = Table(*head, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for claim in (*energy.NOTE, energy.H100_NODE):
+        form = ",.1f" if claim is energy.H100_NODE else ",.0f"
+        days = "impossible" if claim.days is None else _span(claim.days, form)
+        true = (_span(claim.true_days, form), _span(claim.true_kwh))
+        table.add_row(claim.label, _span(claim.tflops), days, _span(claim.kwh), *true, _span(claim.needed_tflops))
+    console.print(table)
+    rate, flops = energy.MEASURED_4070
+    console.print(
+        f"measured by a reader on an RTX 4070 (nanochat's torch code, d12, bf16): {rate:,.0f} tokens/s x "
+        f"{flops / 1e6:,.1f} MFLOP = {rate * flops / 1e12:.1f} TFLOP/s; d32 at that rate takes "
+        f"{energy.D32_FLOPS / (rate * flops) / energy.DAY:,.0f} days. This card peaks at 58 TFLOP/s in bf16, 233 in int8."
+    )
