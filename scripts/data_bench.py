@@ -9,6 +9,7 @@ realistic and all different. Rates are wall-clock; compare ratios within one run
 
 import argparse
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -35,11 +36,11 @@ D32_ON_A_4070 = 9_700  # tokens a second
 
 
 def varied(corpus: str, megabytes: float, seed: int) -> Iterator[str]:
-    """Documents of the corpus with a tenth of their sentences taken from another document, cut to web-like lengths
-    (log-normal, median 2,000 characters), until `megabytes` are given."""
+    """Runs of sentences of the corpus, a tenth of them from another document, of web-like length (log-normal, median
+    2,000 characters), until `megabytes` are given. Sentences are of 400 characters at most, so few documents repeat."""
     rng = np.random.default_rng(seed)
     documents = [str(d) for source in text.find([corpus]) for d in text.documents(source) if isinstance(d, str)]
-    sentences = [document.split(". ") for document in documents]
+    sentences = [re.findall(r".{1,399}?(?:[.;:!?]\s|\n|$)|.{1,400}", document, re.DOTALL) for document in documents]
     given = 0
     while given < megabytes * 1e6:
         wanted = min(int(rng.lognormal(7.6, 1.0)), 200_000)
@@ -50,9 +51,9 @@ def varied(corpus: str, megabytes: float, seed: int) -> Iterator[str]:
                 a, b = sentences[rng.integers(len(sentences))], sentences[rng.integers(len(sentences))]
                 at = int(rng.integers(len(a)))
             chosen.append(b[rng.integers(len(b))] if rng.random() < 0.1 else a[at])
-            size += len(chosen[-1]) + 2
+            size += len(chosen[-1])
             at += 1
-        document = ". ".join(chosen) + "."
+        document = "".join(chosen)
         given += len(document.encode())
         yield document
 

@@ -72,9 +72,8 @@ def test_from_hub_to_first_steps(megabytes: int, vocab: int, tmp_path: Path, mon
     written = sum(pq.ParquetFile(path).metadata.num_rows for path in files.values())
     kept = sum(manifest["totals"][split]["documents"] for split in ("train", "valid"))
     assert manifest["documents"] == written == kept + sum(manifest["dropped"].values())
-    # Some of the corpus' documents have no sentence ends and are drawn whole, so about 4% repeat, as web text does.
-    # Binary: it has a stray control character that makes a very short document look so.
-    assert set(manifest["dropped"]) <= {"duplicate", "held out", "binary"} and kept > 0.9 * written
+    # One-sentence documents repeat; one with a stray control character of the corpus looks binary.
+    assert set(manifest["dropped"]) <= {"duplicate", "held out", "binary"} and kept > 0.95 * written
     assert len(manifest["shards"]) > len(early["shards"]) > 1
     assert manifest["shards"][0] in early["shards"]
 
