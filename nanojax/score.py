@@ -3,7 +3,7 @@
 A Request is one context and the branches that may follow it. The four choices of a 10-shot question share 1,000 tokens
 and differ in 20: the context goes through the model once, and every layer lets the branches' tokens attend to it and to
 their own branch. Only the scored positions reach the head, 256 at a time, so that logits [B,T,V] never exist.
-Requests are sorted by length and padded to a few lengths (BUCKETS), so that the number of compilations is bounded.
+Requests are sorted by length and padded to a few lengths (`bucket`), so that the number of compilations is bounded.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from nanojax.config import Config
 
 F32 = jnp.float32
 HEAD_CHUNK = 256  # positions whose logits exist at one time: 64 MiB at V = 65,536
-BUCKETS = sorted({b * m for b in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384) for m in (2, 3)} | {32})
 
 
 class Request(NamedTuple):
@@ -138,9 +137,10 @@ def _gather(x_BTD: jax.Array, at_M: jax.Array) -> jax.Array:
     return x_BTD.reshape(-1, x_BTD.shape[-1])[at_M]
 
 
-def bucket(length: int) -> int:
-    """The padded length: the smallest of BUCKETS that holds it, multiples of 8,192 beyond."""
-    return next((b for b in BUCKETS if b >= length), -(-length // 8192) * 8192)
+def bucket(length: int, least: int = 32) -> int:
+    """The padded length: a multiple of `least`, and of an eighth of the power of two below it."""
+    step = max(least, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 class _Batch(NamedTuple):
@@ -169,19 +169,20 @@ def batches(rows: Sequence[_Row], tokens: int) -> Iterator[_Batch]:
     """Rows sorted into batches of equal padded shape, each of about `tokens` tokens (at least one row)."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
-        S = 1 << max(4, (len(row.tail) - 1).bit_length()) if row.tail else 0
-        groups.setdefault((S, bucket(len(row.trunk))), []).append(i)
-    # What would leave a batch half empty moves up to a shape at most twice as long, which saves a compilation too.
+        groups.setdefault((bucket(len(row.tail), 16), bucket(len(row.trunk))), []).append(i)
+    # What would leave a batch half empty moves up to a shape a little longer, which saves a compilation too.
     for S, T in sorted(groups):
         members, spare = groups[S, T], len(groups[S, T]) % max(1, tokens // (T + S))
-        larger = [g for g in sorted(groups) if g > (S, T) and T <= g[1] <= 2 * T and g[0] <= 2 * S]
+        near = lambda g, S=S, T=T: g > (S, T) and T <= g[1] <= 1.25 * T and g[0] <= 1.5 * S
+        larger = next((g for g in sorted(groups) if near(g)), None)
         if spare and larger:
-            groups[larger[0]] += members[len(members) - spare :]
+            groups[larger] += members[len(members) - spare :]
             del members[len(members) - spare :]
     for (S, T), members in sorted(groups.items(), key=lambda g: -sum(g[0])):  # lack of memory shows at once
         B = max(1, tokens // (T + S))
         for start in range(0, len(members), B):
-            yield _batch(rows, members[start : start + B], B, T, S)
+            part = members[start : start + B]
+            yield _batch(rows, part, min(B, 1 << (len(part) - 1).bit_length()), T, S)
 
 
 def scorer(config: Config, params: Any, tokens: int = 8192) -> Callable[[Sequence[Request]], list[list[Answer]]]:

@@ -244,7 +244,7 @@ def test_the_official_layout_is_read(official):
 
 @pytest.mark.slow
 def test_official_tasks_batched_equal_and_faster(official):
-    """On all 22 tasks, 12 examples each: every example as one at a time says, and the batched way at least 5x faster.
+    """On all 22 tasks, 12 examples each: every example as one at a time says, and the batched way is faster.
 
     Both are timed after a first pass has compiled their shapes, in the same process, on a d4 of width 256.
     """
@@ -267,4 +267,4 @@ def test_official_tasks_batched_equal_and_faster(official):
                 print(f"{task.label:34} {middle - begin:6.2f} s {time.perf_counter() - middle:6.2f} s")
     ratio = seconds["one at a time"] / seconds["batched"]
     print(seconds, f"ratio {ratio:.1f}")
-    assert ratio >= 5
+    assert ratio >= 2  # 4 where four choices share a context; near 1 where there is nothing to share
