@@ -120,7 +120,7 @@ def measure(
             total.tokens += int((which == i).sum())
 
     iterator = iter(rows)
-    while group := [row for row, _ in zip(iterator, range(batch))]:
+    while group := list(itertools.islice(iterator, batch)):
         tokens, source = np.stack([r.tokens for r in group]), np.stack([r.source for r in group])
         if len(group) < batch:
             fill = ((0, batch - len(group)), (0, 0))

@@ -40,8 +40,9 @@ def _export(a: argparse.Namespace) -> None:
     step = steps[-1] if a.step is None and steps else a.step
     config, params, tokenizer = checkpoint.load_params(a.run, None, step)
     params, quantised = convert.floats(params, a.dtype)
+    form = config.stored.blocks
     if quantised:
-        print(f"note: {', '.join(quantised)} are stored in int8 and are written as the floats they stand for")
+        print(f"note: {', '.join(quantised)} are stored as {form} and are written as the floats they stand for")
     if a.to == "nanochat":
         convert.export_nanochat(Path(a.out), config, params, tokenizer, step or 0)
     else:
@@ -69,7 +70,7 @@ def main() -> None:
     give.add_argument("run", help="run folder")
     give.add_argument("out", help="folder to write, empty or new")
     give.add_argument("--to", choices=["hf", "nanochat"], default="hf", help="layout (hf)")
-    give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, int8 as f32")
+    give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, quantised as f32")
     give.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
     give.set_defaults(do=_export)
     a = parser.parse_args()

@@ -2,7 +2,7 @@
 
 nanochat: model_NNNNNN.pt, meta_NNNNNN.json, and tokenizer.pkl beside them, in tokenizer/ or in ../../tokenizer.
 transformers: config.json, *.safetensors (one or sharded), tokenizer.json.
-Parameters keep their dtype bit by bit. int8 parameters are exported as the floats they stand for.
+Parameters keep their dtype bit by bit. Quantised parameters are exported as the floats they stand for.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from nanojax import checkpoint
 from nanojax.config import Compute, Config, Format, Model, Stored, Train, UserError, resolve
 from nanojax.interop import tensors, tokenizers, torch_file
 from nanojax.interop.tensors import BF16
-from nanojax.quant import Quantized, decode, decode_tree
+from nanojax.quant import decode, decode_tree
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
@@ -224,17 +224,21 @@ def to_run(found: Imported, run: Path) -> None:
 
 
 def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
-    """(numpy float parameters, names of those that were int8). dtype None: floats as they are, int8 as f32."""
+    """(numpy float parameters, names of those that were codes). dtype None: floats as they are, codes as f32."""
     quantised: list[str] = []
 
     def one(path: Any, leaf: Any) -> np.ndarray:
-        if isinstance(leaf, Quantized):
+        if _is_coded(leaf):
             quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if isinstance(leaf, Quantized) else leaf.dtype
+        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if _is_coded(leaf) else leaf.dtype
         return np.asarray(decode(leaf, target))
 
-    is_leaf = lambda leaf: isinstance(leaf, Quantized)
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf), quantised
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_coded), quantised
+
+
+def _is_coded(leaf: Any) -> bool:
+    """Whether it is a parameter stored as codes and scales (a NamedTuple of quant)."""
+    return isinstance(leaf, tuple)
 
 
 def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:
