@@ -1,8 +1,7 @@
 """Lets lm-evaluation-harness run its tasks on our models.        python -m nanojax.lm_eval_adapter
 
-Needs the optional extra: pip install -e '.[lm-eval]' (it pulls in torch; nothing else here does). Log-likelihoods go
-through score.py: batched, bucketed, and continuations of one context computed together. The begin token stands before
-every text, as in training. Requests longer than the model's sequence lose tokens from the left.
+Needs the optional extra: pip install -e '.[lm-eval]'. Log-likelihoods go through score.py: batched, bucketed, and
+continuations of one context computed together. The begin token stands before every text, as in training. Requests longer than the model's sequence lose tokens from the left.
 """
 
 import argparse
@@ -18,8 +17,8 @@ from nanojax.score import Request
 from nanojax.tokenizer import Tokenizer
 
 try:
-    import lm_eval
-    from lm_eval.api.model import LM
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 except ImportError:
 
     def _absent() -> None:
@@ -131,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """The command."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from nanojax import evaluate
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nanojax import checkpoint
-from nanojax.config import Compute, Config, Format, Model, Stored, Train, UserError, resolve
+from nanojax.config import Compute, Config, Model, Stored, Train, UserError, resolve
 from nanojax.interop import tensors, tokenizers, torch_file
 from nanojax.interop.tensors import BF16
 from nanojax.quant import decode, decode_tree
@@ -29,7 +29,8 @@ from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
 NORM_EPS = 2.0**-23  # ours and nanochat's; transformers' default of 1e-6 differs by 4e-7 relative
-DTYPES: dict[Any, Format] = {np.dtype(np.float32): "f32", BF16: "bf16"}
+Float = Literal["f32", "bf16"]
+DTYPES: dict[Any, Float] = {np.dtype(np.float32): "f32", BF16: "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,8 @@ def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -
 
 def _config(name: str, m: Model, params: Any) -> Config:
     """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
-    forms: Callable[[Any], Format] = lambda array: DTYPES[array.dtype]
-    blocks: set[Format] = {forms(p) for p in params["blocks"].values()}
+    forms: Callable[[Any], Float] = lambda array: DTYPES[array.dtype]
+    blocks: set[Float] = {forms(p) for p in params["blocks"].values()}
     if len(blocks) != 1:
         raise UserError(
             f"{name}: block matrices of different dtypes ({', '.join(sorted(blocks))}); convert them to one"
