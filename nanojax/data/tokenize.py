@@ -246,8 +246,7 @@ class _Job:
                 )
         if position and position["name"] not in named:
             raise UserError(
-                f"{position['name']}: tokenising stopped inside this input, which is not among the inputs now; put it "
-                "back"
+                f"{position['name']}: tokenising stopped inside this input, which is now missing; put it back"
             )
         open_at = [(named[position["name"]], position["documents"])] if position else []
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
