@@ -406,10 +406,8 @@ def report(manifest: dict[str, Any], out: str) -> None:
     for split in ("train", "valid"):
         total = manifest["totals"][split]
         shards = sum(shard["name"].startswith(split) for shard in manifest["shards"])
-        tokens, size = total.get("tokens", 0), total.get("bytes", 0)
-        documents = total.get("documents", 0)
-        # the begin tokens stand for no bytes
-        each = size / (tokens - documents) if tokens > documents else 0
+        tokens, size, documents = (total.get(kind, 0) for kind in ("tokens", "bytes", "documents"))
+        each = size / (tokens - documents) if tokens > documents else 0  # begin tokens stand for no bytes
         print(f"{split}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {each:.2f} bytes/token")
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest["dropped"].items()) or "none"
     print(f"documents read: {manifest['documents']:,}; dropped: {dropped}")
