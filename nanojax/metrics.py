@@ -11,18 +11,14 @@ where there is no NVIDIA driver to ask.
 """
 
 import collections
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
@@ -66,31 +62,6 @@ def peak_flops(device_kind: str) -> float | None:
         return cards.find(device_kind).peak("bf16")
     except UserError:
         return None
-
-
-def bits_per_byte(
-    losses: Callable[[Any, jax.Array], jax.Array], params: Any, batches: Iterable[np.ndarray], bytes_V: np.ndarray
-) -> dict[str, float]:
-    """{bpb, nll, tokens, bytes} over `batches` of rows int32 [B,T+1].
-
-    Bits per byte = sum of nats / ln 2 / sum of the target tokens' bytes; special tokens (0 bytes) count in neither.
-
-    Args:
-      losses: jitted (params, tokens_BT1) -> nats f32 [B,T], as loss.token_losses.
-      bytes_V: int32, the tokenizer's bytes_per_token().
-    """
-    nats, tokens, size = 0.0, 0, 0
-    late: tuple[jax.Array, np.ndarray] | None = None  # read one batch late, so that the device never waits
-    for batch in itertools.chain(batches, [None]):
-        ahead = None if batch is None else (losses(params, jnp.asarray(batch)), bytes_V[batch[:, 1:]])
-        if late is not None:
-            counted = late[1] > 0
-            nats += float(np.sum(np.asarray(late[0], np.float64)[counted]))
-            tokens, size = tokens + int(counted.sum()), size + int(late[1].sum())
-        late = ahead
-    if not size:
-        raise UserError("validation: no text in it, only special tokens")
-    return {"bpb": nats / math.log(2) / size, "nll": nats / tokens, "tokens": tokens, "bytes": size}
 
 
 class Metrics:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojax import checkpoint, loss, metrics, model, runtime, sample
+from nanojax import bpb, checkpoint, metrics, model, runtime, sample
 from nanojax import config as configs
 from nanojax import step as steps
 from nanojax.config import Config, UserError, run_main
@@ -54,9 +54,7 @@ def train(config: Config) -> None:
     A, B, _ = config.batch_shape
     batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
-    bytes_V = tokenizer.bytes_per_token()
-    loader.valid_batches(config.data.path, B, T)  # told now rather than at the first evaluation
-    limit = math.ceil(config.eval.tokens / (B * T)) or None
+    loader.valid_batches(config.data.path, 1, T)  # told now rather than at the first evaluation
 
     with contextlib.ExitStack() as open_until_the_end:
         # run folder
@@ -73,9 +71,6 @@ def train(config: Config) -> None:
         abstract = steps.abstract_state(config)
         tokens = jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
         train_step = jax.jit(steps.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
-        rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
-        losses: Any = jax.jit(lambda params, tokens: loss.token_losses(config, params, tokens))
-        losses = losses.lower(abstract.params, rows).compile()
         print(f"compiled in {time.monotonic() - begin:.0f} s; the step needs {_gib(train_step):.2f} GiB")
 
         # state, restored or fresh
@@ -126,8 +121,7 @@ def train(config: Config) -> None:
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
                 log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
-                parts = itertools.islice(loader.valid_batches(config.data.path, B, T), limit)
-                scores = metrics.bits_per_byte(losses, state.params, parts, bytes_V)
+                scores = _evaluate(config, state.params, tokenizer)
                 log.evaluation(done, scores, _sample(config, state.params, tokenizer))
             if save:
                 log.flush()
@@ -161,6 +155,16 @@ def _left(run: Path) -> str:
     steps = checkpoint.available(run)
     last = f"the last good checkpoint is {run / checkpoint.FOLDER / str(steps[-1])}" if steps else "no checkpoint yet"
     return f"{last}; lower the learning rates (optim.*) in another --train.run"
+
+
+def _evaluate(config: Config, params: Any, tokenizer: Tokenizer) -> dict[str, float]:
+    """bpb and what belongs to it over the first eval.tokens validation tokens."""
+    rows = bpb.shard_rows(loader.valid_batches(config.data.path, 1, config.model.T))
+    first = itertools.islice(rows, math.ceil(config.eval.tokens / config.model.T) or None)
+    totals = {}
+    for totals in bpb.measure(config, params, first, tokenizer.bytes_per_token(), config.train.microbatch):  # noqa: B007
+        pass
+    return bpb.summary(totals, ["validation"])["sources"]["validation"]
 
 
 def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:

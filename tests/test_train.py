@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import compile_cache  # noqa: F401  a fixture
 
 from nanojax import checkpoint, metrics, step, train
 from nanojax import config as configs
 from nanojax.data import loader
 
+compile_cache = tiny_run.compile_cache
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
@@ -112,7 +112,7 @@ def test_bpb_is_the_losses(whole: Path, home: Path) -> None:
     config, params, tokenizer = checkpoint.load_params(whole)
     nats = size = 0.0
     sizes = tokenizer.bytes_per_token()
-    batches = list(loader.valid_batches(config.data.path, 2, 32))[: 256 // 64]
+    batches = list(loader.valid_batches(config.data.path, 1, 32))[: 256 // 32]
     for batch in batches:
         logits = np.asarray(model.forward(config, params, jnp.asarray(batch[:, :-1])), np.float64)
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -145,7 +145,7 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
         process = tiny_run.spawn(home / "tiny.py", run, cache, **often)
         begun = checkpoint.available(run)[-1] if checkpoint.available(run) else 0
         goal = begun + rng.integers(1, max(2, (steps - begun) // (kills - kill + 1)))
-        tiny_run.wait_for(process, lambda: any(r["step"] >= goal for r in metrics.read(run, "train")[-1:]))
+        tiny_run.wait_for(process, lambda goal=goal: any(r["step"] >= goal for r in metrics.read(run, "train")[-1:]))
         time.sleep(rng.uniform(0, 0.1))  # a step and a save of this model take about 20 and 100 ms
         cut += any((run / checkpoint.FOLDER).glob("*tmp*"))
         process.kill()
@@ -186,7 +186,7 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
 
 
 def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> None:
-    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop: exit 0, none saved."""
+    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0."""
     run = tmp_path / "run"
     process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__steps=100000)
     tiny_run.wait_for(process, lambda: metrics.read(run, "train"))
