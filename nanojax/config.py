@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-Format = Literal["f32", "bf16", "int8"]
+Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
+EdgeFormat = Literal["f32", "bf16", "int8"]
 Operands = Literal["float", "int8"]
 
 
@@ -103,13 +104,11 @@ class Model:
 class Stored:
     """How state lives in memory between uses."""
 
-    blocks: Format = _key("f32", "block matrices; bf16 and int8 (one f32 scale a row) are rounded stochastically")
-    embed: Format = _key("f32", "token embedding")
-    head: Format = _key("f32", "output head")
-    momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values")
-    adam: Format = _key(
-        "f32", "AdamW moments of embedding and head; int8 is blockwise, second moment by its square root"
-    )
+    blocks: Format = _key("f32", "block matrices; bf16, int8 (one f32 scale a row) are rounded stochastically, less than 8 bits dithered")
+    embed: EdgeFormat = _key("f32", "token embedding")
+    head: EdgeFormat = _key("f32", "output head")
+    momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below that bf16 per 64")
+    adam: EdgeFormat = _key("f32", "AdamW moments; int8 is blockwise, second moment by its square root")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,8 @@ class Compute:
 class Optim:
     """Muon for block matrices, AdamW for embedding and head, nanochat's rates."""
 
-    matrix_lr: float = _key(0.02, "Muon, times sqrt(max(1, rows/columns))")
+    matrix: Literal["muon", "adamw"] = _key("muon", "optimizer of the block matrices")
+    matrix_lr: float = _key(0.02, "Muon, times sqrt(max(1, rows/columns)); or AdamW, times (width/768)^-0.5")
     embed_lr: float = _key(0.2, "AdamW, times (width/768)^-0.5")
     head_lr: float = _key(0.004, "AdamW, times (width/768)^-0.5")
     momentum: float = _key(0.95, "Muon")
@@ -391,16 +391,22 @@ def _check_model(config: Config) -> None:
             f"--compute.loss_chunk={c.loss_chunk}: must divide the microbatch's {t.microbatch * m.seq} tokens "
             "(train.microbatch*model.seq)"
         )
+    packed = ("int4", "nf4", "int3", "b2.67")
+    if m.D % 64 and {config.stored.blocks, config.stored.momentum} & set(packed):
+        raise UserError(f"--model.width={m.D}: formats below 8 bits have 64 values to a scale; choose a multiple of 64")
     if config.accumulate.dtype == "momentum":
+        if o.matrix == "adamw":
+            raise UserError("--accumulate.dtype=momentum: AdamW needs the gradient alone; choose f32 or bf16")
         if o.nesterov:
             raise UserError(
                 "--accumulate.dtype=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false"
             )
         if o.clip:
             raise UserError("--accumulate.dtype=momentum: the gradient's norm is never seen alone; set --optim.clip=0")
-        if config.stored.momentum == "int8":
+        if config.stored.momentum not in ("f32", "bf16"):
             raise UserError(
-                "--accumulate.dtype=momentum: gradients cannot be summed in int8; set --stored.momentum to f32 or bf16"
+                f"--accumulate.dtype=momentum: gradients cannot be summed in {config.stored.momentum}; "
+                "set --stored.momentum to f32 or bf16"
             )
 
 

@@ -19,6 +19,7 @@ from nanojax.config import Config
 from nanojax.loss import accumulate, loss_and_grads
 from nanojax.quant import BLOCK, decode, zeros
 from nanojax.quant.linear import F32, inverse_rms, norm_backward
+from nanojax.quant.packed import LEVELS
 
 ROWS_BYTES = 32 << 20  # f32 bytes of the embedding or head rows updated at one time
 
@@ -26,8 +27,9 @@ ROWS_BYTES = 32 << 20  # f32 bytes of the embedding or head rows updated at one 
 class State(NamedTuple):
     """What a step turns into the next: all of it donated.
 
-    step int32; params (model.py); opt {"blocks": momentum, "embed": (mu, nu), "head": (mu, nu)} as stored; accum {"embed",
-    "head": [V,D], "blocks": stacks (absent with accumulate.dtype=momentum)}, zeros between steps.
+    step int32; params (model.py); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu, nu), "head":
+    (mu, nu)} as stored; accum {"embed", "head": [V,D], "blocks": stacks (absent with accumulate.dtype=momentum)}, zeros
+    between steps.
     """
 
     step: jax.Array
@@ -44,8 +46,9 @@ def init_state(config: Config) -> State:
     accum: dict[str, Any] = {name: jnp.zeros((m.V, m.D), _dtype(a.edges)) for name in ("embed", "head")}
     if a.dtype != "momentum":
         accum["blocks"] = {name: jnp.zeros(shape, _dtype(a.dtype)) for name, shape in stacks.items()}
+    buffer = lambda form: {name: zeros(shape, form, BLOCK) for name, shape in stacks.items()}
     opt = {
-        "blocks": {name: zeros(shape, s.momentum, BLOCK) for name, shape in stacks.items()},
+        "blocks": (buffer(s.adam), buffer(s.adam)) if config.optim.matrix == "adamw" else buffer(s.momentum),
         "embed": (edge(s.adam), edge(s.adam)),
         "head": (edge(s.adam), edge(s.adam)),
     }
@@ -148,22 +151,30 @@ def _rows(config: Config) -> int:
 
 
 def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
-    """(parameters, momentum, accumulators) of the blocks after Muon, one layer at a time."""
-    tx = optim.muon(config)
+    """(parameters, momentum, accumulators) of the blocks after Muon or AdamW, one layer at a time."""
+    adamw = config.optim.matrix == "adamw"
+    tx = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
     folded = config.accumulate.dtype == "momentum"
+    fed_back = config.stored.blocks in LEVELS and not adamw
 
     def layer(carry: Any, i: jax.Array) -> tuple[Any, None]:
         params, momentum, totals = carry
         keys = jax.random.split(jax.random.fold_in(key, i))
         p, grads = _at(params, i), jax.tree.map(lambda g: g.astype(F32) * clip, _at(totals, i))
         buf = grads if folded else _at(momentum, i)
-        updates, new = tx.update(grads, optim.MuonState(state.step, buf), p, key=keys[0])
-        p = optim.apply(p, updates, config.stored.blocks, keys[1])
-        if folded:  # the accumulator is the momentum and stays as it is
-            p = lax.optimization_barrier(p)
-            return (_put(params, p, i), momentum, totals), None
+        before = optim.AdamState(state.step, *buf) if adamw else optim.MuonState(state.step, buf)
+        updates, after = tx.update(grads, before, p, key=keys[0])
+        phase = jax.random.fold_in(jax.random.key(config.train.seed), i), state.step
+        old, p = p, optim.apply(p, updates, config.stored.blocks, keys[1], phase)
+        new = _at(totals, i) if folded else (after.mu, after.nu) if adamw else after.momentum
+        if fed_back:
+            errors = {name: decode(old[name]) + u - decode(p[name]) for name, u in updates.items()}
+            new = optim.feed_back(config, state.step, new, updates, errors, jax.random.fold_in(keys[0], 1))
+        if folded:  # the accumulator is the momentum and stays
+            p, new = lax.optimization_barrier((p, new))
+            return (_put(params, p, i), momentum, _put(totals, new, i) if fed_back else totals), None
         cleared = jax.tree.map(jnp.zeros_like, _at(totals, i))
-        p, new, cleared = lax.optimization_barrier((p, new.momentum, cleared))
+        p, new, cleared = lax.optimization_barrier((p, new, cleared))
         return (_put(params, p, i), _put(momentum, new, i), _put(totals, cleared, i)), None
 
     carry = (state.params["blocks"], state.opt["blocks"], totals)

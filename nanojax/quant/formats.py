@@ -1,4 +1,4 @@
-"""Formats of stored values: encode and decode. f32, bf16, and int8 with one f32 scale a row or a block.
+"""Formats of stored values: encode and decode. f32, bf16, int8 with one f32 scale a row or a block, and those of packed.py.
 
 scale = amax/127, so that the largest value of a row is always code +-127 and encoding a decoded row again gives the same
 codes (a scale that clips or rounds drifts under repeated re-encoding).
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from nanojax.config import Format
-from nanojax.quant.rounding import round_bf16, round_int
+from nanojax.quant import packed
+from nanojax.quant.packed import LEVELS, Packed
+from nanojax.quant.rounding import noise_u16, round_bf16, round_int
 
 BLOCK = 256  # values sharing a scale in blockwise optimizer states: 8.125 bits a value
 
@@ -43,8 +45,18 @@ def _blocks(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // block, block)
 
 
+def is_stored(x: Any) -> bool:
+    """Whether x is one parameter stored as codes and scales: where a tree of parameters ends."""
+    return isinstance(x, (Quantized, Packed))
+
+
 def encode(x: jax.Array, form: Format, key: jax.Array | None = None, block: int = 0) -> Any:
-    """f32 [..., K] as stored: f32, bf16, or int8 Quantized (one scale a row, or per `block` values). key=None: to nearest."""
+    """f32 [..., K] as stored: f32, bf16, int8 Quantized (one scale a row, or per `block` values), or below 8 bits Packed.
+
+    Rounded to nearest, or stochastically with a key.
+    """
+    if form in LEVELS:
+        return packed.encode(x, form, None if key is None else (noise_u16(key, x.shape).astype(jnp.float32) + 0.5) / 65536)
     if form == "f32":
         return x.astype(jnp.float32)
     if form == "bf16":
@@ -55,6 +67,8 @@ def encode(x: jax.Array, form: Format, key: jax.Array | None = None, block: int 
 
 def decode(stored: Any, dtype: Any = jnp.float32) -> jax.Array:
     """Stored values as floats of the same shape."""
+    if isinstance(stored, Packed):
+        return packed.decode(stored, dtype)
     if not isinstance(stored, Quantized):
         return stored.astype(dtype)
     codes, scale = stored
@@ -64,11 +78,13 @@ def decode(stored: Any, dtype: Any = jnp.float32) -> jax.Array:
 
 def decode_tree(params: Any, dtype: Any = jnp.float32) -> Any:
     """A tree of stored parameters as plain floats."""
-    return jax.tree.map(lambda p: decode(p, dtype), params, is_leaf=lambda p: isinstance(p, Quantized))
+    return jax.tree.map(lambda p: decode(p, dtype), params, is_leaf=is_stored)
 
 
 def zeros(shape: tuple[int, ...], form: Format, block: int = 0) -> Any:
     """Stored zeros, what `encode(jnp.zeros(shape))` gives, without the f32 array."""
+    if form in LEVELS:
+        return packed.zeros(shape, form)
     if form != "int8":
         return jnp.zeros(shape, {"f32": jnp.float32, "bf16": jnp.bfloat16}[form])
     return Quantized(jnp.zeros(shape, jnp.int8), jnp.ones(_blocks(shape, block)[:-1], jnp.float32))

@@ -18,7 +18,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from nanojax.config import Compute
-from nanojax.quant.formats import Quantized, decode, quantize_rows
+from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
+from nanojax.quant.packed import Packed, int8_rows
 
 EPS = 2.0**-23  # inside the norms' square root: what torch's F.rms_norm, and so nanochat, uses in f32
 F32 = jnp.float32
@@ -35,6 +36,8 @@ def float_dtype(c: Compute) -> Any:
 
 
 def _codes(w: Any) -> Quantized:
+    if isinstance(w, Packed):
+        return Quantized(*int8_rows(w))
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 
@@ -80,7 +83,7 @@ def _gradient(w: Any, tapped: Any, dw: jax.Array) -> tuple[Any, Any]:
     """Cotangents of (w, tap): the tap takes the gradient when there is one, else a float w does."""
     if tapped is not None:
         return None, dw
-    return (None if isinstance(w, Quantized) else dw.astype(w.dtype)), None
+    return (None if is_stored(w) else dw.astype(w.dtype)), None
 
 
 # Every op: (c, name, w, tap, x). w [O,K] as stored; tap, if given, is an f32 [O,K] whose value is never read: its cotangent

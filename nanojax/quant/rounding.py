@@ -14,6 +14,7 @@ from jax import lax
 # Decode and divide again and a code comes back within 127 * 2^-23 = 1.5e-5 of itself; anything closer than this to the grid
 # is the grid, which makes re-encoding exact.
 SNAP = 2.0**-15
+GOLDEN = 40503  # 2^16 / 1.618..., odd: all 65,536 phases come once in as many steps
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -31,6 +32,17 @@ def noise_u16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis, stride in enumerate(strides):
         index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
     return _mix(_mix(index ^ words[0]) + words[1]) >> jnp.uint32(16)
+
+
+def dither(key: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """f32 in (0, 1): where a value lies between two levels must exceed this for it to go up at this step.
+
+    Each value has a fixed phase from `key`, which every step moves by the golden ratio: the thresholds a value meets in n
+    steps are equidistant to within 1/n, not a random n. A value that is pushed by p of a level per step goes up
+    once every 1/p steps, where independent noise would let it go 1 +- 1 times. Below 8 bits, where p is a few hundredths, this
+    noise is what costs loss (scripts/quality.py).
+    """
+    return (((noise_u16(key, shape) + step.astype(jnp.uint32) * GOLDEN) & 0xFFFF).astype(jnp.float32) + 0.5) / 65536
 
 
 def round_int(x: jax.Array, key: jax.Array | None) -> jax.Array:

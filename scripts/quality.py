@@ -1,0 +1,309 @@
+"""What low-bit storage and int8 compute cost in loss: one small model trained by many arms, as a table and a figure.
+
+  python -m nanojax.data prepare --input train.jsonl.xz valid.jsonl.xz --valid last --vocab 2048 --out data/quality
+  python scripts/quality.py run main --data data/quality --out runs/quality
+  python scripts/quality.py run rates knobs ladder larger --data data/quality --out runs/quality
+  python scripts/quality.py report --out runs/quality
+
+Arms of one seed share initialisation and data order. A run is one JSONL file; finished runs are skipped, so the same
+command goes on where it was stopped. `report` writes table.md and, with matplotlib (pip install nanojax[figures]), loss.png,
+at any time. Codes, scales and rounding are those of training on a GPU; only the order of float sums differs.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanojax import config as configs
+from nanojax import loss, step
+from nanojax.config import Compute, Config, Data, Model, Train, UserError, run_main
+from nanojax.data import loader
+from nanojax.data.cli import Bar
+
+VALID_TOKENS = 131072  # of the validation text; paired differences of two arms vary by about 0.001 nats at this size
+CURVE = 10  # steps of which the mean training loss is one point
+EVALUATIONS = 4  # during a run, all but the last on a quarter of the validation tokens
+
+SIZES = {"d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
+
+INT8 = {"compute.dtype": "bf16", "compute.forward": "int8", "compute.dx": "int8", "compute.dw": "int8"}
+BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
+FOLDED = {"accumulate.dtype": "momentum", "optim.nesterov": "false", "optim.clip": "0"}
+STATE8 = {"stored.momentum": "int8", "stored.adam": "int8"}
+ADAMW = {"optim.matrix": "adamw", "optim.matrix_lr": "0.003"}
+ARMS: dict[str, tuple[str, dict[str, str]]] = {
+    "f32": ("f32 throughout", {}),
+    "int8-bf16": ("int8 compute, bf16 stored", INT8 | BF16_EDGES | {"stored.blocks": "bf16"}),
+    "int8-int8": ("int8 compute, int8 stored", INT8 | BF16_EDGES | {"stored.blocks": "int8"}),
+    "d32_4070": (
+        "int8 compute, all state as in d32_4070",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int8", "accumulate.dtype": "bf16", "accumulate.edges": "bf16"},
+    ),
+    "int4": ("int4 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4"}),
+    "nf4": ("NF4 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4"}),
+    "int3": ("int3 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"}),
+    "b2.67": ("b2.67 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "b2.67"}),
+    "adamw": ("f32, AdamW for all", ADAMW),
+    "int3-adamw8": (
+        "int3 stored, int8 compute, 8-bit AdamW for all",
+        INT8 | BF16_EDGES | STATE8 | ADAMW | {"stored.blocks": "int3"},
+    ),
+    "momentum8": ("f32, int8 momentum", {"stored.momentum": "int8"}),
+    "momentum4": ("f32, NF4 momentum", {"stored.momentum": "nf4"}),
+    "adam8": ("f32, int8 AdamW moments", {"stored.adam": "int8"}),
+    "accum16": (
+        "f32, gradients of 16 microbatches summed in bf16",
+        {"accumulate.dtype": "bf16", "accumulate.edges": "bf16", "train.microbatch": "1"},
+    ),
+    "heavy-ball": ("f32, heavy-ball momentum", {"optim.nesterov": "false"}),
+    "folded": (
+        "f32, gradients of 16 microbatches summed into a bf16 heavy-ball momentum",
+        FOLDED | {"stored.momentum": "bf16", "train.microbatch": "1"},
+    ),
+}
+
+SEEDS = (0, 1, 2)
+KNOBS = ("d32_4070", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
+Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
+PLANS: dict[str, list[Run]] = {
+    "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
+    "rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("f32", "int8-bf16", "int8-int8")],
+    "knobs": [("d3", arm, 1.0, 0) for arm in KNOBS],
+    "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "b2.67", "int3", "int3-adamw8", "int4")],
+    "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("nf4", "b2.67", "int3", "int3-adamw8")],
+    "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16")],
+}
+
+
+def make_config(run: Run, data: str, steps: int, tokens_per_step: int, seq: int, vocab: int) -> Config:
+    """The resolved config of one run."""
+    size, arm, rate, seed = run
+    base = Config(
+        name=f"{size}-{arm}",
+        model=dataclasses.replace(SIZES[size], head_dim=64, vocab=vocab, seq=seq),
+        compute=Compute(residuals="all", loss_chunk=min(2048, tokens_per_step)),
+        data=Data(path=data),
+        train=Train(steps=steps, tokens_per_step=tokens_per_step, microbatch=min(8, tokens_per_step // seq), seed=seed),
+    )
+    changes = dict(ARMS[arm][1])
+    if "train.microbatch" in changes:
+        changes["compute.loss_chunk"] = str(min(2048, int(changes["train.microbatch"]) * seq))
+    config = configs.override(base, changes)
+    rates = {f"optim.{key}": rate * getattr(config.optim, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
+    return configs.resolve(configs.override(config, rates))
+
+
+def file_of(out: Path, run: Run) -> Path:
+    size, arm, rate, seed = run
+    return out / f"{size}_{arm}_x{rate:g}_seed{seed}.jsonl"
+
+
+def train(config: Config, run: Run, path: Path) -> None:
+    """Trains one arm and writes its file: a head line, {step, loss} and {step, valid} lines, a line with done=true."""
+    A, B, _ = config.batch_shape
+    batches = loader.train_iterator(config.data.path, A * B, config.model.T, config.train.seed, config.model.V)
+    limit = max(1, VALID_TOKENS // (8 * config.model.T))
+    rows = list(islice(loader.valid_batches(config.data.path, 8, config.model.T), limit))
+    begin = time.monotonic()
+    state = jax.jit(step.init_state, static_argnums=0)(config)
+    train_step = jax.jit(step.train_step(config), donate_argnums=0)
+    whole = configs.override(config, {"compute.loss_chunk": min(2048, 8 * config.model.T)})
+    losses: Any = jax.jit(lambda params, tokens: jnp.mean(loss.token_losses(whole, params, tokens)))
+
+    def valid(count: int) -> float:
+        return statistics.fmean(float(losses(state.params, jnp.asarray(r))) for r in rows[:count])
+
+    head = {"run": run, "config": configs.to_dict(config), "commit": commit(), "jax": jax.__version__}
+    part = path.with_suffix(".part")
+    with open(part, "w") as file, Bar(path.stem, config.train.tokens, "tokens") as bar:
+
+        def write(**line: Any) -> None:
+            print(json.dumps(line), file=file, flush=True)
+
+        write(**head)
+        recent: list[jax.Array] = []
+        for i in range(1, config.train.steps + 1):
+            state, metrics = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
+            recent.append(metrics["loss"])
+            if i % CURVE == 0 or i == config.train.steps:
+                mean = statistics.fmean(float(x) for x in recent)
+                recent = []
+                if not math.isfinite(mean):
+                    write(step=i, loss=None)
+                    raise UserError(f"{path.stem}: the loss became {mean} by step {i}; see {part}")
+                write(step=i, loss=mean)
+                bar.reach(i * config.train.tokens_per_step, f"loss {mean:.3f}")
+            if i % max(1, config.train.steps // EVALUATIONS) == 0 and i < config.train.steps:
+                write(step=i, valid=valid(math.ceil(len(rows) / 4)))
+        write(step=config.train.steps, valid=valid(len(rows)), seconds=round(time.monotonic() - begin), done=True)
+    part.rename(path)
+
+
+def commit() -> str:
+    """Commit of the code that runs, `+` if files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(loss.__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.strip() + ("+" if dirty else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run: training and validation points (step, nats), the last tenth's training loss, seconds."""
+
+    run: Run
+    config: Config
+    curve: list[tuple[int, float]]
+    valid: list[tuple[int, float]]
+    seconds: float
+    commit: str
+
+    @property
+    def train_end(self) -> float:
+        """Mean training loss of the last tenth of the steps, nats."""
+        return statistics.fmean(y for x, y in self.curve if x > 0.9 * self.curve[-1][0])
+
+
+def read(path: Path) -> Result:
+    """A finished run's file. UserError if it is not one."""
+    try:
+        head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        config = configs.from_dict(head["config"], str(path))
+        curve = [(x["step"], x["loss"]) for x in lines if "loss" in x]
+        valid = [(x["step"], x["valid"]) for x in lines if "valid" in x]
+        size, arm, rate, seed = head["run"]
+        return Result((size, arm, float(rate), seed), config, curve, valid, lines[-1]["seconds"], head["commit"])
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: not a finished run of this script ({error!r}); delete it and run again") from None
+
+
+def rows_of(results: Iterable[Result]) -> list[list[str]]:
+    """Table rows, one per size, arm and rate: loss and its difference to f32 at the same rate and seed, over seeds."""
+    found = {r.run: r for r in results}
+    arms = list(ARMS)
+    groups = sorted({run[:3] for run in found}, key=lambda g: (g[0], g[2] != 1, g[2], arms.index(g[1])))
+    out = []
+    for size, arm, rate in groups:
+        runs = [r for run, r in sorted(found.items()) if run[:3] == (size, arm, rate)]
+        pairs = [(r, found[(size, "f32", rate, r.run[3])]) for r in runs if (size, "f32", rate, r.run[3]) in found]
+        gaps = ["", ""]
+        if pairs and arm != "f32":
+            gaps = [
+                _spread([a.valid[-1][1] - b.valid[-1][1] for a, b in pairs], "+"),
+                _spread([a.train_end - b.train_end for a, b in pairs], "+"),
+            ]
+        ends, seconds = [r.valid[-1][1] for r in runs], statistics.fmean(r.seconds for r in runs)
+        out.append([size, arm, ARMS[arm][0], f"{rate:g}", str(len(runs)), _spread(ends), *gaps, f"{seconds:.0f}"])
+    return out
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    text = f"{statistics.fmean(values):{sign}.4f}"
+    return f"{text} ± {statistics.stdev(values):.4f}" if len(values) > 1 else text
+
+
+def report(out: Path) -> None:
+    """Writes table.md and loss.png of the finished runs in `out`."""
+    results = [read(p) for p in sorted(out.glob("*.jsonl"))]
+    results = [r for r in results if r.run[1] in ARMS]
+    if not results:
+        raise UserError(f"{out}: no finished runs; python scripts/quality.py run main --data DIR --out {out}")
+    heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to f32", "Δ training", "s"]
+    lines = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows_of(results))]
+    c = results[0].config
+    facts = f"T {c.model.T}, vocabulary {c.model.V}, {c.train.tokens_per_step} tokens a step, {c.train.tokens:,} tokens"
+    facts += f"; commits {', '.join(sorted({r.commit for r in results}))}"
+    text = "".join(f"| {line} |\n" for line in lines)
+    about = "± is the standard deviation over seeds, of paired differences for Δ."
+    (out / "table.md").write_text(f"{facts}\n{about}\n\n{text}")
+    print((out / "table.md").read_text())
+    figure(out / "loss.png", results)
+
+
+def figure(path: Path, results: list[Result]) -> None:
+    """Curves of the smallest size at rate 1, means of seeds: training loss, and validation difference to f32."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install nanojax[figures])", file=sys.stderr)
+        return
+    size = min(r.run[0] for r in results)
+    found = {r.run: r for r in results if r.run[0] == size and r.run[2] == 1}
+    fig, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for arm in dict.fromkeys(run[1] for run in sorted(found, key=lambda run: list(ARMS).index(run[1]))):
+        runs = [r for run, r in found.items() if run[1] == arm]
+        tokens = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].curve]
+        left.plot(tokens, [statistics.fmean(y) for y in zip(*[[y for _, y in r.curve] for r in runs])], label=arm, lw=1)
+        pairs = [(r, found[(size, "f32", 1.0, r.run[3])]) for r in runs if (size, "f32", 1.0, r.run[3]) in found]
+        if pairs and arm != "f32":
+            at = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].valid]
+            gaps = [[a - b for (_, a), (_, b) in zip(r.valid, f.valid)] for r, f in pairs]
+            right.plot(at, [statistics.fmean(g) for g in zip(*gaps)], marker="o", ms=3, lw=1, label=arm)
+    left.set(title=f"{size}, mean of seeds", xlabel="million tokens", ylabel="training loss, nats", yscale="log")
+    right.axhline(0, color="black", lw=0.7)
+    right.set(title="against f32, same seeds", xlabel="million tokens", ylabel="Δ validation loss, nats")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    fig.savefig(path, dpi=130)
+    print(f"figure: {path}")
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train what is not finished yet")
+    run.add_argument("plans", nargs="+", choices=list(PLANS), metavar="PLAN", help=", ".join(PLANS))
+    run.add_argument("--data", required=True, help="folder of `python -m nanojax.data prepare`")
+    run.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"only these of {', '.join(ARMS)}")
+    run.add_argument("--seeds", nargs="+", type=int, help="only these")
+    run.add_argument("--steps", type=int, default=300)
+    run.add_argument("--tokens-per-step", type=int, default=4096)
+    run.add_argument("--seq", type=int, default=256)
+    run.add_argument("--vocab", type=int, default=2048, help="at least the tokenizer's")
+    tell = commands.add_parser("report", help="table and figure of what is finished")
+    for command in (run, tell):
+        command.add_argument("--out", required=True, type=Path, help="folder of the runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command."""
+    args = parse()
+    if args.command == "report":
+        return report(args.out)
+    runs = [r for plan in args.plans for r in PLANS[plan]]
+    runs = [r for r in runs if (not args.arms or r[1] in args.arms) and (not args.seeds or r[3] in args.seeds)]
+    made = {r: make_config(r, args.data, args.steps, args.tokens_per_step, args.seq, args.vocab) for r in runs}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, (run, config) in enumerate(made.items()):
+        path = file_of(args.out, run)
+        if path.exists():
+            print(f"[{i + 1}/{len(made)}] {path.stem}: finished before")
+            continue
+        print(f"[{i + 1}/{len(made)}] {path.stem}: {ARMS[run[1]][0]}", flush=True)
+        train(config, run, path)
+        result = read(path)
+        print(f"{path.stem}: valid {result.valid[-1][1]:.4f}, train {result.train_end:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
