@@ -1,7 +1,8 @@
 """Lets lm-evaluation-harness run its tasks on our models.        python -m nanojax.lm_eval_adapter
 
 Needs the optional extra: pip install -e '.[lm-eval]'. Log-likelihoods go through score.py: batched, bucketed, and
-continuations of one context computed together. The begin token stands before every text, as in training. Requests longer than the model's sequence lose tokens from the left.
+continuations of one context computed together. The begin token stands before every text, as in training. Requests
+longer than the model's sequence lose tokens from the left.
 """
 
 import argparse

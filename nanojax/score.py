@@ -170,14 +170,16 @@ def batches(rows: Sequence[_Row], tokens: int) -> Iterator[_Batch]:
     groups: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault((bucket(len(row.tail), 16), bucket(len(row.trunk))), []).append(i)
-    # What would leave a batch half empty moves up to a shape a little longer, which saves a compilation too.
+    # Every shape is a compilation: a group, or what would leave its last batch half empty, moves to the next longer
+    # shape where that costs less than a quarter of a batch.
     for S, T in sorted(groups):
         members, spare = groups[S, T], len(groups[S, T]) % max(1, tokens // (T + S))
-        near = lambda g, S=S, T=T: g > (S, T) and T <= g[1] <= 1.25 * T and g[0] <= 1.5 * S
-        larger = next((g for g in sorted(groups) if near(g)), None)
-        if spare and larger:
-            groups[larger] += members[len(members) - spare :]
-            del members[len(members) - spare :]
+        longer = [g for g in groups if g != (S, T) and g[0] >= S and g[1] >= T and bool(g[0]) == bool(S)]
+        if longer:
+            to = min(longer, key=sum)
+            moved = next((n for n in (len(members), spare) if 4 * n * (sum(to) - S - T) <= tokens), 0)
+            groups[to] += members[len(members) - moved :]
+            del members[len(members) - moved :]
     for (S, T), members in sorted(groups.items(), key=lambda g: -sum(g[0])):  # lack of memory shows at once
         B = max(1, tokens // (T + S))
         for start in range(0, len(members), B):

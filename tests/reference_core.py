@@ -1,7 +1,7 @@
 """CORE one example at a time, as slow and plain as it reads: the oracle of core.py and score.py, none of their code.
 
 Every prompt of an example is a row of one batch, all logits are computed for every position, and scores are taken from
-them in numpy. Rows are padded to multiples of 64 so that jit compiles a few shapes only; causality makes that harmless.
+them in numpy. Rows are padded to a `multiple` so that jit compiles few shapes; causality makes that harmless.
 """
 
 import functools
@@ -37,7 +37,7 @@ def prompts(kind, item, shots, delimiter):
     return [start.strip(), start + item["continuation"]]
 
 
-def example(config, params, tokenizer, task, data, index):
+def example(config, params, tokenizer, task, data, index, multiple=64):
     """True if the model answers example `index` of the list `data` rightly."""
     item = data[index]
     others = [i for i in range(len(data)) if i != index]
@@ -58,7 +58,7 @@ def example(config, params, tokenizer, task, data, index):
         while all(len(r) > tail and r[-1 - tail] == rows[0][-1 - tail] for r in rows):
             tail += 1
         spans = [(len(r) - tail, len(r)) for r in rows]
-    length = -(-max(map(len, rows)) // 64) * 64
+    length = -(-max(map(len, rows)) // multiple) * multiple
     tokens = np.array([r + [tokenizer.bos] * (length - len(r)) for r in rows], np.int32)
     logits = np.asarray(_logits(config, params, tokens), np.float64)
     if task.kind == "language_modeling":

@@ -58,7 +58,7 @@ def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "eval_data").mkdir()
     choice = [
-        {"query": say(3, 9), "choices": [say(1, 6) for _ in range(4)], "gold": rng.randrange(4)} for _ in range(40)
+        {"query": say(3, 6), "choices": [say(1, 3) for _ in range(4)], "gold": rng.randrange(4)} for _ in range(20)
     ]
     choice[3]["choices"] = ["the law", "the law", "peace", "the law"]  # equal choices tie; the first wins
     choice[4]["choices"] = ["the law", "the law of peace", "the"]  # one a prefix of another: nothing scored, nan
@@ -67,9 +67,9 @@ def bundle(tmp_path_factory) -> Path:
     choice[6]["query"] = "  leading and trailing space "
     schema = [
         {"context_options": [say(2, 8), say(2, 8)], "continuation": say(1, 5), "gold": rng.randrange(2)}
-        for _ in range(30)
+        for _ in range(14)
     ]
-    lm = [{"context": say(2, 9) + rng.choice(["", " ", "\n"]), "continuation": say(1, 3)} for _ in range(30)]
+    lm = [{"context": say(2, 9) + rng.choice(["", " ", "\n"]), "continuation": say(1, 3)} for _ in range(14)]
     for name, items in (("choice", choice), ("schema", schema), ("lm", lm)):
         (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
     kind = {"choice": "multiple_choice", "schema": "schema", "lm": "language_modeling"}
@@ -115,9 +115,9 @@ def test_scores_equal_full_logits_with_contexts_shared(tokenizer):
     config, params = _model(tokenizer)
     rng = np.random.default_rng(0)
     draw = lambda n: tuple(int(i) for i in rng.integers(0, config.model.V, n))
-    requests = [Request(draw(rng.integers(1, 60)), tuple(draw(n) for n in rng.integers(0, 9, 4))) for _ in range(12)]
+    requests = [Request(draw(rng.integers(1, 60)), tuple(draw(n) for n in rng.integers(0, 5, 4))) for _ in range(12)]
     requests += [Request(draw(5), (draw(40),)), Request(draw(3), ((1,), (2,), (3,))), Request(draw(3), (draw(6), (7,)))]
-    for request, answers in zip(requests, score.scorer(config, params, 300)(requests)):
+    for request, answers in zip(requests, score.scorer(config, params, 1024)(requests)):
         for branch, answer in zip(request.branches, answers, strict=True):
             row = np.array([[*request.context, *branch]], np.int32)
             nll = numpy_gpt.token_losses(params, row[:, :-1], row[:, 1:], config)[0][len(request.context) - 1 :]
@@ -130,15 +130,15 @@ def test_scores_equal_full_logits_with_contexts_shared(tokenizer):
 def test_batched_equals_one_at_a_time(tokenizer, bundle):
     """All kinds, 0 and more shots, ties and empty spans: every single example as the slow oracle says (exact)."""
     config, params = _model(tokenizer)
-    batched = score.scorer(config, params, 1024)
+    batched = score.scorer(config, params)
     right = 0
     for task in core.load_tasks(bundle):
         examples = core.load_examples(task)
         fast = core.score_window(task, examples, range(len(examples)), tokenizer, batched)
-        slow = [reference_core.example(config, params, tokenizer, task, examples, i) for i in range(len(examples))]
+        slow = [reference_core.example(config, params, tokenizer, task, examples, i, 256) for i in range(len(examples))]
         assert fast == slow, task.label
         right += sum(fast)
-    assert right > 20  # not all wrong
+    assert right > 10  # not all wrong
 
 
 def test_zero_logits_tie_to_the_first_option(tokenizer, bundle):
