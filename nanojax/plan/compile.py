@@ -113,11 +113,11 @@ def _tree_bytes(tree: Any) -> int:
 
 
 @contextlib.contextmanager
-def _no_remat_pass() -> Iterator[None]:
+def no_remat_pass() -> Iterator[None]:
     """XLA's own rematerialisation duplicates matmuls when it believes memory is short; here `residuals` decides."""
     import jax
 
-    before = jax.config.jax_compiler_enable_remat_pass
+    before: Any = getattr(jax.config, "jax_compiler_enable_remat_pass")  # noqa: B009  unknown to type checkers
     jax.config.update("jax_compiler_enable_remat_pass", False)
     try:
         yield
@@ -138,7 +138,7 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
     sharding = _sharding(card)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, _no_remat_pass():
+    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, no_remat_pass():
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
@@ -147,12 +147,12 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
             raise UserError(f"XLA cannot compile this step for {card.key}: {_first_line(error)}") from None
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)
         temporaries = read_temporaries(dumps[-1].read_text()) if dumps else ()
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     state = arguments[0]
     groups = {name: _tree_bytes(getattr(state, name)) for name in ("params", "opt", "accum") if hasattr(state, name)}
     groups["other"] = stats.argument_size_in_bytes - sum(groups.values())
     return Program(
-        hlo=compiled.as_text(),
+        hlo=compiled.as_text() or "",
         argument_bytes=stats.argument_size_in_bytes,
         output_bytes=stats.output_size_in_bytes,
         alias_bytes=stats.alias_size_in_bytes,
@@ -230,7 +230,7 @@ def cache_folder() -> Path:
 def _key(config: Config, card: Card) -> str:
     """Everything the compiled step depends on: shapes, formats, the card, versions, the code that builds the step."""
     kept = to_dict(config)
-    parts = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
+    parts: list[Any] = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
     parts += [{"steps": config.train.steps, "batch": config.batch_shape}, card.target_config()]
     for package in ("jax", "jaxlib", *(name.replace("_", "-") for name in _PLUGINS), "nvidia-cudnn-cu12"):
         try:

@@ -66,7 +66,7 @@ def verdict(memory: Memory, card: Card) -> tuple[bool, str]:
 def residual_stacks(module: hlo.Module, layers: int) -> dict[str, int]:
     """Bytes of each array that a loop over `layers` fills slice by slice and never reads: what forward keeps.
 
-    A stack counts if a loop of `layers` trips carries it, writes it only by dynamic-update-slice and reads nothing of it.
+    A stack counts if a loop of `layers` trips carries it, writes it only by dynamic-update-slice and never reads it.
     Gradient accumulators and updated state are read too, so they do not count.
     """
     out: dict[str, int] = {}

@@ -205,5 +205,5 @@ def show_anchors(console: Console) -> None:
     console.print(
         f"measured by a reader on an RTX 4070 (nanochat's torch code, d12, bf16): {rate:,.0f} tokens/s x "
         f"{flops / 1e6:,.1f} MFLOP = {rate * flops / 1e12:.1f} TFLOP/s; d32 at that rate takes "
-        f"{energy.D32_FLOPS / (rate * flops) / energy.DAY:,.0f} days. This card peaks at 58 TFLOP/s in bf16, 233 in int8."
+        f"{energy.D32_FLOPS / (rate * flops) / energy.DAY:,.0f} days. This card peaks at 58 in bf16, 233 in int8."
     )

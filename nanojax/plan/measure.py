@@ -1,0 +1,163 @@
+"""Times on the GPU in this machine what the model assumes: matmuls at the model's shapes, copies, attention, the step."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanojax import attention, step
+from nanojax.config import Config, UserError
+from nanojax.plan import compile, energy, memory, planner, roofline
+from nanojax.plan.cards import Card
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A measured rate: operations or bytes per second."""
+
+    what: str
+    kind: str  # the field of roofline.Efficiency that it calibrates
+    per_second: float
+
+
+def seconds_per_call(function: Callable[..., Any], *arguments: jax.Array, at_least: float = 0.2) -> float:
+    """Median time of one call, of 5 timings that last `at_least` seconds together after warming up."""
+    compiled = jax.jit(function)
+    jax.block_until_ready(compiled(*arguments))  # compiles, autotunes
+    begin = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    calls = max(1, int(at_least / 5 / max(time.perf_counter() - begin, 1e-7)))
+    timings = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = compiled(*arguments)
+        jax.block_until_ready(out)
+        timings.append((time.perf_counter() - begin) / calls)
+    return statistics.median(timings)
+
+
+def _normal(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+    x = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    return jnp.round(x * 40).astype(dtype) if dtype == jnp.int8 else x.astype(dtype)
+
+
+def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
+    """Matmul rates in bf16 and int8 at the shapes of the model's layers, copy bandwidth, attention with backward."""
+    m, rows = config.model, config.train.microbatch * config.model.T
+    out = []
+    for kind, dtype, total in (("bf16", jnp.bfloat16, jnp.float32), ("int8", jnp.int8, jnp.int32)):
+        for name, (features, inputs) in m.shapes.items():
+            # forward, and the gradient to the weights, whose contraction runs over the tokens; both contiguous along it
+            for label, a, b in (
+                ("forward", (rows, inputs), (features, inputs)),
+                ("dW", (features, rows), (inputs, rows)),
+            ):
+                product = lambda x, y, total=total: lax.dot_general(
+                    x, y, (((1,), (1,)), ((), ())), preferred_element_type=total
+                )
+                spent = seconds_per_call(product, _normal(a, dtype, 1), _normal(b, dtype, 2), at_least=at_least)
+                flops = 2 * a[0] * a[1] * b[0]
+                out.append(Rate(f"{kind} matmul {label} of {name} {a[0]}x{a[1]}x{b[0]}", kind, flops / spent))
+    words = max(1 << 20, rows * m.D * 4)
+    block = jnp.ones((words,), jnp.float32)
+    spent = seconds_per_call(lambda x: x + 1, block, at_least=at_least)
+    out.append(Rate(f"copy of {words * 4 / 1e6:.0f} MB", "memory", 2 * block.nbytes / spent))
+    implementation = compile.for_gpu(config).compute.attention if jax.default_backend() == "gpu" else "chunked"
+    shape = (config.train.microbatch, m.T, m.N, m.H)
+    q, k, v, d = (_normal(shape, jnp.bfloat16, seed) for seed in range(3, 7))
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, d: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
+        return y, vjp(d)
+
+    spent = seconds_per_call(both, q, k, v, d, at_least=at_least)
+    flops = 7 * shape[0] * m.N * m.T * m.T * m.H  # 2 + 5 matmuls, causal half
+    out.append(
+        Rate(f"attention forward + backward {'x'.join(map(str, shape))} ({implementation})", "attention", flops / spent)
+    )
+    return out
+
+
+def calibrate(card: Card, measured: list[Rate]) -> roofline.Efficiency:
+    """The defaults with the measured shares in place: medians per kind over the shapes."""
+    shares = {}
+    for kind in {r.kind for r in measured}:
+        peak = card.bandwidth if kind == "memory" else card.peak("bf16" if kind == "attention" else kind)
+        shares[kind] = statistics.median(r.per_second for r in measured if r.kind == kind) / peak
+    return dataclasses.replace(roofline.efficiency_of(card), **shares)
+
+
+def seconds_per_step(config: Config, repeats: int = 3) -> float:
+    """Time of one step. Runs steps of 2 and of 4 microbatches with the real state and extrapolates to all of them.
+
+    A step is A equal microbatches and one update, so t(A) = t(2) + (A - 2) * (t(4) - t(2)) / 2; up to A = 4 it runs whole.
+    """
+    A, B, T1 = config.batch_shape
+    counts = [A] if A <= 4 else [2, 4]
+    times = []
+    for count in counts:
+        train = dataclasses.replace(config.train, tokens_per_step=count * B * (T1 - 1))
+        short = dataclasses.replace(config, train=train)
+        tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
+        with compile.no_remat_pass():  # before the state exists: autotuning wants scratch memory
+            specs = (step.abstract_state(short), jax.ShapeDtypeStruct(tokens.shape, tokens.dtype))
+            run = jax.jit(step.train_step(short), donate_argnums=0).lower(*specs).compile()
+        state = jax.jit(step.init_state, static_argnums=0)(short)
+        state, _ = run(state, tokens)
+        timings = []
+        for _ in range(repeats):
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+            state, metrics = run(state, tokens)
+            jax.block_until_ready((state, metrics))
+            timings.append(time.perf_counter() - begin)
+        times.append(statistics.median(timings))
+        del state
+    return times[0] if A <= 4 else times[0] + (A - 2) * (times[1] - times[0]) / 2
+
+
+def plan(
+    config: Config, card: Card, *, prices: dict[str, float], watts: float | None, say: planner.Say
+) -> tuple[planner.Plan, list[str]]:
+    """The Plan with the step's time measured, and lines that compare each measured rate with the model's."""
+    if jax.default_backend() != "gpu":
+        raise UserError("--measure: jax does not see this machine's GPU; pip install 'nanojax[cuda12]'")
+    modelled = planner.make(config, card, cache=False, watts=watts, prices=prices, say=say)
+    if not modelled.fits:
+        return modelled, ["not measured: it does not fit"]
+    config = modelled.config
+    say("measuring matmuls, copies and attention (about a minute)")
+    found = rates(config)
+    efficiency = calibrate(card, found)
+    calibrated = roofline.estimate(modelled.program.hlo, card, efficiency)
+    say("measuring the step: compiles it twice and runs each four times")
+    spent = seconds_per_step(config)
+    n = config.train.tokens_per_step
+    bill = energy.bill(config.train.tokens, n / spent, card.watts if watts is None else watts, prices)
+    lines = ["measured on this card:"]
+    for r in found:
+        unit, size = ("GB/s", 1e9) if r.kind == "memory" else ("TOP/s", 1e12)
+        peak = card.bandwidth if r.kind == "memory" else card.peak("bf16" if r.kind == "attention" else r.kind)
+        assumed = getattr(roofline.efficiency_of(card), r.kind)
+        share = r.per_second / peak
+        lines.append(
+            f"  {r.what:56} {r.per_second / size:8.1f} {unit:5} {share:5.0%} of peak (the model: {assumed:.0%})"
+        )
+    lines.append(
+        f"tokens/s: modelled {modelled.tokens_per_second:,.0f}, modelled with these rates {n / calibrated.seconds:,.0f}, "
+        f"measured {n / spent:,.0f}"
+    )
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        lines.append(
+            f"peak bytes measured {stats['peak_bytes_in_use'] / memory.GIB:.2f} GiB, "
+            f"planned {modelled.memory.peak / memory.GIB:.2f}"
+        )
+    measured = dataclasses.replace(modelled, estimate=calibrated, tokens_per_second=n / spent, bill=bill, measured=True)
+    return measured, lines
