@@ -112,7 +112,8 @@ def _files(folder: Path) -> list[Path]:
 def test_damage(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture, kinds: int) -> None:
     """Each file of a checkpoint removed, cut in half, or with one bit flipped: what is restored is right or refused.
 
-    Files are damaged in one of these ways, or (slow) in all three. Refused means that the older checkpoint is used, a warning names the damaged folder, and it is moved to damaged/.
+    Files are damaged in one of these ways, or (slow) in all three. Refused means that the older checkpoint is used, a
+    warning names the damaged folder, and it is moved to damaged/.
     """
     config = tiny(model=dict(vocab=272))
     states = _save(tmp_path / "good", config, [3, 6])

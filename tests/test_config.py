@@ -1,0 +1,258 @@
+"""Configs: found by name, overridden, resolved, stored; 200 random mistakes each become one line before any compile."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_run
+
+from nanojax import config as configs
+from nanojax import quant, step, train
+from nanojax.config import Config, UserError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ (tokenizer of 300 ids) and tiny.py."""
+    folder = tmp_path_factory.mktemp("config")
+    tiny_run.make_config(folder, tiny_run.make_data(folder))
+    return folder
+
+
+def test_parameter_counts() -> None:
+    """The exact counts of d12, d20 and d32, and that the initial state has just these shapes."""
+    counts = {
+        depth: configs.resolve(Config(model=configs.Model(depth=depth))).model.parameters for depth in (12, 20, 32)
+    }
+    assert counts == {12: 185_597_952, 20: 560_988_160, 32: 1_879_048_192}
+    assert _count(configs.load("d32_4070")) == 1_879_048_192
+
+
+def _count(config: Config) -> int:
+    """Values in the parameters of the initial state, however they are stored."""
+    floats = jax.eval_shape(quant.decode_tree, step.abstract_state(config).params)
+    return sum(leaf.size for leaf in jax.tree.leaves(floats))
+
+
+@pytest.mark.parametrize("name", configs.available())
+def test_every_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found from another directory, resolves, survives JSON, and its state has the counted parameters."""
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(name)
+    assert config.name == name and config.train.run == f"runs/{name}" and config.train.steps > 0
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    assert config.microbatches * config.train.microbatch * config.model.T == config.train.tokens_per_step
+    assert _count(config) == config.model.parameters
+
+
+def test_overrides(home: Path) -> None:
+    """Every key takes a value of its type from text, and a path works as well as a name."""
+    name = str(home / "tiny.py")
+    base = configs.load(name)
+    for key, (kind, value, _) in configs.keys(base).items():
+        same = configs.override(base, {key: str(value)})
+        assert configs.keys(same)[key][1] == value and type(configs.keys(same)[key][1]) is type(value), (key, kind)
+    changed = configs.load(
+        name, ["--model.depth=3", "--optim.matrix_lr=1e-3", "--train.steps=1_000", "--optim.nesterov=no"]
+    )
+    assert (changed.model.depth, changed.optim.matrix_lr, changed.train.steps) == (3, 0.001, 1000)
+    assert changed.optim.nesterov is False
+
+
+def test_steps_follow_from_tokens() -> None:
+    """20 tokens a parameter: d32's 37.6 B tokens are nanochat's 71,680 steps of 524,288."""
+    config = configs.resolve(Config(model=configs.Model(depth=32)))
+    assert config.train.steps == 71_680 and config.train.tokens == 37_580_963_840
+
+
+# A mistake: random -> (arguments, words that must be told). {} stands for the run folder's parent.
+Mistake = Callable[[random.Random], tuple[list[str], str]]
+
+
+def _typo(rng: random.Random) -> tuple[list[str], str]:
+    key = rng.choice(list(configs.keys(Config())))
+    at = rng.randrange(len(key) + 1)
+    wrong = rng.choice(
+        [key[:at] + rng.choice("qxz_") + key[at:], key.replace(".", "_"), key.upper(), key.split(".")[1]]
+    )
+    return [f"--{wrong}=1"], "no such key"
+
+
+def _wrong_type(rng: random.Random) -> tuple[list[str], str]:
+    numbers = [k for k, (kind, _, _) in configs.keys(Config()).items() if kind in (int, float)]
+    key = rng.choice(numbers)
+    value = rng.choice(["", "abc", "nan", "inf", "-inf", "1e400", "0x10", "1,5", "None", "1 2", "[]", "--", "٣x", "1e"])
+    return [f"--{key}={value}"], f"--{key}="
+
+
+def _fraction(rng: random.Random) -> tuple[list[str], str]:
+    key = rng.choice([k for k, (kind, _, _) in configs.keys(Config()).items() if kind is int])
+    return [f"--{key}={rng.choice(['1.5', '0.1', '1e-3', '1e30', '-3.7'])}"], f"--{key}="
+
+
+def _choice(rng: random.Random) -> tuple[list[str], str]:
+    others = ["f64", "int4", "", "F32", "fp8", "auto2"]
+    keys = ["stored.blocks", "stored.adam", "accumulate.dtype", "compute.forward", "compute.dw", "compute.attention"]
+    return [f"--{rng.choice(keys)}={rng.choice(others)}"], "choose one of"
+
+
+def _bool(rng: random.Random) -> tuple[list[str], str]:
+    return [f"--{rng.choice(['optim.nesterov', 'train.tensorboard'])}={rng.choice(['2', 'maybe', '', 'tru'])}"], "bool"
+
+
+def _not_positive(rng: random.Random) -> tuple[list[str], str]:
+    keys = ["model.depth", "model.head_dim", "model.vocab", "model.seq", "model.softcap", "model.rope_base"]
+    keys += ["train.microbatch", "train.tokens_per_step", "train.log_every", "optim.ns_steps", "compute.loss_chunk"]
+    key = rng.choice([*keys, "profile.steps", "checkpoint.keep_last"])
+    return [f"--{key}={rng.choice([0, -1, -1000])}"], f"--{key}="
+
+
+def _negative(rng: random.Random) -> tuple[list[str], str]:
+    keys = ["model.width", "train.steps", "train.tokens", "train.seed", "eval.every", "eval.tokens", "checkpoint.every"]
+    key = rng.choice([*keys, "optim.matrix_lr", "optim.embed_lr", "optim.clip", "optim.momentum_warmup"])
+    return [f"--{key}={-rng.randrange(1, 100)}"], f"--{key}="
+
+
+def _fractions_of_one(rng: random.Random) -> tuple[list[str], str]:
+    key = rng.choice(["momentum", "momentum_start", "beta1", "beta2", "warmup", "warmdown", "final_lr"])
+    return [f"--optim.{key}={rng.choice(['1.5', '-0.1', '2', '100'])}"], f"--optim.{key}="
+
+
+def _sizes(rng: random.Random) -> tuple[list[str], str]:
+    return rng.choice(
+        [
+            (["--model.head_dim=33"], "model.head_dim"),
+            (["--model.width=65"], "head_dim"),
+            (["--model.width=100"], "head_dim"),
+            (["--model.vocab=65537"], "65536"),
+            (["--train.tokens_per_step=100"], "try 128"),
+            (["--model.seq=33"], "66"),
+            (["--train.microbatch=3"], "multiple"),
+            (["--compute.loss_chunk=48"], "loss_chunk"),
+            (["--model.depth=1000000000"], "10^12"),
+            (["--train.seed=4294967296"], "2^32"),
+            (["--model.head_dim=1"], "even"),
+            (["--train.steps=3000000000"], "2^31"),
+            (["--optim.warmup=0.9", "--optim.warmdown=0.9"], "exceed"),
+            (["--accumulate.dtype=momentum"], "nesterov"),
+            (["--compute.residuals=everything"], "residuals"),
+            (["--compute.residuals=qkv+nothing"], "residuals"),
+        ]
+    )
+
+
+def _folders(rng: random.Random) -> tuple[list[str], str]:
+    return rng.choice(
+        [
+            (["--data.path=/nonexistent/data"], "/nonexistent/data"),
+            (["--data.path="], "data"),
+            (["--data.path={}"], "{}"),
+            (["--data.path={}/tiny.py"], "tiny.py"),
+            (["--train.run={}/tiny.py/run"], "cannot write"),
+            (["--train.run=/proc/nanojax"], "cannot write"),
+            (["--model.vocab=299"], "300"),
+            (["--model.vocab=1"], "300"),
+            (["--model.seq=65536", "--train.tokens_per_step=131072"], "65537"),
+        ]
+    )
+
+
+def _forms(rng: random.Random) -> tuple[list[str], str]:
+    return rng.choice(
+        [
+            (["model.depth=3"], "expected --section.key=value"),
+            (["--model.depth"], "expected --section.key=value"),
+            (["--model.depth", "3"], "expected"),
+            (["-x"], "expected"),
+            (["--=3"], "no such key"),
+            ([""], "expected"),
+            (["--config=tinny"], "no such config"),
+            (["--config={}/none.py"], "no such file"),
+            (["--config="], "missing"),
+        ]
+    )
+
+
+MISTAKES: list[Mistake] = [
+    _typo,
+    _wrong_type,
+    _fraction,
+    _choice,
+    _bool,
+    _not_positive,
+    _negative,
+    _fractions_of_one,
+    _sizes,
+    _folders,
+    _forms,
+]
+
+
+@pytest.fixture
+def no_compile() -> Iterator[list[str]]:
+    """Names of jax's compile events that happened; must stay empty."""
+    happened: list[str] = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if "compile" in event:
+            happened.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield happened
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_200_broken_configs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, no_compile: list[str]
+) -> None:
+    """200 random mistakes: exit 2, one line on stderr that names the culprit, nothing compiled, no run folder made."""
+    rng = random.Random(0)
+    monkeypatch.setattr("nanojax.runtime.configure", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    for number in range(200):
+        wrong, words = MISTAKES[number % len(MISTAKES)](rng)
+        wrong = [w.replace("{}", str(home)) for w in wrong]
+        run = tmp_path / "run"
+        arguments = [*tiny_run.arguments(home / "tiny.py", run), *wrong]
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        status = 0
+        try:
+            configs.run_main(train.main)
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr()
+        assert status == 2, wrong
+        assert len(said.err.splitlines()) == 1 and said.err.startswith("error: "), (wrong, said.err)
+        assert words.replace("{}", str(home)) in said.err, (wrong, said.err)
+        assert said.out == "" and not run.exists() and not no_compile, wrong
+
+
+def test_nearest_names() -> None:
+    """A mistyped key or config is answered with the nearest ones."""
+    with pytest.raises(UserError, match=r"did you mean model\.depth"):
+        configs.load("demo", ["--model.dept=3"])
+    with pytest.raises(UserError, match=r"did you mean .*compute\.forward"):
+        configs.load("demo", ["--forward=int8"])
+    with pytest.raises(UserError, match=r"did you mean .*d32_4070"):
+        configs.load("d32_407")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "x = ",
+        "def get_config(): return 3",
+        "def get_config(): return 1/0",
+        "import nothing_of_this_name",
+        "raise SystemError('no')",
+    ],
+)
+def test_broken_config_files(tmp_path: Path, content: str) -> None:
+    """A config file that does not work is named with the reason."""
+    (tmp_path / "broken.py").write_text(content)
+    with pytest.raises(UserError, match=r"broken\.py: "):
+        configs.load(str(tmp_path / "broken.py"))
