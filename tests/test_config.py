@@ -94,7 +94,7 @@ def _fraction(rng: random.Random) -> tuple[list[str], str]:
 
 
 def _choice(rng: random.Random) -> tuple[list[str], str]:
-    others = ["f64", "int4", "", "F32", "fp8", "auto2"]
+    others = ["f64", "int5", "", "F32", "fp8", "auto2"]
     keys = ["stored.blocks", "stored.adam", "accumulate.dtype", "compute.forward", "compute.dw", "compute.attention"]
     return [f"--{rng.choice(keys)}={rng.choice(others)}"], "choose one of"
 
@@ -130,7 +130,7 @@ def _sizes(rng: random.Random) -> tuple[list[str], str]:
             (["--model.vocab=65537"], "65536"),
             (["--train.tokens_per_step=100"], "try 128"),
             (["--model.seq=33"], "66"),
-            (["--train.microbatch=3"], "multiple"),
+            (["--train.microbatch=3"], "microbatch"),
             (["--compute.loss_chunk=48"], "loss_chunk"),
             (["--model.depth=1000000000"], "10^12"),
             (["--train.seed=4294967296"], "2^32"),
