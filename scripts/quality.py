@@ -6,8 +6,8 @@
   python scripts/quality.py report --out runs/quality
 
 Arms of one seed share initialisation and data order. A run is one JSONL file; finished runs are skipped, so the same
-command goes on where it was stopped. `report` writes table.md and, with matplotlib (pip install nanojax[figures]), loss.png,
-at any time. Codes, scales and rounding are those of training on a GPU; only the order of float sums differs.
+command goes on where it was stopped. `report` writes table.md and, with matplotlib (pip install nanojax[figures]),
+loss.png, at any time. Codes, scales and rounding are those of training on a GPU; only the order of float sums differs.
 """
 
 import argparse

@@ -1,0 +1,11 @@
+"""d32_4070 with its block matrices in int3, 3.25 bits a weight, and 8-bit AdamW instead of Muon for them.
+
+python -m nanojax.train --config=d32_4070_int3_adamw8
+"""
+
+from nanojax.config import Config, load_unresolved, override
+
+
+def get_config() -> Config:
+    changes = {"stored.blocks": "int3", "optim.matrix": "adamw", "optim.matrix_lr": 0.003}
+    return override(load_unresolved("d32_4070"), changes)

@@ -1,0 +1,10 @@
+"""d32_4070 with its block matrices in NF4, 4.25 bits a weight; int8 products as there.
+
+python -m nanojax.train --config=d32_4070_nf4
+"""
+
+from nanojax.config import Config, load_unresolved, override
+
+
+def get_config() -> Config:
+    return override(load_unresolved("d32_4070"), {"stored.blocks": "nf4"})
