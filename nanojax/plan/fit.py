@@ -15,7 +15,7 @@ FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def pool_fraction(reading: device.Reading) -> float:
-    """Share of the GPU's memory to give to XLA: all that is free now but the context, in steps of 0.01, at least 0.1."""
+    """Share of the GPU's memory to give to XLA: all that is free now but the context, from 0.1 to 0.97."""
     share = (reading.memory_free - CONTEXT_GIB * GIB) / reading.memory_total
     return max(0.1, min(0.97, int(share * 100) / 100))
 
@@ -35,8 +35,8 @@ def set_allocator() -> str | None:
     share = pool_fraction(reading)
     os.environ[FRACTION_NAMES[0]] = f"{share:.2f}"
     return (
-        f"XLA may use {share * total:.1f} of {reading.name}'s {total:.1f} GiB ({reading.memory_free / GIB:.1f} are free; "
-        f"{FRACTION_NAMES[0]}={share:.2f})"
+        f"XLA may use {share * total:.1f} of {reading.name}'s {total:.1f} GiB "
+        f"({reading.memory_free / GIB:.1f} are free; {FRACTION_NAMES[0]}={share:.2f})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Times on the GPU in this machine what the model assumes: matmuls at the model's shapes, copies, attention, the step."""
+"""Times on this machine's GPU what the model assumes: matmuls at the model's shapes, copies, attention, the step."""
 
 import dataclasses
 import statistics
@@ -96,7 +96,7 @@ def calibrate(card: Card, measured: list[Rate]) -> roofline.Efficiency:
 def seconds_per_step(config: Config, repeats: int = 3) -> float:
     """Time of one step. Runs steps of 2 and of 4 microbatches with the real state and extrapolates to all of them.
 
-    A step is A equal microbatches and one update, so t(A) = t(2) + (A - 2) * (t(4) - t(2)) / 2; up to A = 4 it runs whole.
+    A step is A equal microbatches and one update, so t(A) = t(2) + (A - 2) * (t(4) - t(2)) / 2; up to A = 4 all run.
     """
     A, B, T1 = config.batch_shape
     counts = [A] if A <= 4 else [2, 4]
@@ -150,7 +150,7 @@ def plan(
             f"  {r.what:56} {r.per_second / size:8.1f} {unit:5} {share:5.0%} of peak (the model: {assumed:.0%})"
         )
     lines.append(
-        f"tokens/s: modelled {modelled.tokens_per_second:,.0f}, modelled with these rates {n / calibrated.seconds:,.0f}, "
+        f"tokens/s: modelled {modelled.tokens_per_second:,.0f}, with these rates {n / calibrated.seconds:,.0f}, "
         f"measured {n / spent:,.0f}"
     )
     stats = jax.devices()[0].memory_stats() or {}
