@@ -49,8 +49,9 @@ def test_muon_equals_the_formula(tiny, nesterov):
     tx = optim.muon(config)
     grads = [layer(i, config) for i in range(20)]
     state, total = tx.init(grads[0]), jax.tree.map(jnp.zeros_like, grads[0])
+    run = jax.jit(tx.update)
     for g in grads:
-        updates, state = tx.update(g, state, key=KEY)
+        updates, state = run(g, state, key=KEY)
         total = jax.tree.map(jnp.add, total, updates)
     assert int(state.count) == 20
     for name, got in total.items():
@@ -63,18 +64,20 @@ def test_muon_equals_the_formula(tiny, nesterov):
 
 
 def test_muon_equals_optax_where_they_agree(tiny):
-    """Heavy ball at constant momentum: optax.contrib.muon gives the same 10 updates (it has no q/k/v split; rtol 1e-3)."""
+    """Heavy ball at constant momentum: optax.contrib.muon gives the same 5 updates (it has no q/k/v split; rtol 1e-3)."""
     config = tiny(optim={"nesterov": False, "momentum_start": 0.95, "warmdown": 0.0})
     theirs = optax.contrib.muon(
         0.02, beta=0.95, nesterov=False, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 0)
     )
     ours, names = optim.muon(config), ("o", "up", "down")
-    grads = [{n: layer(i, config)[n] for n in names} for i in range(10)]
+    grads = [{n: layer(i, config)[n] for n in names} for i in range(5)]
     params = jax.tree.map(jnp.zeros_like, grads[0])
     a, b = ours.init(params), theirs.init(params)
+    mine, optaxs = jax.jit(ours.update), jax.jit(theirs.update)
     for g in grads:
-        u, a = ours.update(g, a, key=KEY)
-        v, b = theirs.update(g, b, params)
+        u, a = mine(g, a, key=KEY)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            v, b = optaxs(g, b, params)
         chex.assert_trees_all_close(u, v, rtol=1e-3, atol=1e-5)
 
 
@@ -91,7 +94,8 @@ def test_adamw_equals_optax(tiny, weight_decay):
     for i in range(20):
         g = jax.random.normal(jax.random.key(i), p.shape)
         u, a = ours.update(g, a, p, key=KEY)
-        v, b = theirs.update(g, b, q)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            v, b = theirs.update(g, b, q)
         p, q = p + u, q + v
     chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -126,7 +130,11 @@ def test_newton_schulz_flattens_singular_values():
 
 
 def test_int8_momentum_follows_f32(tiny):
-    """Over 100 steps of noisy gradients with a drift, int8 momentum stays within 2% of its f32 twin (relative norm)."""
+    """Over 100 steps of noisy gradients with a drift, int8 momentum stays within 4% of its f32 twin (relative norm).
+
+    Theory: a rounding adds at most (1/6)^0.5 steps of amax/127, a sum of them with m=0.95 is 10^0.5 times one, and the amax
+    of 64 normals is about 2.4 of their rms: 2.4*(10/6)^0.5/127 = 2.4%.
+    """
     config8, config32 = tiny(stored={"momentum": "int8"}), tiny()
     a, b = optim.muon(config8), optim.muon(config32)
     g0 = layer(0, config32)
@@ -137,7 +145,7 @@ def test_int8_momentum_follows_f32(tiny):
         _, sa = step8(g, sa, key=jax.random.fold_in(KEY, i))
         _, sb = step32(g, sb, key=KEY)
     for got, want in zip(jax.tree.leaves(quant.decode_tree(sa.momentum)), jax.tree.leaves(sb.momentum)):
-        assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.02
+        assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.04
 
 
 def test_int8_adam_does_not_diverge(tiny):
@@ -150,7 +158,7 @@ def test_int8_adam_does_not_diverge(tiny):
     step8, step32 = jax.jit(a.update), jax.jit(b.update)
     worst8 = worst32 = 0.0
     for i in range(300):
-        g = scale * jax.random.normal(jax.random.key(i), p.shape) * (i % 5 == 0)
+        g = scale * jax.random.normal(jax.random.key(i), p.shape) * float(i % 5 == 0)
         u, sa = step8(g, sa, p, key=jax.random.fold_in(KEY, i))
         v, sb = step32(g, sb, p, key=KEY)
         worst8, worst32 = max(worst8, float(jnp.max(jnp.abs(u)))), max(worst32, float(jnp.max(jnp.abs(v))))
@@ -159,9 +167,13 @@ def test_int8_adam_does_not_diverge(tiny):
 
 @pytest.mark.parametrize("form", ["f32", "bf16", "int8"])
 def test_apply_moves_the_mean(form):
-    """decode(apply(p, u)) averages to decode(p)+u over 500 keys, within 5 sigma; f32 is exact."""
+    """decode(apply(p, u)) averages to decode(p)+u over 500 keys: 5 sigma for each value (sigma of 5 events at least), and
+    for all of them together; f32 is exact."""
     p = quant.encode(jax.random.normal(KEY, (4, 64)), form)
     u = 1e-3 * jax.random.normal(jax.random.key(1), (4, 64))
-    many = jax.vmap(lambda k: quant.decode(optim.apply(p, u, form, k)))(jax.random.split(KEY, 500))
-    want, sigma = quant.decode(p) + u, jnp.std(many, 0) / jnp.sqrt(500.0)
-    assert bool(jnp.all(jnp.abs(jnp.mean(many, 0) - want) <= 5 * sigma + 2e-6))
+    many = jax.jit(jax.vmap(lambda k: quant.decode(optim.apply(p, u, form, k))))(jax.random.split(KEY, 500))
+    many, want = np.asarray(many, np.float64), np.asarray(quant.decode(p) + u, np.float64)
+    grid = np.ptp(many, 0).max(initial=1e-12)
+    floor = grid * np.sqrt(5) / 500 if form != "f32" else 1e-6
+    assert np.all(np.abs(many.mean(0) - want) <= 5 * np.maximum(many.std(0) / np.sqrt(500), floor))
+    assert abs((many.mean(0) - want).mean()) <= 5 * np.sqrt((many.var(0) / 500).mean() / want.size) + 1e-7
