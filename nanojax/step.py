@@ -153,7 +153,7 @@ def _rows(config: Config) -> int:
 def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
     """(parameters, momentum, accumulators) of the blocks after Muon or AdamW, one layer at a time."""
     adamw = config.optim.matrix == "adamw"
-    tx = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
+    tx: Any = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
     folded = config.accumulate.dtype == "momentum"
     fed_back = config.stored.blocks in LEVELS and not adamw
 
