@@ -104,8 +104,8 @@ def test_stochastic_rounding_has_no_bias(form: str):
 
 
 def test_dither_is_even():
-    """A push of 5% of a level per step moves a value once in 20 steps: after 400 steps all have moved 20 +- 2 levels, with
-    a deviation below 1, where independent noise would give one of 4.4; phases do not run out after 65,536 steps."""
+    """A push of 5% of a level per step moves a value once in 20 steps: after 400 all have moved 20 +- 2 levels, with a
+    deviation below 1, where independent noise would give one of 4.4; phases do not run out after 65,536 steps."""
     values, draw = jnp.zeros((64, 64)), jax.jit(dither, static_argnums=2)
     for i in range(400):
         values += (draw(KEY, jnp.int32(i), (64, 64)) < 0.05).astype(jnp.float32)
@@ -168,8 +168,8 @@ def test_products_see_the_stored_values():
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_errors_return_through_the_momentum(rate: float):
-    """A rounding error moves the next update towards undoing it, at any learning rate: by 1-m of the error, of which the
-    orthogonalisation of a square matrix lets half pass (measured 0.49); without an error the momentum stays as it is."""
+    """A rounding error moves the next update towards undoing it, at any learning rate: by 1-m of the error, half of it
+    for a square matrix, whose orthogonalisation is not linear; without an error the momentum stays as it is."""
     config = tiny("nf4")
     config = dataclasses.replace(config, optim=Optim(matrix_lr=0.02 * rate, momentum_warmup=0, warmdown=0.0))
     tx, count = optim.muon(config), jnp.int32(3)
