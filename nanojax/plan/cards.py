@@ -9,7 +9,7 @@ from nanojax.config import UserError
 # tests hold them to it: GA102 v2.0 (RTX 3090: bf16 with f32 accumulate 71, tf32 35.6, int8 284), Ada v2.02 (RTX 4090:
 # bf16 165.2, fp8 with f32 accumulate 330.3, tf32 82.6, int8 660.6), RTX Blackwell v1.1 (RTX 5090: bf16 209.5, fp8 with
 # f32 accumulate 419, tf32 104.8, int8 838), Hopper v1.04 (H100 SXM: bf16 989.4, fp8 and int8 1978.9, tf32 494.7).
-# GeForce halves what accumulates in f32, so there int8 is 4x bf16; on Hopper it is 2x. f32 is the plain FMA rate (Hopper
+# GeForce halves what accumulates in f32, so there int8 is 4x bf16; on Hopper 2x. f32 is the plain FMA rate (Hopper
 # clocks it 8 % higher than its tensor cores: 66.9 in the whitepaper, 61.8 here).
 _PER_CLOCK = {
     "8.6": {"bf16": 512, "int8": 2048, "fp8": 0, "tf32": 256, "f32": 256},

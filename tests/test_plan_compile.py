@@ -1,0 +1,171 @@
+"""The memory bars, on XLA's own figures: every shipped config compiled for its card, which need not be there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanojax import config as configs
+from nanojax.plan import cards, compile, planner
+from nanojax.plan.memory import GIB
+
+ROOT = Path(__file__).parents[1]
+MISSING = compile.plugin_missing()
+pytestmark = [pytest.mark.plan, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+# GiB at the peak that a config may need, and the least rows of a microbatch (T = 2048)
+BARS = {"d32_4070_bf16": (10.5, 4), "d32_4070": (10.5, 1), "d32_4070_laptop": (6.8, 1), "d12_4070": (2.5, 1)}
+PLAN_LINE = re.compile(
+    r"plan \((?P<card>\w+)\): peak (?P<gib>[\d.]+) GiB, (?P<rate>[\d.]+)(?P<k>k?) tok/s modelled, "
+    r"(?P<time>[\d.]+) (?P<unit>days|hours)"
+)
+FOR_A_CARD = [name for name in configs.available() if re.search(r"_(rtx)?\d{4}|_h\d00", name)]
+
+
+def plan_of(name):
+    """The plan of a shipped config; compiled once, then from the cache."""
+    return planner.make(configs.load(name), cards.of_config(name))
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_memory_bar(name):
+    """Peak as XLA's buffer assignment counts it, below the bar, at T = 2048 and the bar's microbatch."""
+    plan = plan_of(name)
+    gib, rows = BARS[name]
+    assert plan.config.model.seq == 2048
+    assert plan.config.train.microbatch >= rows
+    assert plan.memory.peak / GIB <= gib, plan.summary
+
+
+@pytest.mark.parametrize("name", FOR_A_CARD)
+def test_config_fits_its_card(name):
+    """Every config that names a card fits it, and the state is updated in place: all of it is aliased."""
+    plan = plan_of(name)
+    assert plan.fits, f"{plan.summary}: {plan.verdict}"
+    assert plan.memory.not_reused == 0
+
+
+@pytest.mark.parametrize("name", FOR_A_CARD)
+def test_no_parameter_sized_temporary(name):
+    """Temporaries that are not residuals stay below 0.15 of the bytes of the parameters in bf16."""
+    plan = plan_of(name)
+    assert plan.memory.temporaries <= 0.15 * 2 * plan.config.model.parameters, f"{plan.memory.largest}"
+
+
+@pytest.mark.parametrize("name", FOR_A_CARD)
+def test_docstring_tells_the_plan(name):
+    """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 % and a last digit."""
+    text = configs.find(name).read_text()
+    told = PLAN_LINE.search(text)
+    plan = plan_of(name)
+    assert told, f"{name}: its docstring lacks the line\n{plan.summary}"
+    assert told["card"] == plan.card.key
+    assert float(told["gib"]) == pytest.approx(plan.memory.peak / GIB, rel=0.03, abs=0.05), plan.summary
+    rate, digit = float(told["rate"]) * (1000 if told["k"] else 1), 50 if told["k"] else 0.5
+    assert rate == pytest.approx(plan.tokens_per_second, rel=0.03, abs=digit), plan.summary
+    days = float(told["time"]) / (24 if told["unit"] == "hours" else 1)
+    assert days == pytest.approx(plan.bill.days, rel=0.03, abs=0.5), plan.summary
+
+
+def test_the_command_answers_in_two_minutes_with_every_key():
+    """d32_4070 compiled afresh, --json: one JSON object on stdout with the keys that scripts read, within 120 s."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "nanojax.plan", "--config=d32_4070", "--card=rtx4070", "--json", "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True)
+    took = time.monotonic() - begin
+    told = json.loads(done.stdout)
+    keys = {
+        "parameters",
+        "tokens_total",
+        "tokens_per_step",
+        "flops_per_token",
+        "peak_bytes",
+        "temp_bytes",
+        "alias_bytes",
+    }
+    assert keys | {"modelled_tokens_per_second", "days", "kwh", "cost"} <= set(told)
+    assert told["parameters"] == 1_879_048_192
+    assert told["flops_per_token"] == 12_079_595_520
+    assert told["days"] == pytest.approx(told["tokens_total"] / told["modelled_tokens_per_second"] / 86400)
+    assert told["kwh"] == pytest.approx(told["days"] * 24 * 0.2)
+    assert took < 120, f"{took:.0f} s"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A config that compiles in seconds, with the formats of the large ones."""
+    changes = ["--model.depth=4", "--model.vocab=2048", "--model.seq=512", "--train.tokens_per_step=4096"]
+    changes += ["--train.microbatch=1", "--compute.loss_chunk=512"]
+    return configs.load("d32_4070", changes)
+
+
+@pytest.mark.parametrize("key", ["rtx3060", "rtx4070", "h100", "rtx5070"])
+def test_compiles_for_every_generation(small, key):
+    """XLA compiles the real step for Ampere, Ada, Hopper and Blackwell, flash attention and tensor cores included."""
+    plan = planner.make(small, cards.CARDS[key], cache=False)
+    assert "fmha" in plan.program.hlo
+    assert {"attention", "int8 matmul"} <= set(plan.estimate.by_kind())
+    assert plan.estimate.unknown == []
+    assert plan.memory.not_reused == 0
+
+
+def test_model_flops_are_within_the_compiled_ones(small):
+    """The roofline sees the FLOPs that the formula counts: at least the model's with causal attention counted half, at
+    most 1.6 of it (recomputation, Newton-Schulz at this small batch)."""
+    config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536, "model.depth": 8}))
+    plan = planner.make(config, cards.CARDS["rtx4070"])
+    m = config.model
+    causal = m.flops_per_token - 6 * m.L * m.D * m.T
+    seen = sum(k.flops for k in plan.estimate.kernels) / config.train.tokens_per_step
+    assert causal <= seen <= 1.6 * causal
+
+
+def test_more_kept_needs_more_memory(small):
+    """Residuals from all to block inputs only: each step down the ladder keeps less."""
+    config = configs.resolve(configs.override(small, {"train.microbatch": 2}))
+    card = cards.CARDS["rtx4070"]
+    plans = [planner.make(configs.override(config, {"compute.residuals": r}), card) for r in planner.residual_ladder()]
+    kept = [p.memory.residuals for p in plans]
+    assert kept == sorted(kept, reverse=True)
+    assert min(kept) >= config.model.L * 2 * config.model.T * config.model.D * 2  # block inputs in bf16
+
+
+def test_auto_residuals_become_concrete(small):
+    """`auto` on a card with room keeps what is fastest, and the plan's config says what that is."""
+    card = cards.CARDS["rtx4070"]
+    plan = planner.make(configs.override(small, {"compute.residuals": "auto"}), card)
+    assert plan.config.compute.residuals == planner.best_residuals(small, card) in planner.residual_ladder()
+
+
+def test_changes_are_found_for_a_card_that_is_too_small(small):
+    """A budget just below the peak: what is offered was compiled, fits, and changes the config."""
+    import dataclasses
+
+    card = cards.CARDS["rtx4070"]
+    config = configs.resolve(configs.override(small, {"train.microbatch": 4}))
+    whole = planner.make(config, card)
+    tight = dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - 0.9 * whole.memory.peak / GIB)
+    plan = planner.make(config, tight)
+    assert not plan.fits
+    found = planner.try_changes(plan)
+    assert found and all(p.fits and p.memory.peak < plan.memory.peak for _, p in found)
+    assert {"train.microbatch": "1"} in [c for c, _ in found]
+
+
+def test_what_was_compiled_is_cached(small, tmp_path, monkeypatch):
+    """The second plan comes from the cache, is equal, and is fast; --no-cache keeps nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = cards.CARDS["rtx4070"]
+    planner.make(small, card, cache=False)
+    assert not list(tmp_path.rglob("*.gz"))
+    first = planner.make(small, card)
+    begin = time.monotonic()
+    second = planner.make(small, card)
+    assert time.monotonic() - begin < 5
+    assert (first.program.cached, second.program.cached) == (False, True)
+    assert first.as_json() | {"cached": 0} == second.as_json() | {"cached": 0}
