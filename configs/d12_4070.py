@@ -1,0 +1,16 @@
+"""nanochat's d12 (185,597,952 parameters) on one RTX 4070 in bf16, 3.7 B tokens: a rehearsal of d32 in days.
+
+python -m nanojax.train --config=d12_4070
+"""
+
+from nanojax.config import Accumulate, Compute, Config, Model, Stored, Train
+
+
+def get_config() -> Config:
+    return Config(
+        model=Model(depth=12),
+        stored=Stored(blocks="bf16", embed="bf16", head="bf16", momentum="bf16", adam="bf16"),
+        accumulate=Accumulate(dtype="f32", edges="f32"),
+        compute=Compute(dtype="bf16", residuals="all"),
+        train=Train(tokens_per_step=524288, microbatch=4),
+    )

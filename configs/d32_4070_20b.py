@@ -1,0 +1,10 @@
+"""d32_4070 on 20 B tokens instead of 37.6 B.
+
+python -m nanojax.train --config=d32_4070_20b
+"""
+
+from nanojax.config import Config, load_unresolved, override
+
+
+def get_config() -> Config:
+    return override(load_unresolved("d32_4070"), {"train.tokens": 20_000_000_000})
