@@ -11,7 +11,7 @@ def get_config() -> Config:
         model=Model(depth=4, head_dim=64, vocab=4096, seq=256),
         compute=Compute(loss_chunk=1024),
         data=Data(path="data/demo"),
-        train=Train(steps=200, tokens_per_step=4096, microbatch=16),
-        eval=Eval(every=100, tokens=1 << 15),
-        checkpoint=Checkpoint(every=100),
+        train=Train(steps=160, tokens_per_step=4096, microbatch=16),
+        eval=Eval(every=80, tokens=1 << 15),
+        checkpoint=Checkpoint(every=80),
     )
