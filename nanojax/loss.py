@@ -28,7 +28,7 @@ def _capped(config: Config, head: Any, h_CD: jax.Array) -> jax.Array:
         # in bf16 the logits are bf16 before the cap, as nanochat's; half the bytes of the step's largest array
         z = matmul_t(h_CD, decode(head, h_CD.dtype))
     cap = config.model.softcap
-    return cap * jnp.tanh(z.astype(float_dtype(c)).astype(F32) / cap)
+    return cap * jnp.tanh(lax.optimization_barrier(z.astype(float_dtype(c))).astype(F32) / cap)
 
 
 def _chunks(config: Config, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -37,10 +37,13 @@ def _chunks(config: Config, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(a.reshape(M // C, C, *a.shape[1:]) for a in arrays)
 
 
-def _nll(cap_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-log p(target) [C] and the log-sum-exp [C,1], f32."""
-    lse = jax.nn.logsumexp(cap_CV, -1, keepdims=True)
-    return (lse - jnp.take_along_axis(cap_CV, targets_C[:, None], 1))[:, 0], lse
+def _nll(cap: float, z_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) [C] and the log-sum-exp [C,1], f32, of capped logits."""
+    hot = lax.broadcasted_iota(jnp.int32, z_CV.shape, 1) == targets_C[:, None]
+    # with |z| <= 40 no exponential of z - cap leaves f32: no pass for the maximum
+    top = cap if cap <= 40 else jnp.max(z_CV, -1, keepdims=True)
+    lse = top + jnp.log(jnp.sum(jnp.exp(z_CV - top), -1, keepdims=True))
+    return lse[:, 0] - jnp.sum(jnp.where(hot, z_CV, 0.0), -1), lse
 
 
 def loss_and_grads(
@@ -58,9 +61,10 @@ def loss_and_grads(
         r = inverse_rms(x)
         h = (x.astype(F32) * r).astype(x.dtype)
         z = _capped(config, head, h)
-        nll, lse = _nll(z, targets)
+        nll, lse = _nll(cap, z, targets)
         hot = lax.broadcasted_iota(jnp.int32, z.shape, 1) == targets[:, None]
         dz = ((jnp.exp(z - lse) - hot.astype(F32)) * (1 - jnp.square(z / cap)) * scale).astype(x.dtype)
+        dz = lax.optimization_barrier(dz)
         dh = lax.dot_general(dz, decode(head, x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
         dw = lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=F32)
         total = accumulate(total.astype(F32), dw, jax.random.fold_in(key, i), total.dtype)
@@ -76,5 +80,10 @@ def token_losses(config: Config, params: Any, tokens_BT1: jax.Array) -> jax.Arra
     x = model.hidden(config, params, tokens_BT1[:, :-1])
     targets = tokens_BT1[:, 1:]
     xs, ts = _chunks(config, x.reshape(-1, x.shape[-1]), targets.reshape(-1))
-    nll = lax.map(lambda z: _nll(_capped(config, params["head"], model.rms_norm(z[0])), z[1])[0], (xs, ts))
+
+    def chunk(inputs):
+        z = _capped(config, params["head"], model.rms_norm(inputs[0]))
+        return _nll(config.model.softcap, z, inputs[1])[0]
+
+    nll = lax.map(chunk, (xs, ts))
     return nll.reshape(targets.shape)

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nanojax import attention as attn
 from nanojax.config import Config, UserError
 from nanojax.quant import decode, encode
-from nanojax.quant.linear import F32, float_dtype, inverse_rms, linear, norm_backward, norm_linear, relu2_linear
+from nanojax.quant.linear import F32, float_dtype, inverse_rms, linear, norm_linear, relu2_linear
 
 # What forward may keep for backward, by name, with bytes a token and layer in bf16 + int8 compute (d32: D = 2048):
 RESIDUALS = {
@@ -76,16 +76,19 @@ def rope_norm(config: Config, x_BTNH: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _rope_norm_fwd(config, x, start):
+    r = checkpoint_name(inverse_rms(x), "qkv")  # of x: a rotation keeps its length
     y = _rotate(x.astype(F32), *_angles(config, x.shape[1], start))
-    r = checkpoint_name(inverse_rms(y), "qkv")
     y = checkpoint_name((y * r).astype(x.dtype), "qkv")
     return y, (y, r, start)
 
 
 def _rope_norm_bwd(config, residuals, dy):
-    y, r, start = residuals
+    (y, r, start), out = residuals, dy.dtype
     cos, sin = _angles(config, y.shape[1], start)
-    return _rotate(norm_backward(dy, y, r), cos, -sin).astype(dy.dtype), None
+    dy, y = dy.astype(F32), y.astype(F32)
+    # norm_backward, rotated back: the rotation of what is in memory, not of what is being computed, stays one pass
+    mean = jnp.mean(dy * y, -1, keepdims=True)
+    return (r * (_rotate(dy, cos, -sin) - _rotate(y, cos, -sin) * mean)).astype(out), None
 
 
 rope_norm.defvjp(_rope_norm_fwd, _rope_norm_bwd)
@@ -126,39 +129,46 @@ class Block(nn.Module):
         stored = self.get_variable("params", name)
         return stored, self.get_variable("taps", name)
 
-    def qkv(self, x_BTD: jax.Array, start: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k (rotated and normed) and v, [B,T,N,H] each, of positions start..start+T."""
+    def qkv(self, x_BTD: jax.Array, start: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """q, k (rotated and normed) and v, [B,T,N,H] each, of positions start..start+T; and x."""
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
-        y = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D)).reshape(B, T, 3, m.N, m.H)
-        q, k = (rope_norm(self.config, y[:, :, i], jnp.asarray(start, jnp.int32)) for i in (0, 1))
-        return q, k, checkpoint_name(y[:, :, 2], "qkv")
+        y, x = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D))
+        q, k, v = (part.reshape(B, T, m.N, m.H) for part in thirds(y))
+        q, k = (rope_norm(self.config, part, jnp.asarray(start, jnp.int32)) for part in (q, k))
+        return q, k, checkpoint_name(v, "qkv"), x.reshape(x_BTD.shape)
 
     def rest(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
         """The block's output from its input and attention's output."""
         c = self.config.compute
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
-        x = add(x, linear(c, "proj_in", *self._matrix("o"), out_BTNH.reshape(x.shape)))
-        hidden = norm_linear(c, "mlp_in", *self._matrix("up"), x)
-        x = add(x, relu2_linear(c, "mlp_hidden", *self._matrix("down"), hidden))
+        x = linear(c, "proj_in", *self._matrix("o"), out_BTNH.reshape(x.shape), x)
+        hidden, x = norm_linear(c, "mlp_in", *self._matrix("up"), x)
+        x = relu2_linear(c, "mlp_hidden", *self._matrix("down"), hidden, x)
         return x.reshape(x_BTD.shape)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.rest(x_BTD, attn.attention(*self.qkv(x_BTD), self.implementation))
+        q, k, v, x_BTD = self.qkv(x_BTD)
+        return self.rest(x_BTD, attn.attention(q, k, v, self.implementation))
 
     @nn.compact
     def step(self, x_BSD: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, start: jax.Array):
         """S new positions from `start` with a cache of keys and values: (output, keys, values)."""
-        q, k, v = self.qkv(x_BSD, start)
+        q, k, v, x_BSD = self.qkv(x_BSD, start)
         k_BTNH = lax.dynamic_update_slice_in_dim(k_BTNH, k.astype(k_BTNH.dtype), start, 1)
         v_BTNH = lax.dynamic_update_slice_in_dim(v_BTNH, v.astype(v_BTNH.dtype), start, 1)
         return self.rest(x_BSD, attn.cached(q, k_BTNH, v_BTNH, start)), k_BTNH, v_BTNH
 
 
-def add(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Residual add, summed in f32."""
-    return (x.astype(F32) + y.astype(F32)).astype(x.dtype)
+@jax.custom_vjp
+def thirds(x_MO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x's columns in three equal parts; their gradients are joined in one write (slicing's own would pad and add)."""
+    first, second, third = jnp.split(x_MO, 3, -1)
+    return first, second, third
+
+
+thirds.defvjp(lambda x: (thirds(x), None), lambda _, parts: (lax.optimization_barrier(jnp.concatenate(parts, -1)),))
 
 
 class Embed(nn.Module):
@@ -187,7 +197,7 @@ class Head(nn.Module):
         if self.is_initializing():
             self.param("head", jax.nn.initializers.zeros, (m.V, m.D), F32)
         w = self.get_variable("params", "head")
-        logits = norm_linear(head_compute(c), "", w, None, x_BTD.reshape(-1, m.D)).astype(F32)
+        logits = norm_linear(head_compute(c), "", w, None, x_BTD.reshape(-1, m.D))[0].astype(F32)
         return (m.softcap * jnp.tanh(logits / m.softcap)).reshape(*x_BTD.shape[:-1], m.V)
 
 

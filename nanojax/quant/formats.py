@@ -18,7 +18,7 @@ BLOCK = 256  # values sharing a scale in blockwise optimizer states: 8.125 bits 
 
 
 class Quantized(NamedTuple):
-    """Integer codes and the scale that turns them into floats: codes * scale. codes [..., K], scale [..., 1] or [..., K/BLOCK]."""
+    """Integer codes and the scale that makes them floats: codes * scale. codes [..., K], scale [..., 1] or [..., K/BLOCK]."""
 
     codes: jax.Array
     scale: jax.Array
@@ -56,7 +56,9 @@ def encode(x: jax.Array, form: Format, key: jax.Array | None = None, block: int 
     Rounded to nearest, or stochastically with a key.
     """
     if form in LEVELS:
-        return packed.encode(x, form, None if key is None else (noise_u16(key, x.shape).astype(jnp.float32) + 0.5) / 65536)
+        return packed.encode(
+            x, form, None if key is None else (noise_u16(key, x.shape).astype(jnp.float32) + 0.5) / 65536
+        )
     if form == "f32":
         return x.astype(jnp.float32)
     if form == "bf16":

@@ -3,10 +3,15 @@
 int8 (Quantized W, or floats quantised on the fly, one scale an output row): both operands of every product are int8 codes,
 sums are int32. Scales along a contraction are folded into the other operand before it is quantised:
   forward  y[t,o]  = sx[t] * sw[o] * sum_k xq[t,k] wq[o,k]
-  dX       dx[t,k] = sd[t] * sum_o dq[t,o] wq[o,k]          dq, sd = rows of dy*sw
-  dW       dw[o,k] = sum_t dy[t,o] sx[t] xq[t,k]            quantised over t: dy*sx (codes of x reused) or sx*sd*xq (codes of dy
-                                                            reused), whichever is narrower
-so x is quantised once and its codes are the residual. Each op saves, by `checkpoint_name`, exactly what its backward needs.
+  dX       dx[t,k] = sd[t] * sum_o dq[t,o] wq[o,k]            dq, sd = rows of dy*sw
+  dW       dw[o,k] = sum_t dy[t,o] sx[t] xq[t,k]              quantised over t: the narrower of dy*sx (codes of x reused, O < K)
+                   = sum_t dq[t,o] sd[t] sx[t] xq[t,k] / sw[o]               and sd*sx*xq (codes of dy reused, O >= K)
+so x is quantised once and its codes are the residual, and the wide dy of the up and qkv matrices is quantised once.
+Each op saves, by `checkpoint_name`, exactly what its backward needs.
+
+Around every int8 product stand barriers: operands exist as codes, contiguous along the contraction (tensor cores want both
+so, and a kernel that quantised its operand would do it again for each tile of outputs), while scales, residual add and
+rounding become the product's epilogue, which costs nothing.
 """
 
 import functools
@@ -16,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from nanojax.config import Compute
 from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
@@ -25,14 +31,36 @@ EPS = 2.0**-23  # inside the norms' square root: what torch's F.rms_norm, and so
 F32 = jnp.float32
 
 
+def _kept(x: Any) -> Any:
+    """x, made to exist: not recomputed inside its consumers."""
+    return lax.optimization_barrier(x)
+
+
+def _by_rows(x_MK: jax.Array) -> jax.Array:
+    return with_layout_constraint(x_MK, Layout((0, 1)))
+
+
 def matmul_t(a_MK: jax.Array, b_OK: jax.Array) -> jax.Array:
-    """a @ b.T, both contiguous along K (the only layout int8 tensor cores like): int8 gives int32, floats give f32."""
+    """a @ b.T: int8 gives int32, floats give f32. int8 operands are laid out along K, the only way its tensor cores like:
+    left alone, XLA would hand them over against the grain wherever a transpose is cheaper to ignore than to write."""
     out = jnp.int32 if a_MK.dtype == jnp.int8 else F32
+    if a_MK.dtype == jnp.int8:
+        a_MK, b_OK = _by_rows(a_MK), _by_rows(b_OK)
     return lax.dot_general(a_MK, b_OK, (((1,), (1,)), ((), ())), preferred_element_type=out)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """x.T, written out from x as it lies: XLA would else hand a transposed layout back to the stack that x is a slice of,
+    and copy the stack (d32: 1.6 GB)."""
+    return _kept(_by_rows(_kept(_by_rows(x)).T))
 
 
 def float_dtype(c: Compute) -> Any:
     return F32 if c.dtype == "f32" else jnp.bfloat16
+
+
+def _codes_kept(q: Quantized) -> Quantized:
+    return _kept(Quantized(_by_rows(q.codes), q.scale))
 
 
 def _codes(w: Any) -> Quantized:
@@ -41,36 +69,47 @@ def _codes(w: Any) -> Quantized:
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 
-def _forward(c: Compute, w: Any, saved: Any) -> jax.Array:
-    """The product with saved inputs, which are Quantized when c.forward is int8: [M,O] in the compute dtype."""
+def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None) -> jax.Array:
+    """The product with saved inputs (Quantized when c.forward is int8), plus residual: [M,O] in the compute dtype."""
     if c.forward == "int8":
         q = _codes(w)
-        return (matmul_t(saved.codes, q.codes).astype(F32) * saved.scale * q.scale.T).astype(float_dtype(c))
-    return matmul_t(saved, decode(w, float_dtype(c))).astype(float_dtype(c))
+        y = matmul_t(saved.codes, q.codes).astype(F32) * saved.scale * q.scale.T
+    else:
+        y = matmul_t(saved, decode(w, float_dtype(c)))
+    if residual is not None:
+        y += residual.astype(F32)
+    return _kept(y.astype(float_dtype(c)))
 
 
-def _dx(c: Compute, w: Any, dy: jax.Array) -> jax.Array:
+def _rows(c: Compute, w: Any, dy: jax.Array) -> Quantized | None:
+    """dy*sw [M,O] as codes with one scale a row: what dX multiplies, and dW where it is the wider side."""
+    if c.dx != "int8":
+        return None
+    return _codes_kept(quantize_rows(dy.astype(F32) * _codes(w).scale.T))
+
+
+def _dx(c: Compute, w: Any, dy: jax.Array, rows: Quantized | None) -> jax.Array:
     """dy [M,O] to the gradient of the product's input [M,K], f32."""
-    if c.dx == "int8":
-        q = _codes(w)
-        d = quantize_rows(dy.astype(F32) * q.scale.T)
-        return matmul_t(d.codes, q.codes.T).astype(F32) * d.scale
+    if rows is not None:
+        return matmul_t(rows.codes, _transposed(_codes(w).codes)).astype(F32) * rows.scale
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 
-def _dw(c: Compute, dy: jax.Array, saved: Any) -> jax.Array:
+def _dw(c: Compute, w: Any, dy: jax.Array, saved: Any, rows: Quantized | None) -> jax.Array:
     """dy [M,O] and saved input [M,K] to the weights' gradient [O,K], f32."""
-    if c.dw == "int8":
-        x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
-        d = quantize_rows(dy.astype(F32) * x.scale, axis=0)
-        return matmul_t(d.codes.T, x.codes.T).astype(F32) * d.scale.T
-    x = decode(saved, dy.dtype)
-    return lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=F32)
+    if c.dw != "int8":
+        return lax.dot_general(dy, decode(saved, dy.dtype), (((0,), (0,)), ((), ())), preferred_element_type=F32)
+    x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
+    if rows is not None and dy.shape[1] >= x.shape[1]:
+        q = quantize_rows(x.codes.astype(F32) * (x.scale * rows.scale), axis=0)
+        return matmul_t(_transposed(rows.codes), _transposed(q.codes)).astype(F32) * (1 / _codes(w).scale) * q.scale
+    d = quantize_rows(dy.astype(F32) * x.scale, axis=0)
+    return matmul_t(_transposed(d.codes), _transposed(x.codes)).astype(F32) * d.scale.T
 
 
 def _keep(c: Compute, x: jax.Array, name: str) -> Any:
     """x as the product's operand and residual: codes if forward is int8, else the compute dtype."""
-    saved = quantize_rows(x) if c.forward == "int8" else x.astype(float_dtype(c))
+    saved = _codes_kept(quantize_rows(x)) if c.forward == "int8" else x.astype(float_dtype(c))
     return jax.tree.map(lambda a: checkpoint_name(a, name), saved)
 
 
@@ -86,30 +125,37 @@ def _gradient(w: Any, tapped: Any, dw: jax.Array) -> tuple[Any, Any]:
     return (None if is_stored(w) else dw.astype(w.dtype)), None
 
 
-# Every op: (c, name, w, tap, x). w [O,K] as stored; tap, if given, is an f32 [O,K] whose value is never read: its cotangent
-# is dW in f32 whatever w is stored in. x [M,K] in the compute dtype. Returns [M,O] in the compute dtype.
+# Every op: (c, name, w, tap, x, residual=None). w [O,K] as stored; tap, if given, is an f32 [O,K] whose value is never read:
+# its cotangent is dW in f32 whatever w is stored in. x [M,K] in the compute dtype; residual [M,O], if given, is added in f32.
+# Returns [M,O] in the compute dtype.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -> jax.Array:
-    """x @ W.T."""
-    return _linear_fwd(c, name, w, tap, x)[0]
+def linear(
+    c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array, residual: jax.Array | None = None
+) -> jax.Array:
+    """x @ W.T + residual."""
+    return _linear_fwd(c, name, w, tap, x, residual)[0]
 
 
-def _linear_fwd(c, name, w, tap, x):
+def _linear_fwd(c, name, w, tap, x, residual=None):
     saved = _keep(c, x, name)
-    return _forward(c, w, saved), (w, _mark(tap), saved)
+    return _forward(c, w, saved, residual), (w, _mark(tap), saved, _mark(residual))
 
 
 def _linear_bwd(c, name, residuals, dy):
-    w, tapped, saved = residuals
-    dw = _dw(c, dy, saved)
-    return (*_gradient(w, tapped, dw), _dx(c, w, dy).astype(float_dtype(c)))
+    w, tapped, saved, added = residuals
+    rows = _rows(c, w, dy)
+    dx = _kept(_dx(c, w, dy, rows).astype(float_dtype(c)))
+    return (*_gradient(w, tapped, _dw(c, w, dy, saved, rows)), dx, None if added is None else dy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -> jax.Array:
-    """rms_norm(x) @ W.T; backward needs the normed x (or its codes) and 1/rms a row, not x."""
+def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(rms_norm(x) @ W.T, x); backward needs the normed x (or its codes) and 1/rms a row, not x.
+
+    x is handed on so that the residual stream's gradient is added in the pass that makes this one's.
+    """
     return _norm_linear_fwd(c, name, w, tap, x)[0]
 
 
@@ -127,40 +173,47 @@ def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array) -> jax.Array:
 
 def _norm_linear_fwd(c, name, w, tap, x):
     r = checkpoint_name(inverse_rms(x), name)
-    saved = _keep(c, x.astype(F32) * r, name)
-    return _forward(c, w, saved), (w, _mark(tap), saved, r)
+    if c.forward == "int8":  # codes do not see the norm, only their scale does: one pass for maximum and mean square
+        q = quantize_rows(x)
+        saved = jax.tree.map(lambda a: checkpoint_name(a, name), _codes_kept(Quantized(q.codes, q.scale * r)))
+    else:
+        saved = _keep(c, x.astype(F32) * r, name)
+    return (_forward(c, w, saved, None), x), (w, _mark(tap), saved, r)
 
 
-def _norm_linear_bwd(c, name, residuals, dy):
-    w, tapped, saved, r = residuals
-    dw = _dw(c, dy, saved)
-    dx = norm_backward(_dx(c, w, dy), decode(saved), r)
-    return (*_gradient(w, tapped, dw), dx.astype(float_dtype(c)))
+def _norm_linear_bwd(c, name, residuals, cotangents):
+    (w, tapped, saved, r), (dy, dx) = residuals, cotangents
+    rows = _rows(c, w, dy)
+    dh = _kept(_dx(c, w, dy, rows).astype(float_dtype(c)))
+    dx = _kept((dx.astype(F32) + norm_backward(dh, decode(saved), r)).astype(float_dtype(c)))
+    return (*_gradient(w, tapped, _dw(c, w, dy, saved, rows)), dx)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def relu2_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -> jax.Array:
-    """relu(x)^2 @ W.T; backward needs relu(x) (float) or the codes of its square (int8), not x."""
-    return _relu2_linear_fwd(c, name, w, tap, x)[0]
+def relu2_linear(
+    c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array, residual: jax.Array | None = None
+) -> jax.Array:
+    """relu(x)^2 @ W.T + residual; backward needs relu(x) (float) or the codes of its square (int8), not x."""
+    return _relu2_linear_fwd(c, name, w, tap, x, residual)[0]
 
 
-def _relu2_linear_fwd(c, name, w, tap, x):
+def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
     if c.forward == "int8":
         a = _keep(c, jnp.square(jax.nn.relu(x.astype(F32))), name)
-        return _forward(c, w, a), (w, _mark(tap), a)
+        return _forward(c, w, a, residual), (w, _mark(tap), a, _mark(residual))
     p = checkpoint_name(jax.nn.relu(x), name)
-    return _forward(c, w, p * p), (w, _mark(tap), p)
+    return _forward(c, w, p * p, residual), (w, _mark(tap), p, _mark(residual))
 
 
 def _relu2_linear_bwd(c, name, residuals, dy):
-    w, tapped, saved = residuals
+    w, tapped, saved, added = residuals
     if isinstance(saved, Quantized):
         a, p = saved, jnp.sqrt(decode(saved))
     else:
         a, p = saved * saved, saved.astype(F32)
-    dw = _dw(c, dy, a)
-    dx = _dx(c, w, dy) * (2 * p)
-    return (*_gradient(w, tapped, dw), dx.astype(float_dtype(c)))
+    rows = _rows(c, w, dy)
+    dx = _kept((_dx(c, w, dy, rows) * (2 * p)).astype(float_dtype(c)))
+    return (*_gradient(w, tapped, _dw(c, w, dy, a, rows)), dx, None if added is None else dy)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
