@@ -168,8 +168,8 @@ def test_products_see_the_stored_values():
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_errors_return_through_the_momentum(rate: float):
-    """A rounding error moves the next update towards undoing it, at any learning rate: by 1-m of the error, half of it
-    for a square matrix, whose orthogonalisation is not linear; without an error the momentum stays as it is."""
+    """A rounding error moves the next update towards undoing it, at any learning rate: by 0.3(1-m) of the error, half of
+    it for a square matrix, whose orthogonalisation is not linear; without an error the momentum stays as it is."""
     config = tiny("nf4")
     config = dataclasses.replace(config, optim=Optim(matrix_lr=0.02 * rate, momentum_warmup=0, warmdown=0.0))
     tx, count = optim.muon(config), jnp.int32(3)
@@ -185,7 +185,7 @@ def test_errors_return_through_the_momentum(rate: float):
     fed = move(optim.feed_back(config, count, momentum, updates, errors, KEY))[0]
     for name, error in errors.items():
         along = float(jnp.sum((fed[name] - updates[name]) * error) / jnp.sum(error * error))
-        assert 0.4 * 0.05 < along < 1.5 * 0.05, (name, along)
+        assert 0.4 * 0.3 * 0.05 < along < 1.5 * 0.3 * 0.05, (name, along)
 
 
 def test_adamw_for_matrices():
