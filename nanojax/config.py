@@ -104,7 +104,9 @@ class Model:
 class Stored:
     """How state lives in memory between uses."""
 
-    blocks: Format = _key("f32", "block matrices; bf16, int8 (one f32 scale a row) are rounded stochastically, less than 8 bits dithered")
+    blocks: Format = _key(
+        "f32", "block matrices; bf16, int8 (one f32 scale a row) are rounded stochastically, less than 8 bits dithered"
+    )
     embed: EdgeFormat = _key("f32", "token embedding")
     head: EdgeFormat = _key("f32", "output head")
     momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below that bf16 per 64")

@@ -129,11 +129,12 @@ class Block(nn.Module):
         stored = self.get_variable("params", name)
         return stored, self.get_variable("taps", name)
 
-    def qkv(self, x_BTD: jax.Array, start: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x_BTD: jax.Array, start: Any = 0) -> tuple[Any, Any, Any, Any]:
         """q, k (rotated and normed) and v, [B,T,N,H] each, of positions start..start+T; and x."""
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
-        y, x = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D))
+        both: Any = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D))
+        y, x = both
         q, k, v = (part.reshape(B, T, m.N, m.H) for part in thirds(y))
         q, k = (rope_norm(self.config, part, jnp.asarray(start, jnp.int32)) for part in (q, k))
         return q, k, checkpoint_name(v, "qkv"), x.reshape(x_BTD.shape)
@@ -143,9 +144,10 @@ class Block(nn.Module):
         c = self.config.compute
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         x = linear(c, "proj_in", *self._matrix("o"), out_BTNH.reshape(x.shape), x)
-        hidden, x = norm_linear(c, "mlp_in", *self._matrix("up"), x)
-        x = relu2_linear(c, "mlp_hidden", *self._matrix("down"), hidden, x)
-        return x.reshape(x_BTD.shape)
+        both: Any = norm_linear(c, "mlp_in", *self._matrix("up"), x)
+        hidden, x = both
+        out: Any = relu2_linear(c, "mlp_hidden", *self._matrix("down"), hidden, x)
+        return out.reshape(x_BTD.shape)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -197,7 +199,8 @@ class Head(nn.Module):
         if self.is_initializing():
             self.param("head", jax.nn.initializers.zeros, (m.V, m.D), F32)
         w = self.get_variable("params", "head")
-        logits = norm_linear(head_compute(c), "", w, None, x_BTD.reshape(-1, m.D))[0].astype(F32)
+        both: Any = norm_linear(head_compute(c), "", w, None, x_BTD.reshape(-1, m.D))
+        logits = both[0].astype(F32)
         return (m.softcap * jnp.tanh(logits / m.softcap)).reshape(*x_BTD.shape[:-1], m.V)
 
 
@@ -206,14 +209,19 @@ def head_compute(c: Any) -> Any:
     return dataclasses.replace(c, forward=c.head, dx="float", dw="float")
 
 
+def apply(module: nn.Module, variables: Any, *inputs: Any, **keywords: Any) -> Any:
+    """module.apply, whose own type also speaks of mutable collections, which nothing here has."""
+    return module.apply(variables, *inputs, **keywords)
+
+
 def block(config: Config) -> Callable[..., jax.Array]:
     """Block's pure function (params of one layer, x_BTD, taps=None) -> x_BTD."""
     module = Block(config, attn.default_implementation(config.compute.attention))
 
-    def apply(params: Any, x_BTD: jax.Array, taps: Any = None) -> jax.Array:
-        return module.apply({"params": params} if taps is None else {"params": params, "taps": taps}, x_BTD)
+    def run(params: Any, x_BTD: jax.Array, taps: Any = None) -> jax.Array:
+        return apply(module, {"params": params} if taps is None else {"params": params, "taps": taps}, x_BTD)
 
-    return apply
+    return run
 
 
 def rematerialised_block(config: Config) -> Callable[..., jax.Array]:
@@ -240,22 +248,22 @@ def init_params(config: Config, key: jax.Array) -> Any:
     def layer(key: jax.Array) -> Any:
         return jax.tree.map(lambda w: encode(w, s.blocks), module.init(key, x)["params"])
 
-    embed = Embed(config).init(embed_key, jnp.zeros((1, 1), jnp.int32))["params"]["embed"]
-    head = Head(config).init(head_key, x)["params"]["head"]
+    embed: Any = Embed(config).init(embed_key, jnp.zeros((1, 1), jnp.int32))["params"]["embed"]
+    head: Any = Head(config).init(head_key, x)["params"]["head"]
     blocks = lax.map(layer, jax.random.split(block_key, m.L))
     return {"embed": encode(embed, s.embed), "blocks": blocks, "head": encode(head, s.head)}
 
 
 def hidden(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """The last block's output [B,T,D], not normed, in the compute dtype."""
-    apply = block(config)
-    x = Embed(config).apply({"params": params}, tokens_BT)
-    return lax.scan(lambda x, layer: (apply(layer, x), None), x, params["blocks"])[0]
+    run = block(config)
+    x = apply(Embed(config), {"params": params}, tokens_BT)
+    return lax.scan(lambda x, layer: (run(layer, x), None), x, params["blocks"])[0]
 
 
 def forward(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """Logits [B,T,V] in f32. Differentiable in float params; holds all logits: for tests, sampling and small evaluations."""
-    return Head(config).apply({"params": params}, hidden(config, params, tokens_BT))
+    return apply(Head(config), {"params": params}, hidden(config, params, tokens_BT))
 
 
 def empty_cache(config: Config, B: int, T: int) -> tuple[jax.Array, jax.Array]:
@@ -271,9 +279,9 @@ def forward_cached(config: Config, params: Any, tokens_BS: jax.Array, cache: Any
 
     def layer(x, inputs):
         p, k, v = inputs
-        x, k, v = module.apply({"params": p}, x, k, v, start, method="step")
+        x, k, v = apply(module, {"params": p}, x, k, v, start, method="step")
         return x, (k, v)
 
-    x = Embed(config).apply({"params": params}, tokens_BS)
+    x = apply(Embed(config), {"params": params}, tokens_BS)
     x, cache = lax.scan(layer, x, (params["blocks"], *cache))
-    return Head(config).apply({"params": params}, x), cache
+    return apply(Head(config), {"params": params}, x), cache

@@ -97,7 +97,7 @@ def muon(config: Config) -> optax.GradientTransformationExtraArgs:
             updates[name] = -lr * max(1.0, rows / columns) ** 0.5 * orthogonal
         return updates, MuonState(state.count + 1, bufs)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
 
 
 def _parts(name: str, x: jax.Array) -> jax.Array:
@@ -180,7 +180,12 @@ def adamw(config: Config, lr: float) -> optax.GradientTransformationExtraArgs:
         pick = lambda i: jax.tree.map(lambda _, out: out[i], grads, flat)
         return pick(0), AdamState(count, pick(1), pick(2))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
+
+
+def step(tx: optax.GradientTransformationExtraArgs, grads: Any, state: Any, params: Any, key: jax.Array) -> Any:
+    """tx.update with its rounding key, (updates, new state); optax's types know no named states."""
+    return tx.update(grads, state, params, key=key)
 
 
 def apply(stored: Any, updates: Any, form: Format, key: jax.Array, phase: Any = None) -> Any:

@@ -86,7 +86,7 @@ def forward_backward(
     block = model.rematerialised_block(config)
     tokens, targets = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     embed_key, head_key, block_key = jax.random.split(key, 3)
-    x0 = model.Embed(config).apply({"params": params}, tokens)
+    x0 = model.apply(model.Embed(config), {"params": params}, tokens)
     plan: list[Any] = []  # of the vjp: its tree, and for each leaf the index of the layer's leaf it is, or None
 
     def forward(x: jax.Array, layer: Any) -> tuple[jax.Array, list[jax.Array]]:
@@ -163,7 +163,7 @@ def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, k
         p, grads = _at(params, i), jax.tree.map(lambda g: g.astype(F32) * clip, _at(totals, i))
         buf = grads if folded else _at(momentum, i)
         before = optim.AdamState(state.step, *buf) if adamw else optim.MuonState(state.step, buf)
-        updates, after = tx.update(grads, before, p, key=keys[0])
+        updates, after = optim.step(tx, grads, before, p, keys[0])
         phase = jax.random.fold_in(jax.random.key(config.train.seed), i), state.step
         old, p = p, optim.apply(p, updates, config.stored.blocks, keys[1], phase)
         new = _at(totals, i) if folded else (after.mu, after.nu) if adamw else after.momentum
@@ -192,7 +192,8 @@ def _update_rows(
         params, (mu, nu), total = carry
         keys = jax.random.split(jax.random.fold_in(key, i))
         p, grads = _at(params, i), _at(total, i).astype(F32) * clip
-        updates, new = tx.update(grads, optim.AdamState(step, _at(mu, i), _at(nu, i)), p, key=keys[0])
+        before = optim.AdamState(step, _at(mu, i), _at(nu, i))
+        updates, new = optim.step(tx, grads, before, p, keys[0])
         p = optim.apply(p, updates, form, keys[1])
         cleared = jnp.zeros_like(_at(total, i))
         p, mu_i, nu_i, cleared = lax.optimization_barrier((p, new.mu, new.nu, cleared))
@@ -221,7 +222,7 @@ def keyed_step(
         accum, loss = carry
         i, tokens = inputs
         decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
-        weight = 1 - m if folded else jnp.float32(1)
+        weight = jnp.where(folded, 1 - m, 1.0)
         more, accum = forward_backward(config, state.params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
         return (accum, loss + more), None
 
