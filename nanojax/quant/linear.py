@@ -65,7 +65,8 @@ def _codes_kept(q: Quantized) -> Quantized:
 
 def _codes(w: Any) -> Quantized:
     if isinstance(w, Packed):
-        return Quantized(*int8_rows(w))
+        codes, scale = int8_rows(w)
+        return Quantized(_kept(_by_rows(codes)), scale)
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 
