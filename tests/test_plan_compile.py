@@ -59,7 +59,7 @@ def test_no_parameter_sized_temporary(name):
 
 @pytest.mark.parametrize("name", FOR_A_CARD)
 def test_docstring_tells_the_plan(name):
-    """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 % and a last digit."""
+    """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 %."""
     text = configs.find(name).read_text()
     told = PLAN_LINE.search(text)
     plan = plan_of(name)
