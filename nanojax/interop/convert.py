@@ -24,7 +24,7 @@ from nanojax import checkpoint
 from nanojax.config import Compute, Config, Model, Stored, Train, UserError, resolve
 from nanojax.interop import tensors, tokenizers, torch_file
 from nanojax.interop.tensors import BF16
-from nanojax.quant import decode, decode_tree
+from nanojax.quant import decode, decode_tree, is_stored
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
@@ -229,17 +229,12 @@ def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
     quantised: list[str] = []
 
     def one(path: Any, leaf: Any) -> np.ndarray:
-        if _is_coded(leaf):
+        if is_stored(leaf):
             quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if _is_coded(leaf) else leaf.dtype
+        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if is_stored(leaf) else leaf.dtype
         return np.asarray(decode(leaf, target))
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_coded), quantised
-
-
-def _is_coded(leaf: Any) -> bool:
-    """Whether it is a parameter stored as codes and scales (a NamedTuple of quant)."""
-    return isinstance(leaf, tuple)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), quantised
 
 
 def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:
