@@ -102,6 +102,7 @@ def test_gradient_of_any_stored_format(tiny, stored, policy):
     assert max(jax.tree.leaves(relative(got, want))) < 1e-6
 
 
+@pytest.mark.slow  # 256 steps a case
 @pytest.mark.parametrize("form", ["bf16", "int8"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
@@ -124,6 +125,7 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
         assert np.mean(np.abs(z) > 4.5) < 1e-3 and np.mean(z**2) < 1.5, (np.abs(z).max(), np.mean(z**2))
 
 
+@pytest.mark.slow  # 1,024 microbatches
 def test_bf16_accumulators_are_right_in_the_mean(tiny):
     """16 microbatches summed in stochastically rounded bf16, averaged over 64 keys, equal the f32 sum within noise."""
     config = tiny(train={"tokens_per_step": 1024}, accumulate={"dtype": "bf16", "edges": "bf16"})
