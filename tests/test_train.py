@@ -159,7 +159,7 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
 
 def test_kill_9(home: Path, compile_cache: Path) -> None:
     """Two kill -9 at random moments: everything equals the uninterrupted run bit by bit."""
-    _kill_and_resume(home, compile_cache, kills=2, steps=24, seed=0)
+    _kill_and_resume(home, compile_cache, kills=2, steps=80, seed=0)
 
 
 @pytest.mark.slow
@@ -169,9 +169,9 @@ def test_kill_9_twenty_times(home: Path, compile_cache: Path) -> None:
 
 
 def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: Path) -> None:
-    """The first SIGINT waits for a step of seconds; the second ends the process within one second, status 130."""
+    """The first SIGINT waits for a step of 20 seconds; the second ends the process within 3, status 130."""
     run = tmp_path / "run"
-    process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__tokens_per_step=64 * 4000, train__steps=1000)
+    process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__tokens_per_step=64 * 20000, train__steps=1000)
     tiny_run.wait_for(process, (run / metrics.FILE).exists)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -181,7 +181,7 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
     begin = time.monotonic()
     process.communicate()
     assert process.returncode == 130
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 3
     assert checkpoint.available(run) == []
 
 
