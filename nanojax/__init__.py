@@ -57,11 +57,12 @@ def _stay_on_cpu() -> None:
 
 def use_cuda_compiler() -> None:
     """Loads the real CUDA plugin where it was kept idle, for its compiler; computation stays on the CPU."""
-    idle = [name for name in _PLUGINS if isinstance(sys.modules.get(name), _Idle)]
-    for name in idle:
-        del sys.modules[name]
-        if importlib.util.find_spec(f"jax_{name[-6:]}_plugin"):
+    for name in _PLUGINS:
+        idle = sys.modules.get(name)
+        if isinstance(idle, _Idle) and importlib.util.find_spec(f"jax_{name[-6:]}_plugin"):
+            del sys.modules[name]
             importlib.import_module(name).initialize()
+            sys.modules[name] = idle  # jax's own discovery, if still to come, must not initialise it a second time
 
 
 _stay_on_cpu()

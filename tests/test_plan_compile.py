@@ -117,7 +117,7 @@ def test_compiles_for_every_generation(small, key):
 def test_model_flops_are_within_the_compiled_ones(small):
     """The roofline sees the FLOPs that the formula counts: at least the model's with causal attention counted half, at
     most 1.6 of it (recomputation, Newton-Schulz at this small batch)."""
-    config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536, "model.depth": 8}))
+    config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536}))
     plan = planner.make(config, cards.CARDS["rtx4070"])
     m = config.model
     causal = m.flops_per_token - 6 * m.L * m.D * m.T
@@ -126,20 +126,20 @@ def test_model_flops_are_within_the_compiled_ones(small):
 
 
 def test_more_kept_needs_more_memory(small):
-    """Residuals from all to block inputs only: each step down the ladder keeps less."""
-    config = configs.resolve(configs.override(small, {"train.microbatch": 2}))
-    card = cards.CARDS["rtx4070"]
-    plans = [planner.make(configs.override(config, {"compute.residuals": r}), card) for r in planner.residual_ladder()]
+    """From everything over the cheap ones to block inputs only, each keeps less; the last exactly the inputs, to 1 %."""
+    choices = ("all", "cheap", "inputs")
+    plans = [planner.make(configs.override(small, {"compute.residuals": r}), cards.CARDS["rtx4070"]) for r in choices]
     kept = [p.memory.residuals for p in plans]
-    assert kept == sorted(kept, reverse=True)
-    assert min(kept) >= config.model.L * 2 * config.model.T * config.model.D * 2  # block inputs in bf16
+    assert kept[0] > kept[1] > kept[2]
+    assert kept[2] == pytest.approx(small.model.L * small.model.T * small.model.D * 2, rel=0.01)  # bf16
 
 
-def test_auto_residuals_become_concrete(small):
+def test_auto_residuals_become_concrete(small, caplog):
     """`auto` on a card with room keeps what is fastest, and the plan's config says what that is."""
     card = cards.CARDS["rtx4070"]
     plan = planner.make(configs.override(small, {"compute.residuals": "auto"}), card)
     assert plan.config.compute.residuals == planner.best_residuals(small, card) in planner.residual_ladder()
+    assert not caplog.records  # XLA and jax stay silent
 
 
 def test_changes_are_found_for_a_card_that_is_too_small(small):

@@ -125,11 +125,11 @@ def _essence(config: Config) -> str:
 
 def residual_ladder() -> list[str]:
     """Values of compute.residuals from the most memory to the least: each step down recomputes something more."""
-    from nanojax.model import POLICIES, RESIDUALS
+    from nanojax.model import RESIDUALS
 
     names = [n for n in RESIDUALS if n != "mlp_hidden"]
     lean = [n for n in names if n != "qkv"]
-    return ["all", "cheap", "+".join(lean), "attn", "inputs"] if "cheap" in POLICIES else list(POLICIES)
+    return ["all", "cheap", "+".join(lean), "inputs"]
 
 
 def best_residuals(config: Config, card: Card, *, cache: bool = True, say: Say = _quiet) -> str:
@@ -197,10 +197,12 @@ def changes(config: Config) -> list[dict[str, str]]:
     return out
 
 
-def try_changes(plan: Plan, *, cache: bool = True, say: Say = _quiet) -> list[tuple[dict[str, str], Plan]]:
+def try_changes(
+    plan: Plan, *, cache: bool = True, most: int = 4, say: Say = _quiet
+) -> list[tuple[dict[str, str], Plan]]:
     """Changes that make a config fit that does not, each compiled to be sure, fastest first; [] if there is none.
 
-    Single changes first; where none is enough, the mildest combination, built up one change at a time.
+    Single changes first, until `most` are found; where none is enough, the mildest combination, one change at a time.
     """
 
     def attempt(change: dict[str, str]) -> Plan | None:
@@ -208,14 +210,20 @@ def try_changes(plan: Plan, *, cache: bool = True, say: Say = _quiet) -> list[tu
             trial = resolve(override(plan.config, change))
         except UserError:  # a combination that the config's own rules forbid
             return None
-        return make(trial, plan.card, cache=cache, watts=plan.bill.watts, say=say)
+        say(f"trying {' '.join(f'--{key}={value}' for key, value in change.items())}")
+        return make(trial, plan.card, cache=cache, watts=plan.bill.watts)
 
+    singles = changes(plan.config)
     found = []
-    singles = [(c, p) for c in changes(plan.config) if (p := attempt(c))]
-    found = [(c, p) for c, p in singles if p.fits]
+    for change in singles:
+        trial = attempt(change)
+        if trial and trial.fits:
+            found.append((change, trial))
+            if len(found) == most:
+                break
     if not found:
         together: dict[str, str] = {}
-        for change, _ in singles:
+        for change in singles:
             together |= change  # a later value of the same key saves more
             trial = attempt(together)
             if trial and trial.fits:
