@@ -93,11 +93,11 @@ def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_
 
     def layer(x, p):
         trunk, tail = x
-        q, k, v = apply({"params": p}, trunk, method="qkv")
+        q, k, v, trunk = apply({"params": p}, trunk, method="qkv")
         out = attn.attention(q, k, v, implementation)
         # The position of a tail token depends on its row, and qkv takes one list of positions: hence row by row.
         one = lambda row, offset: apply({"params": p}, row[None], offset, method="qkv")
-        q_t, k_t, v_t = (a[:, 0] for a in jax.vmap(one)(tail, offset_BS))
+        q_t, k_t, v_t, tail = (a[:, 0] for a in jax.vmap(one)(tail, offset_BS))
         out_t = _tail_attention(q_t, k_t, v_t, k, v, length_B, branch_BS)
         trunk, tail = (apply({"params": p}, a, o, method="rest") for a, o in ((trunk, out), (tail, out_t)))
         return (trunk, tail), None
