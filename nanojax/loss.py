@@ -9,13 +9,18 @@ from jax import lax
 
 from nanojax import model
 from nanojax.config import Config
-from nanojax.quant import decode, quantize_rows, round_bf16
+from nanojax.quant import decode, quantize_rows
 from nanojax.quant.linear import F32, float_dtype, inverse_rms, matmul_t, norm_backward
+from nanojax.quant.rounding import dither_vectors, dithered
 
 
-def accumulate(total: jax.Array, addend: jax.Array, key: jax.Array, dtype: Any) -> jax.Array:
-    """total + addend (f32) in `dtype`, bf16 rounded stochastically: to nearest, most of d32's 256th addend would be lost."""
-    return round_bf16(total + addend, key) if dtype == jnp.bfloat16 else total + addend
+def accumulate(total_RC: jax.Array, addend_RC: jax.Array, noise: Any, decay: Any = 1.0, weight: Any = 1.0) -> jax.Array:
+    """decay*total + weight*addend (f32) in total's dtype; bf16 with `noise` (rounding.dither_vectors): to nearest, most of
+    d32's 256th addend would be lost. All of it fits in the epilogue of the product that makes the addend."""
+    old = total_RC.astype(F32) * decay
+    if total_RC.dtype == jnp.bfloat16:
+        old = dithered(old, noise)
+    return (addend_RC * weight + old).astype(total_RC.dtype)
 
 
 def _capped(config: Config, head: Any, h_CD: jax.Array) -> jax.Array:
@@ -67,7 +72,7 @@ def loss_and_grads(
         dz = lax.optimization_barrier(dz)
         dh = lax.dot_general(dz, decode(head, x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
         dw = lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=F32)
-        total = accumulate(total.astype(F32), dw, jax.random.fold_in(key, i), total.dtype)
+        total = accumulate(total, dw, dither_vectors(jax.random.fold_in(key, i), max(total.shape)))
         return (total, loss + jnp.sum(nll)), norm_backward(dh, h, r).astype(x.dtype)
 
     xs, ts = _chunks(config, x_MD, targets_M)

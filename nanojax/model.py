@@ -65,8 +65,10 @@ def _angles(config: Config, T: int, start: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """nanochat's rotation of the halves: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos."""
-    x1, x2 = jnp.split(x, 2, -1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], -1)
+    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    # the halves swapped by a reversal, which XLA computes in place; a concatenation it would write out in f32 first
+    sign = jnp.array([1.0, -1.0], F32)[:, None]
+    return (halves * cos[..., None, :] + halves[..., ::-1, :] * (sin[..., None, :] * sign)).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

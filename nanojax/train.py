@@ -68,9 +68,7 @@ def train(config: Config) -> None:
         begin = time.monotonic()
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
-        abstract = steps.abstract_state(config)
-        tokens = jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
-        train_step = jax.jit(steps.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
+        train_step = steps.compiled(config)
         print(f"compiled in {time.monotonic() - begin:.0f} s; the step needs {_gib(train_step):.2f} GiB")
 
         # state, restored or fresh

@@ -3,7 +3,7 @@
 
 import pytest
 
-from nanojax.plan import cards, hlo, memory, roofline
+from nanojax.plan import cards, hlo, roofline
 from nanojax.plan.compile import read_temporaries
 
 CARD = cards.CARDS["rtx4070"]
@@ -114,13 +114,6 @@ def test_unknown_trip_count_is_told():
     """A loop whose length XLA does not know counts once and is listed as not modelled."""
     estimate = roofline.estimate(LOOP.replace("known_trip_count", "other"), CARD, IDEAL)
     assert estimate.unknown == ["trip count of loop"]
-
-
-def test_residuals_are_stacks_written_but_not_read():
-    """The stack that the loop fills is a residual; the accumulator that it reads and writes is not; nor with other L."""
-    module = hlo.parse(LOOP)
-    assert memory.residual_stacks(module, 32) == {"loop{2}": 32 * 1024 * 2048 * 2}
-    assert memory.residual_stacks(module, 16) == {}
 
 
 ATTENTION = """HloModule jit_f

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanojax import quant
+from nanojax.quant import rounding
 
 FORMS = ("f32", "bf16", "int8")
 
@@ -104,3 +105,22 @@ def test_bf16_of_nonfinite_stays():
     x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
     y = np.asarray(quant.round_bf16(x, jax.random.key(0)), np.float32)
     assert np.isposinf(y[0]) and np.isneginf(y[1]) and np.isnan(y[2])
+
+
+def test_dithered_bf16_sums_are_right_in_the_mean():
+    """Adding 0.02 to 0.9 of a bf16 step, 4,096 draws: the mean sum is exact within 5 sigma, on a power of two (where the grid
+    below is finer) within an eighth of a step; an addend of nothing changes nothing."""
+    old = jnp.exp2(jax.random.uniform(jax.random.key(0), (16, 32), minval=-3, maxval=3)).astype(jnp.bfloat16)
+    old = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, old.shape), old, -old).astype(jnp.float32)
+    step = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(old)))) * 2.0**-7
+    addend = jnp.sign(old) * step * jnp.linspace(0.02, 0.9, 32)
+    draw = lambda key: rounding.dithered(old, rounding.dither_vectors(key, 32))
+    keys = jax.random.split(jax.random.key(2), 4096)
+    sums = jax.vmap(lambda key: (draw(key) + addend).astype(jnp.bfloat16).astype(jnp.float32))(keys)
+    error = np.asarray((sums.mean(0) - (old + addend)) / step)
+    powers = np.asarray(jnp.abs(old) == step * 2.0**7)
+    assert 0 < powers.sum() < 10
+    assert np.abs(error[~powers]).max() < 5 * 0.5 / 64
+    assert np.abs(error[powers]).max() < 0.125 + 5 * 0.5 / 64
+    same = jax.vmap(lambda key: draw(key).astype(jnp.bfloat16).astype(jnp.float32))(keys[:64])
+    assert np.array_equal(np.where(powers, old, same), np.broadcast_to(old, same.shape))

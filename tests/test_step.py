@@ -52,6 +52,11 @@ def obvious(config, params, bufs, adam, count, tokens):
     return value, norm, new, state.momentum, adam
 
 
+def stacked(accum):
+    """Accumulators with one array a layer as the gradient's stacks."""
+    return accum | {"blocks": {name: jnp.stack(layers) for name, layers in accum["blocks"].items()}}
+
+
 def relative(a, b):
     return jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), a, b)
 
@@ -106,7 +111,7 @@ def test_gradient_of_any_stored_format(tiny, stored, policy):
     run = jax.jit(lambda accum, rows: step.forward_backward(config, state.params, accum, rows, one, one, KEY)[1])
     for i in range(tokens.shape[0]):
         got = run(got, tokens[i])
-    assert max(jax.tree.leaves(relative(got, want))) < 1e-6
+    assert max(jax.tree.leaves(relative(stacked(got), want))) < 1e-6
 
 
 @pytest.mark.slow  # 256 steps a case
@@ -134,7 +139,8 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
 
 @pytest.mark.slow  # 1,024 microbatches
 def test_bf16_accumulators_are_right_in_the_mean(tiny):
-    """16 microbatches summed in stochastically rounded bf16, averaged over 64 keys, equal the f32 sum within noise."""
+    """16 microbatches summed in dithered bf16: off by under 0.5% of the f32 sum, and averaged over 64 keys by under a quarter
+    of that: what is left is the first sum, rounded to nearest as its accumulator is zero."""
     config = tiny(train={"tokens_per_step": 1024}, accumulate={"dtype": "bf16", "edges": "bf16"})
     exact = tiny(train={"tokens_per_step": 1024})
     state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
@@ -151,9 +157,9 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
     many = jax.jit(lambda keys: jax.lax.map(lambda k: total(config, state.accum, k), keys))(jax.random.split(KEY, 64))
     for got, target in zip(jax.tree.leaves(many), jax.tree.leaves(want)):
         got, target = np.asarray(got, np.float64), np.asarray(target, np.float64)
-        z = (got.mean(0) - target) / (np.maximum(got.std(0), 0.3 * np.sqrt(got.var(0).mean())) / 8 + 1e-9)
-        assert np.mean(z**2) < 1.5
-        assert np.linalg.norm(got[0] - target) / np.linalg.norm(target) < 0.01
+        error = lambda x, target=target: np.linalg.norm(x - target) / np.linalg.norm(target)
+        assert error(got[0]) < 0.005
+        assert error(got.mean(0)) < error(got[0]) / 4
 
 
 def test_folded_momentum_equals_heavy_ball(tiny):
@@ -167,7 +173,7 @@ def test_folded_momentum_equals_heavy_ball(tiny):
         b, _ = run_b(b, batch(apart, i))
     assert "blocks" not in a.accum
     assert max(jax.tree.leaves(relative(a.params, b.params))) < 1e-5
-    assert max(jax.tree.leaves(relative(a.opt["blocks"], b.opt["blocks"]))) < 1e-5
+    assert max(jax.tree.leaves(relative(stacked(a.opt)["blocks"], b.opt["blocks"]))) < 1e-5
 
 
 FORMATS = {
@@ -204,6 +210,17 @@ def test_donated_completely_and_learns(tiny, formats):
         state, metrics = run(state, batch(config))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] / 3, losses
+
+
+def test_residual_bytes_are_what_the_names_say(tiny):
+    """int8, everything kept: 12D + F bytes of codes, q, k, v and attention's output a token and layer, and f32 values a row:
+    four scales, two norms' and, a head, q's and k's norms and the log-sum-exp. Inputs only: 2D."""
+    config = tiny(**FORMATS["int8"])
+    m, tokens = config.model, config.train.microbatch * config.model.T * config.model.L
+    want = 3 * m.D + 6 * m.D + 2 * m.D + m.F + 4 * (4 + 2 + 3 * m.N)
+    assert step.residual_bytes(config) == pytest.approx(tokens * want, rel=0.01)
+    inputs = tiny(**FORMATS["int8"] | {"compute": FORMATS["int8"]["compute"] | {"residuals": "inputs"}})
+    assert step.residual_bytes(inputs) == pytest.approx(tokens * 2 * m.D, rel=0.01)
 
 
 def test_abstract_state_is_the_state(tiny):

@@ -125,12 +125,15 @@ def no_remat_pass() -> Iterator[None]:
         jax.config.update("jax_compiler_enable_remat_pass", before)
 
 
-def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0) -> Program:
+def compile_for(
+    function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0, options: Any = None
+) -> Program:
     """Compiles `function(*arguments)` for `card`; the arguments are trees of shapes and dtypes.
 
     Args:
       arguments: pytrees of anything with shape and dtype; the first may be a State whose fields give the groups.
       donate: index of the donated argument.
+      options: of XLA's compilation.
     """
     start_compiler()
     import jax
@@ -139,7 +142,7 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, no_remat_pass():
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **(options or {})}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
             compiled = jitted.lower(*specs).compile(compiler_options=options)
@@ -213,7 +216,7 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
         found = _load(path)
         if found:
             return found
-    program = compile_for(step.train_step(config), step_arguments(config), card)
+    program = compile_for(step.train_step(config), step_arguments(config), card, options=step.GPU_OPTIONS)
     if cache:
         _store(path, program)
     return program

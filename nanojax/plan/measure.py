@@ -106,8 +106,7 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
         short = dataclasses.replace(config, train=train)
         tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
         with compile.no_remat_pass():  # before the state exists: autotuning wants scratch memory
-            specs = (step.abstract_state(short), jax.ShapeDtypeStruct(tokens.shape, tokens.dtype))
-            run = jax.jit(step.train_step(short), donate_argnums=0).lower(*specs).compile()
+            run = step.compiled(short)
         state = jax.jit(step.init_state, static_argnums=0)(short)
         state, _ = run(state, tokens)
         timings = []

@@ -27,18 +27,17 @@ class Memory:
     opt: int
     accum: int
     other: int  # step counter, tokens, outputs that reuse no argument
-    residuals: int  # stacked by the forward scan for backward
+    residuals: int  # what forward keeps for backward
     temporaries: int  # everything else that lives only within the step
     peak: int
     not_reused: int  # bytes of state whose buffer the new state does not reuse: 0 when donation is complete
     largest: tuple[Temporary, ...]  # of the temporary allocation
 
 
-def measure(program: Program, layers: int) -> Memory:
-    """The Memory of `program`, whose blocks are a scan over `layers`."""
+def measure(program: Program, residuals: int) -> Memory:
+    """The Memory of `program`, whose forward keeps `residuals` bytes (step.residual_bytes)."""
     module = hlo.parse(program.hlo)
-    stacks = residual_stacks(module, layers)
-    residuals = min(sum(stacks.values()), program.temp_bytes)
+    residuals = min(residuals, program.temp_bytes)
     groups = program.groups
     state = groups.get("params", 0) + groups.get("opt", 0) + groups.get("accum", 0)
     return Memory(
@@ -61,64 +60,6 @@ def verdict(memory: Memory, card: Card) -> tuple[bool, str]:
     if left >= 0:
         return True, f"fits: {left / GIB:.1f} GiB of the {budget} stay free"
     return False, f"does not fit: {-left / GIB:.1f} GiB more than the {budget}"
-
-
-def residual_stacks(module: hlo.Module, layers: int) -> dict[str, int]:
-    """Bytes of each array that a loop over `layers` fills slice by slice and never reads: what forward keeps.
-
-    A stack counts if a loop of `layers` trips carries it, writes it only by dynamic-update-slice and never reads it.
-    Gradient accumulators and updated state are read too, so they do not count.
-    """
-    out: dict[str, int] = {}
-    for computation in module.computations.values():
-        for loop in computation.instructions.values():
-            if loop.opcode != "while" or loop.attribute(r'"known_trip_count":\{"n":"(\d+)"') != str(layers):
-                continue
-            body = module.computations[loop.called("body")]
-            if body.root.opcode != "tuple" or len(body.root.operands) != len(loop.arrays):
-                continue
-            for index, array in enumerate(loop.arrays):
-                if array.dims[:1] == (layers,) and len(array.dims) > 1 and _only_written(module, body, index):
-                    out[f"{loop.name}{{{index}}}"] = array.bytes
-    return out
-
-
-def _only_written(module: hlo.Module, body: hlo.Computation, index: int) -> bool:
-    """Whether loop element `index` is used by nothing but in-place slice updates."""
-    carried = [i for i in body.instructions.values() if i.opcode == "get-tuple-element" and _index(i) == index]
-    carried = [i for i in carried if body.instructions[i.operands[0]].opcode == "parameter"]
-    if not carried:
-        return False
-    written = False
-    for element in carried:
-        for user in body.users[element.name]:
-            if user.opcode == "tuple":  # handed on unchanged: an input of the loop, not a stack it fills
-                return False
-            if user.opcode == "dynamic-update-slice":
-                updated = user.operands[0] == element.name and element.name not in user.operands[1:]
-            elif user.opcode == "fusion":
-                inner = module.computations[user.called("calls")]
-                places = [inner.parameters[n].name for n, o in enumerate(user.operands) if o == element.name]
-                updated = all(_only_updates(inner, place) for place in places)
-            else:
-                return False
-            if not updated:
-                return False
-            written = True
-    return written
-
-
-def _index(instruction: hlo.Instruction) -> int:
-    return int(instruction.attribute(r"index=(\d+)") or -1)
-
-
-def _only_updates(computation: hlo.Computation, name: str) -> bool:
-    users = computation.users[name]
-    return bool(users) and all(
-        (u.opcode == "dynamic-update-slice" and u.operands[0] == name and name not in u.operands[1:])
-        or (u.opcode == "bitcast" and _only_updates(computation, u.name))
-        for u in users
-    )
 
 
 def _coverage(module: hlo.Module, values: tuple[Value, ...], most: int = 8) -> list[Temporary]:

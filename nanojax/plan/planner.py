@@ -109,7 +109,9 @@ def make(
         return best_residuals_plan(config, card, cache, watts, prices, efficiency, say)
     say(f"compiling {config.name or 'the step'} for {card.key}: {_essence(config)}")
     program = compile.compile_step(config, card, cache)
-    measured = memory.measure(program, config.model.L)
+    from nanojax import step  # imports jax, which must find the compiler set up
+
+    measured = memory.measure(program, step.residual_bytes(config))
     estimate = roofline.estimate(program.hlo, card, efficiency)
     rate = config.train.tokens_per_step / estimate.seconds
     bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)

@@ -92,7 +92,7 @@ def _rows(c: Compute, w: Any, dy: jax.Array) -> Quantized | None:
 def _dx(c: Compute, w: Any, dy: jax.Array, rows: Quantized | None) -> jax.Array:
     """dy [M,O] to the gradient of the product's input [M,K], f32."""
     if rows is not None:
-        return matmul_t(rows.codes, _transposed(_codes(w).codes)).astype(F32) * rows.scale
+        return matmul_t(rows.codes, _kept(_by_rows(_codes(w).codes.T))).astype(F32) * rows.scale
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 

@@ -63,3 +63,27 @@ def round_bf16(x: jax.Array, key: jax.Array | None) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.uint32) + noise_u16(key, x.shape)
     rounded = lax.bitcast_convert_type((bits >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def dither_vectors(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Two f32 [n], uniform in [0, 1): noise for `dithered`, of a matrix of up to n rows and columns."""
+    u, v = jax.random.uniform(key, (2, n))
+    return u, v
+
+
+def shifted(noise: tuple[jax.Array, jax.Array], i: int) -> tuple[jax.Array, jax.Array]:
+    """The noise of matrix `i` of many: one draw a microbatch, moved by multiples of the golden ratio."""
+    return noise[0] + i * 0.6180339887 % 1, noise[1]
+
+
+def dithered(x_RC: jax.Array, noise: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """f32 x plus uniform noise of one step of bf16 at x: a small addend rounded after it, to nearest, is right in the mean.
+
+    frac(u[row] + v[column]) is uniform and, taken two by two, independent. Unlike integer hashes and bit casts (round_bf16) it
+    fuses into a matmul's epilogue, as long as what the matmul makes is used once: hence the step of x, not of the sum. A sum
+    that leaves x's power of two upward is rounded with half the noise it should have, x = 0 with none.
+    """
+    rows, columns = x_RC.shape
+    z = noise[0][:rows, None] + noise[1][None, :columns]
+    step = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(x_RC)))) * 2.0**-7
+    return x_RC + (z - jnp.floor(z) - 0.5) * step
