@@ -135,9 +135,9 @@ class Block(nn.Module):
         """q, k (rotated and normed) and v, [B,T,N,H] each, of positions start..start+T; and x."""
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
-        both: Any = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D))
-        y, x = both
-        q, k, v = (part.reshape(B, T, m.N, m.H) for part in thirds(y))
+        both: Any = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D), 3)
+        parts, x = both
+        q, k, v = (part.reshape(B, T, m.N, m.H) for part in parts)
         q, k = (rope_norm(self.config, part, jnp.asarray(start, jnp.int32)) for part in (q, k))
         return q, k, checkpoint_name(v, "qkv"), x.reshape(x_BTD.shape)
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         x = linear(c, "proj_in", *self._matrix("o"), out_BTNH.reshape(x.shape), x)
         both: Any = norm_linear(c, "mlp_in", *self._matrix("up"), x)
-        hidden, x = both
+        (hidden,), x = both
         out: Any = relu2_linear(c, "mlp_hidden", *self._matrix("down"), hidden, x)
         return out.reshape(x_BTD.shape)
 
@@ -163,16 +163,6 @@ class Block(nn.Module):
         k_BTNH = lax.dynamic_update_slice_in_dim(k_BTNH, k.astype(k_BTNH.dtype), start, 1)
         v_BTNH = lax.dynamic_update_slice_in_dim(v_BTNH, v.astype(v_BTNH.dtype), start, 1)
         return self.rest(x_BSD, attn.cached(q, k_BTNH, v_BTNH, start)), k_BTNH, v_BTNH
-
-
-@jax.custom_vjp
-def thirds(x_MO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x's columns in three equal parts; their gradients are joined in one write (slicing's own would pad and add)."""
-    first, second, third = jnp.split(x_MO, 3, -1)
-    return first, second, third
-
-
-thirds.defvjp(lambda x: (thirds(x), None), lambda _, parts: (lax.optimization_barrier(jnp.concatenate(parts, -1)),))
 
 
 class Embed(nn.Module):
@@ -202,7 +192,7 @@ class Head(nn.Module):
             self.param("head", jax.nn.initializers.zeros, (m.V, m.D), F32)
         w = self.get_variable("params", "head")
         both: Any = norm_linear(head_compute(c), "", w, None, x_BTD.reshape(-1, m.D))
-        logits = both[0].astype(F32)
+        logits = both[0][0].astype(F32)
         return (m.softcap * jnp.tanh(logits / m.softcap)).reshape(*x_BTD.shape[:-1], m.V)
 
 

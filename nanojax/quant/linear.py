@@ -70,16 +70,25 @@ def _codes(w: Any) -> Quantized:
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 
-def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None) -> jax.Array:
-    """The product with saved inputs (Quantized when c.forward is int8), plus residual: [M,O] in the compute dtype."""
-    if c.forward == "int8":
-        q = _codes(w)
-        y = matmul_t(saved.codes, q.codes).astype(F32) * saved.scale * q.scale.T
-    else:
-        y = matmul_t(saved, decode(w, float_dtype(c)))
-    if residual is not None:
-        y += residual.astype(F32)
-    return _kept(y.astype(float_dtype(c)))
+def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None, parts: int = 1) -> tuple[jax.Array, ...]:
+    """The product with saved inputs (Quantized when c.forward is int8), plus residual: [M,O] in the compute dtype, as so
+    many arrays [M,O/parts], each a product of its own: a part that is used alone is not copied out."""
+    w = _codes(w) if c.forward == "int8" else decode(w, float_dtype(c))
+    out = []
+    for i in range(parts):
+        if (
+            out
+        ):  # after the part before: XLA would else merge the products and split what they give in a pass of its own
+            saved, out[-1] = _kept((saved, out[-1]))
+        rows = slice(i * w.shape[0] // parts, (i + 1) * w.shape[0] // parts)
+        if c.forward == "int8":
+            y = matmul_t(saved.codes, w.codes[rows]).astype(F32) * saved.scale * w.scale[rows].T
+        else:
+            y = matmul_t(saved, w[rows])
+        if residual is not None:
+            y += residual.astype(F32)
+        out.append(_kept(y.astype(float_dtype(c))))
+    return tuple(out)
 
 
 def _rows(c: Compute, w: Any, dy: jax.Array) -> Quantized | None:
@@ -141,7 +150,7 @@ def linear(
 
 def _linear_fwd(c, name, w, tap, x, residual=None):
     saved = _keep(c, x, name)
-    return _forward(c, w, saved, residual), (w, _mark(tap), saved, _mark(residual))
+    return _forward(c, w, saved, residual)[0], (w, _mark(tap), saved, _mark(residual))
 
 
 def _linear_bwd(c, name, residuals, dy):
@@ -151,13 +160,14 @@ def _linear_bwd(c, name, residuals, dy):
     return (*_gradient(w, tapped, _dw(c, w, dy, saved, rows)), dx, None if added is None else dy)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(rms_norm(x) @ W.T, x); backward needs the normed x (or its codes) and 1/rms a row, not x.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
+def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array, parts: int = 1) -> Any:
+    """(rms_norm(x) @ W.T as a tuple of `parts` arrays [M,O/parts], x); backward needs the normed x (or its codes) and 1/rms
+    a row, not x.
 
     x is handed on so that the residual stream's gradient is added in the pass that makes this one's.
     """
-    return _norm_linear_fwd(c, name, w, tap, x)[0]
+    return _norm_linear_fwd(c, name, w, tap, x, parts)[0]
 
 
 def inverse_rms(x: jax.Array) -> jax.Array:
@@ -172,18 +182,19 @@ def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array) -> jax.Array:
     return r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))
 
 
-def _norm_linear_fwd(c, name, w, tap, x):
+def _norm_linear_fwd(c, name, w, tap, x, parts=1):
     r = checkpoint_name(inverse_rms(x), name)
     if c.forward == "int8":  # codes do not see the norm, only their scale does: one pass for maximum and mean square
         q = quantize_rows(x)
         saved = jax.tree.map(lambda a: checkpoint_name(a, name), _codes_kept(Quantized(q.codes, q.scale * r)))
     else:
         saved = _keep(c, x.astype(F32) * r, name)
-    return (_forward(c, w, saved, None), x), (w, _mark(tap), saved, r)
+    return (_forward(c, w, saved, None, parts), x), (w, _mark(tap), saved, r)
 
 
-def _norm_linear_bwd(c, name, residuals, cotangents):
-    (w, tapped, saved, r), (dy, dx) = residuals, cotangents
+def _norm_linear_bwd(c, name, parts, residuals, cotangents):
+    (w, tapped, saved, r), (dys, dx) = residuals, cotangents
+    dy = dys[0] if parts == 1 else _kept(jnp.concatenate(dys, -1))
     rows = _rows(c, w, dy)
     dh = _kept(_dx(c, w, dy, rows).astype(float_dtype(c)))
     dx = _kept((dx.astype(F32) + norm_backward(dh, decode(saved), r)).astype(float_dtype(c)))
@@ -201,9 +212,9 @@ def relu2_linear(
 def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
     if c.forward == "int8":
         a = _keep(c, jnp.square(jax.nn.relu(x.astype(F32))), name)
-        return _forward(c, w, a, residual), (w, _mark(tap), a, _mark(residual))
+        return _forward(c, w, a, residual)[0], (w, _mark(tap), a, _mark(residual))
     p = checkpoint_name(jax.nn.relu(x), name)
-    return _forward(c, w, p * p, residual), (w, _mark(tap), p, _mark(residual))
+    return _forward(c, w, p * p, residual)[0], (w, _mark(tap), p, _mark(residual))
 
 
 def _relu2_linear_bwd(c, name, residuals, dy):
