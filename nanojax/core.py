@@ -158,8 +158,10 @@ def requests_of(task: Task, rows: Sequence[list[int]]) -> list[Request]:
         start = _common(rows)
         return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows))]
     if task.kind == "schema":
-        tail = min(_common(rows, reverse=True), min(map(len, rows)) - 1)  # BOS is never scored
-        return [Request(tuple(row[: len(row) - tail]), (tuple(row[len(row) - tail :]),)) for row in rows]
+        shortest = min(map(len, rows))
+        tail = min(_common(rows, reverse=True), shortest - 1)  # BOS is never scored
+        start = min(_common(rows), shortest - tail)
+        return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows), tail)]
     without, full = rows
     # The prompt without its continuation is a token prefix of the full one, except where a tokenizer merges across
     # the delimiter; then scoring starts at the first token that differs.

@@ -77,8 +77,9 @@ def _dtype(name: str) -> Any:
     return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 
 
-def _at(tree: Any, i: jax.Array) -> Any:
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+def _at(tree: Any, i: Any) -> Any:
+    take = lambda a: a[i] if isinstance(i, int) else lax.dynamic_index_in_dim(a, i, keepdims=False)
+    return jax.tree.map(take, tree)
 
 
 def _put(tree: Any, new: Any, i: jax.Array) -> Any:
@@ -125,9 +126,13 @@ def _forward(config: Config, blocks: Any, x: jax.Array) -> tuple[jax.Array, list
     parameter stands its index."""
     block = model.rematerialised_block(config)
     taps = {name: jnp.zeros(shape, F32) for name, shape in config.model.shapes.items()}
+    packed = config.stored.blocks in LEVELS
     saved = []
     for i in range(config.model.L):
-        layer = jax.tree.map(lambda a, i=i: a[i], blocks)
+        # a constant index lets a product read its layer from the stack; below 8 bits a layer is decoded first, and one
+        # kernel for all layers compiles 32 times as fast as one for each
+        index, x = lax.optimization_barrier((jnp.int32(i), x)) if packed else (i, x)
+        layer = _at(blocks, index)
         x, vjp = jax.vjp(lambda x, taps, layer=layer: block(layer, x, taps), x, taps)
         leaves, tree = jax.tree.flatten(vjp)
         own = {id(leaf): j for j, leaf in enumerate(jax.tree.leaves(layer))}
