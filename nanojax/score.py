@@ -24,6 +24,7 @@ from nanojax.config import Config
 
 F32 = jnp.float32
 TOKENS, CPU_TOKENS = 8192, 2048  # of a batch; on a CPU, larger ones fall out of its cache
+COMPILATION = 16_384  # tokens that go through a d4 on two CPU cores meanwhile: 2 to 4 s
 HEAD_CHUNK = 256  # positions whose logits exist at one time: 64 MiB at V = 65,536
 
 
@@ -141,7 +142,7 @@ def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_
     (q, k, v, trunk), (q_t, k_t, v_t, tail) = qkv(x, p)
     in_tail = at_BP >= T
     seen_BP = jnp.where(in_tail, length_B[:, None], at_BP + 1)
-    own_BPS = jnp.pad(own_BSS, ((0, 0), (T, 0), (0, 0)))[jnp.arange(B)[:, None], at_BP] if S else own_BSS
+    own_BPS = _pick(jnp.pad(own_BSS, ((0, 0), (T, 0), (0, 0))), at_BP)
     q, x = (_pick(jnp.concatenate(pair, 1), at_BP) for pair in ((q, q_t), (trunk, tail)))
     return apply({"params": p}, x, _attend(q, k_t, v_t, k, v, seen_BP, own_BPS), method="rest")
 
@@ -198,13 +199,26 @@ def bucket(length: int, least: int = 32) -> int:
     return -(-length // step) * step
 
 
+class _Shape(NamedTuple):
+    """What a batch is padded to: rows, tail, trunk, needed places a row. One compilation each."""
+
+    B: int
+    S: int
+    T: int
+    P: int
+
+    @property
+    def tokens(self) -> int:
+        return self.B * (self.S + self.T)
+
+
 class _Batch(NamedTuple):
     members: list[int]
     arrays: tuple[np.ndarray, ...]
 
 
-def _batch(rows: Sequence[_Row], members: Sequence[int], B: int, shape: tuple[int, int, int]) -> _Batch:
-    S, T, P = shape
+def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape) -> _Batch:
+    B, S, T, P = shape
     trunk, tail = np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
     branch, position = np.full((B, S), -1, np.int32), np.zeros((B, S), np.int32)
     length, at = np.ones(B, np.int32), np.zeros((B, P), np.int32)
@@ -214,31 +228,52 @@ def _batch(rows: Sequence[_Row], members: Sequence[int], B: int, shape: tuple[in
         tail[b, : len(row.tail)] = row.tail
         branch[b, : len(row.tail)], position[b, : len(row.tail)] = row.branch, row.position
         at[b, : len(row.needed)] = [i if i >= 0 else T + ~i for i in row.needed]
-    return _Batch(list(members), (trunk, tail, branch, position, length, at))
+    return _Batch(members, (trunk, tail, branch, position, length, at))
 
 
-def batches(rows: Sequence[_Row], tokens: int) -> Iterator[_Batch]:
-    """Rows sorted into batches of equal padded shape, each of about `tokens` tokens (at least one row)."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.shape, []).append(i)
-    # Every shape is a compilation: a group, or what would leave its last batch half empty, moves to the next longer
-    # shape where that costs less than a quarter of a batch.
-    size = lambda shape: shape[0] + shape[1]
-    for shape in sorted(groups):
-        members, spare = groups[shape], len(groups[shape]) % max(1, tokens // size(shape))
-        fits = lambda g, shape=shape: all(a >= b for a, b in zip(g, shape)) and bool(g[0]) == bool(shape[0])
-        longer = [g for g in groups if g != shape and fits(g)]
-        if longer:
-            to = min(longer, key=size)
-            moved = next((n for n in (len(members), spare) if 4 * n * (size(to) - size(shape)) <= tokens), 0)
-            groups[to] += members[len(members) - moved :]
-            del members[len(members) - moved :]
-    for shape, members in sorted(groups.items(), key=lambda g: -size(g[0])):  # lack of memory shows at once
-        B = max(1, tokens // size(shape))
-        for start in range(0, len(members), B):
-            part = members[start : start + B]
-            yield _batch(rows, part, min(B, 1 << (len(part) - 1).bit_length()), shape)
+def batches(rows: Sequence[_Row], tokens: int, wasted: dict[_Shape, float]) -> Iterator[_Batch]:
+    """Rows sorted by length into padded batches of about `tokens` tokens (at least one row), the longest first.
+
+    `wasted`, kept from call to call, says which shapes are compiled and how many tokens their lack has cost.
+    """
+    shapes = [row.shape for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (shapes[i][0] > 0, shapes[i][1], shapes[i]), reverse=True)
+    while order:
+        n, (S, T, P) = 1, shapes[order[0]]
+        for i in order[1:]:
+            wider = max(S, shapes[i][0]), max(T, shapes[i][1]), max(P, shapes[i][2])
+            if bool(S) != bool(shapes[i][0]) or (n + 1) * sum(wider[:2]) > tokens:
+                break
+            n, (S, T, P) = n + 1, wider
+        members, order = order[:n], order[n:]
+        B = min(max(1, tokens // (S + T)), 1 << (n - 1).bit_length())
+        yield _batch(rows, members, _compiled(_Shape(B, S, T, P), wasted))
+
+
+@functools.cache
+def _wasted(config: Config, backend: str) -> dict[_Shape, float]:
+    """`batches`' memory, as long-lived as jit's: later scorers of other parameters find the same shapes compiled."""
+    return {}
+
+
+def _compiled(want: _Shape, wasted: dict[_Shape, float]) -> _Shape:
+    """`want`, or a larger shape that is compiled, until what that costs in padding has reached a compilation's price."""
+    if wasted.get(want) == math.inf:
+        return want
+    larger = [
+        s
+        for s, cost in wasted.items()
+        if cost == math.inf and all(a >= b for a, b in zip(s, want)) and bool(s.S) == bool(want.S)
+    ]
+    near = [s for s in larger if s.T <= 2 * want.T]  # beyond, attention makes the padding dearer than its tokens
+    if near:
+        best = min(near, key=lambda s: s.tokens)
+        cost = wasted.get(want, 0) + best.tokens - want.tokens
+        if cost <= COMPILATION:
+            wasted[want] = cost
+            return best
+    wasted[want] = math.inf
+    return want
 
 
 def scorer(config: Config, params: Any, tokens: int | None = None) -> Callable[[Sequence[Request]], list[list[Answer]]]:
@@ -247,11 +282,12 @@ def scorer(config: Config, params: Any, tokens: int | None = None) -> Callable[[
     `tokens` None: 8,192, on a CPU 2,048. Equal branches of a request are scored once, so that they tie exactly.
     """
     tokens = tokens or (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS)
+    wasted = _wasted(config, jax.default_backend())
 
     def places(rows: Sequence[_Row], order: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What the head needs of each batch; `order` receives the rows in the same order."""
         pending: tuple[_Batch, jax.Array] | None = None
-        for batch in [*batches(rows, tokens), None]:
+        for batch in [*batches(rows, tokens, wasted), None]:
             ahead = (batch, _hidden(config, params, *batch.arrays)) if batch else None
             if pending is not None:  # read one batch late, so that the device never waits
                 members, x_BPD = pending[0].members, np.asarray(pending[1])

@@ -1,21 +1,26 @@
 """CORE one example at a time, as slow and plain as it reads: the oracle of core.py and score.py, none of their code.
 
-Every prompt of an example is a row of one batch, all logits are computed for every position, and scores are taken from
-them in numpy. Rows are padded to a `multiple` so that jit compiles few shapes; causality makes that harmless.
+As nanochat does it: every prompt of an example is a row of one right-padded batch; all logits, the loss and the argmax
+are computed at every position, and the scored span is cut out. Rows are padded to a `multiple`, as few as jit can bear;
+causality makes that harmless.
 """
 
 import functools
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanojax import model
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens):
-    return model.forward(config, params, tokens)
+def _losses_and_guesses(config, params, tokens_BT):
+    """nats [B,T] of every next token (the last one's means nothing) and the argmax [B,T], from all logits."""
+    logits = model.forward(config, params, tokens_BT)
+    log_p = jax.nn.log_softmax(logits, -1)
+    return -jnp.take_along_axis(log_p, jnp.roll(tokens_BT, -1, 1)[..., None], -1)[..., 0], jnp.argmax(logits, -1)
 
 
 def prompts(kind, item, shots, delimiter):
@@ -60,14 +65,11 @@ def example(config, params, tokenizer, task, data, index, multiple=64):
         spans = [(len(r) - tail, len(r)) for r in rows]
     length = -(-max(map(len, rows)) // multiple) * multiple
     tokens = np.array([r + [tokenizer.bos] * (length - len(r)) for r in rows], np.int32)
-    logits = np.asarray(_logits(config, params, tokens), np.float64)
+    losses, guesses = (np.asarray(a) for a in _losses_and_guesses(config, params, tokens))
     if task.kind == "language_modeling":
         ((a, b),) = spans
-        return bool((logits[0, a - 1 : b - 1].argmax(-1) == tokens[0, a:b]).all())
-    top = logits.max(-1, keepdims=True)
-    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    means = []
-    for row, (a, b) in enumerate(spans):
-        picked = [log_p[row, t - 1, tokens[row, t]] for t in range(a, b)]
-        means.append(-sum(picked) / len(picked) if picked else float("nan"))
+        return bool((guesses[0, a - 1 : b - 1] == tokens[0, a:b]).all())
+    means = [
+        float(losses[row, a - 1 : b - 1].astype("f8").mean()) if b > a else np.nan for row, (a, b) in enumerate(spans)
+    ]
     return means.index(min(means)) == item["gold"]
