@@ -140,7 +140,8 @@ def encode(x: jax.Array, form: str, dither: jax.Array | None = None, old: Packed
         scale = jnp.where(beyond | (amax < SHRINK * held) | (held == 0), scale, held)
     v = jnp.clip(v / jnp.where(scale > 0, scale, 1.0), -1, 1)
     if form == "nf4":
-        low = jnp.sum(v[..., None] >= table[1:-1], -1, dtype=jnp.int32)
+        # term by term: as a reduction, XLA computes v anew for each of the 14, in a kernel that takes minutes to compile
+        low = sum(((v >= level).astype(jnp.int32) for level in NF4[1:-1]), jnp.zeros(v.shape, jnp.int32))
         part = (v - table[low]) / (table[low + 1] - table[low])
     else:
         steps = (v + 1) * (top / 2)
