@@ -294,4 +294,12 @@ def compiled(config: Config) -> Any:
     """`train_step` compiled for jax's default device before any state exists: a GPU's autotuning wants scratch memory."""
     tokens = jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
     lowered = jax.jit(train_step(config), donate_argnums=0).lower(abstract_state(config), tokens)
-    return lowered.compile(compiler_options=GPU_OPTIONS if jax.default_backend() == "gpu" else None)
+    return compiled_for_gpu(lowered) if jax.default_backend() == "gpu" else lowered.compile()
+
+
+def compiled_for_gpu(lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    """`lowered` compiled with GPU_OPTIONS, or, where XLA fails with them (it does on matrices of width 256 or 512), without."""
+    try:
+        return lowered.compile(compiler_options={**GPU_OPTIONS, **(options or {})})
+    except (jax.errors.JaxRuntimeError, IndexError):  # what else is wrong is wrong without them, too
+        return lowered.compile(compiler_options=options)

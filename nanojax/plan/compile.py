@@ -125,27 +125,26 @@ def no_remat_pass() -> Iterator[None]:
         jax.config.update("jax_compiler_enable_remat_pass", before)
 
 
-def compile_for(
-    function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0, options: Any = None
-) -> Program:
+def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0) -> Program:
     """Compiles `function(*arguments)` for `card`; the arguments are trees of shapes and dtypes.
 
     Args:
       arguments: pytrees of anything with shape and dtype; the first may be a State whose fields give the groups.
       donate: index of the donated argument.
-      options: of XLA's compilation.
     """
     start_compiler()
     import jax
+
+    from nanojax import step
 
     sharding = _sharding(card)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, no_remat_pass():
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **(options or {})}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
-            compiled = jitted.lower(*specs).compile(compiler_options=options)
+            compiled = step.compiled_for_gpu(jitted.lower(*specs), options)
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"XLA cannot compile this step for {card.key}: {_first_line(error)}") from None
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)
@@ -216,7 +215,7 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
         found = _load(path)
         if found:
             return found
-    program = compile_for(step.train_step(config), step_arguments(config), card, options=step.GPU_OPTIONS)
+    program = compile_for(step.train_step(config), step_arguments(config), card)
     if cache:
         _store(path, program)
     return program
@@ -231,10 +230,10 @@ def cache_folder() -> Path:
 
 
 def _key(config: Config, card: Card) -> str:
-    """Everything the compiled step depends on: shapes, formats, the card, versions, the code that builds the step."""
+    """What memory and time of the step depend on: shapes, formats, the card, versions, the code that builds the step."""
     kept = to_dict(config)
     parts: list[Any] = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
-    parts += [{"steps": config.train.steps, "batch": config.batch_shape}, card.target_config()]
+    parts += [config.batch_shape, card.target_config()]  # the number of steps is only a constant of the schedules
     for package in ("jax", "jaxlib", *(name.replace("_", "-") for name in _PLUGINS), "nvidia-cudnn-cu12"):
         try:
             parts.append(f"{package} {importlib.metadata.version(package)}")
