@@ -12,5 +12,5 @@ def get_config() -> Config:
         stored=Stored(blocks="bf16", embed="bf16", head="bf16", momentum="bf16", adam="bf16"),
         accumulate=Accumulate(dtype="f32", edges="f32"),
         compute=Compute(dtype="bf16", residuals="all"),
-        train=Train(tokens_per_step=524288, microbatch=4),
+        train=Train(tokens_per_step=524288, microbatch=2),
     )

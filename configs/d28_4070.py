@@ -7,4 +7,4 @@ from nanojax.config import Config, load_unresolved, override
 
 
 def get_config() -> Config:
-    return override(load_unresolved("d32_4070"), {"model.depth": 28})
+    return override(load_unresolved("d32_4070"), {"model.depth": 28, "train.microbatch": 2})

@@ -135,7 +135,7 @@ class Compute:
     residuals: str = _key(
         "cheap",
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (nothing recomputed), "
-        "or names joined by + (see model.RESIDUALS)",
+        "names joined by + (see model.RESIDUALS), or auto (train, plan: the fastest of these that fits the GPU)",
     )
     attention: Literal["auto", "cudnn", "chunked"] = _key("auto", "auto = cuDNN flash on an NVIDIA GPU, else chunked")
     loss_chunk: int = _key(1024, "tokens whose logits exist at one time")

@@ -21,6 +21,7 @@ from nanojax import config as configs
 from nanojax import step as steps
 from nanojax.config import Config, UserError, run_main
 from nanojax.data import loader
+from nanojax.plan import fit
 from nanojax.tokenizer import Tokenizer
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
@@ -48,13 +49,16 @@ def train(config: Config) -> None:
     Raises UserError before anything compiles when data, folder or sizes cannot work; Diverged on NaN or Inf.
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
-    model.residual_names(config)
+    if config.compute.residuals != "auto":
+        model.residual_names(config)
 
     # data
     A, B, _ = config.batch_shape
     batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
     loader.valid_batches(config.data.path, 1, T)  # told now rather than at the first evaluation
+    if config.compute.residuals == "auto":
+        config = _with_residuals(config, run)
 
     with contextlib.ExitStack() as open_until_the_end:
         # run folder
@@ -69,7 +73,7 @@ def train(config: Config) -> None:
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
         train_step = steps.compiled(config)
-        print(f"compiled in {time.monotonic() - begin:.0f} s; the step needs {_gib(train_step):.2f} GiB")
+        print(f"compiled in {time.monotonic() - begin:.0f} s; {fit.check(train_step, config, fit.pool_bytes())}")
 
         # state, restored or fresh
         restored = checkpoint.restore(run, config)
@@ -172,9 +176,14 @@ def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
     return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens, **drawn)[0]
 
 
-def _gib(compiled: Any) -> float:
-    m = compiled.memory_analysis()
-    return (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
+def _with_residuals(config: Config, run: Path) -> Config:
+    """`config` with compute.residuals=auto made concrete: as the run was begun, else the fastest that fits the GPU."""
+    if checkpoint.available(run):
+        choice = checkpoint.read_config(run).compute.residuals
+    else:
+        choice = fit.best_residuals(config, fit.pool_bytes(), lambda message: print(message, flush=True))
+    print(f"compute.residuals={choice} chosen by auto")
+    return configs.override(config, {"compute.residuals": choice})
 
 
 def _compare_with_earlier(run: Path, config: Config) -> None:
@@ -264,7 +273,10 @@ def main() -> None:
     config = parse(sys.argv[1:])
     if config is None:
         return
+    allocator = fit.set_allocator()
     runtime.configure()
+    if allocator:
+        print(allocator)
     try:
         train(config)
     except Diverged as error:

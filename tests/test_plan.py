@@ -225,6 +225,45 @@ def test_allocator_leaves_room_for_the_context(monkeypatch):
     assert fit.set_allocator() is None
 
 
+def test_auto_residuals_in_training_are_the_plans(monkeypatch):
+    """On a known GPU: the planner is asked with XLA's pool as the budget. Without GPU, compiler or card data: one line."""
+    asked = []
+    monkeypatch.setattr(planner, "best_residuals", lambda config, card, say: asked.append(card) or "cheap")
+    monkeypatch.setattr(compile, "plugin_missing", lambda: None)
+    reading = device.Reading("NVIDIA GeForce RTX 4070", 12282 << 20, 11 << 30, None, None, None)
+    monkeypatch.setattr(device, "read", lambda: reading)
+    config = configs.load("demo", ["--compute.residuals=auto"])
+    assert fit.best_residuals(config, 9 * 2**30, print) == "cheap"
+    assert fit.best_residuals(config, None, print) == "cheap"
+    budgets = [card.budget_bytes / 2**30 for card in asked]
+    assert budgets == pytest.approx([9.0, 10.5], abs=0.01)
+
+    monkeypatch.setattr(device, "read", lambda: dataclasses.replace(reading, name="NVIDIA Unheard Of"))
+    with pytest.raises(UserError, match=r"residuals=auto: NVIDIA Unheard Of is not in .*cards.py"):
+        fit.best_residuals(config, None, print)
+    monkeypatch.setattr(compile, "plugin_missing", lambda: "the plugin is missing; install it")
+    with pytest.raises(UserError, match=r"residuals=auto: the plugin is missing; .*choose inputs"):
+        fit.best_residuals(config, None, print)
+    monkeypatch.setattr(device, "read", lambda: None)
+    with pytest.raises(UserError, match="residuals=auto: there is no NVIDIA GPU"):
+        fit.best_residuals(config, None, print)
+
+
+def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
+    """The run folder's config has the choice, and a run that was begun keeps it without asking again."""
+    from nanojax import checkpoint, train
+
+    monkeypatch.setattr(fit, "best_residuals", lambda *_: "attn+mlp_in")
+    config = configs.load("demo", ["--compute.residuals=auto"])
+    concrete = train._with_residuals(config, tmp_path)
+    assert concrete.compute.residuals == "attn+mlp_in"
+    checkpoint.write_config(tmp_path, concrete)
+    monkeypatch.setattr(checkpoint, "available", lambda run: [3])
+    monkeypatch.setattr(fit, "best_residuals", lambda *_: pytest.fail("asked again"))
+    assert train._with_residuals(config, tmp_path) == concrete
+    train._compare_with_earlier(tmp_path, concrete)
+
+
 # -- changes and automatic choices -------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
-"""Makes the planned bytes really there before training: XLA's share of the GPU, one memory line, a refusal in time."""
+"""Makes a run fit the GPU it finds: XLA's share of the memory, the best residuals, one memory line, a refusal in time."""
 
+import dataclasses
 import os
 from typing import Any
 
 from nanojax.config import Config, UserError
-from nanojax.plan import device
+from nanojax.plan import cards, compile, device, planner
 from nanojax.plan.memory import GIB
 
 # CUDA's context, cuBLAS and cuDNN handles and the loaded kernels lie outside XLA's pool (jax-stack notes: 0.5-1 GB with
@@ -40,12 +41,45 @@ def set_allocator() -> str | None:
     )
 
 
+def best_residuals(config: Config, limit_bytes: int | None, say: planner.Say) -> str:
+    """What compute.residuals=auto becomes here: the fastest choice, as modelled, whose step fits `limit_bytes`.
+
+    UserError, in one line, without an NVIDIA GPU, without XLA's CUDA compiler, for an unknown GPU, or if none fits.
+
+    Args:
+      limit_bytes: XLA's pool; None = what the planner leaves to XLA on this card.
+      say: told what is being compiled.
+    """
+    reading = device.read()
+    reason = compile.plugin_missing()
+    if reading is None:
+        reason = "there is no NVIDIA GPU here to fit"
+    if reading is None or reason:
+        raise UserError(f"--compute.residuals=auto: {reason}; or choose inputs, cheap or all")
+    known = [card for card in cards.CARDS.values() if card.name == reading.name]
+    if not known:
+        raise UserError(
+            f"--compute.residuals=auto: {reading.name} is not in {cards.__file__}; add it, or choose inputs, cheap or all"
+        )
+    card = known[0]
+    if limit_bytes is not None:
+        card = dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - limit_bytes / GIB)
+    return planner.best_residuals(config, card, say=say)
+
+
+def pool_bytes() -> int | None:
+    """Bytes that XLA may use on jax's default device; None where there is no limit (CPU). Starts the device."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def check(compiled: Any, config: Config, limit_bytes: int | None) -> str:
     """The memory line of a compiled step. UserError, before any state exists, if it needs more than XLA's pool.
 
     Args:
       compiled: `jax.jit(train_step, donate_argnums=0).lower(...).compile()`.
-      limit_bytes: the pool, `jax.devices()[0].memory_stats()["bytes_limit"]`; None = no limit known (CPU).
+      limit_bytes: `pool_bytes()`.
     """
     m = compiled.memory_analysis()
     state = m.alias_size_in_bytes

@@ -1,0 +1,26 @@
+"""nanochat's d32 on an RTX 4070 Laptop (8 GB): int8 stored and multiplied as in d32_4070, 37.6 B tokens.
+
+plan (rtx4070_laptop): peak 6.5 GiB, 3.9k tok/s modelled, 112 days
+
+python -m nanojax.train --config=d32_4070_laptop
+
+What it gives up for 3 GiB: gradients are summed into the momentum (bf16), so no Nesterov look-ahead and no clipping;
+embedding and head are int8 too; qkv and the hidden layer are recomputed. A laptop that sustains less than 115 W is slower.
+"""
+
+from nanojax.config import Config, load_unresolved, override
+
+
+def get_config() -> Config:
+    return override(
+        load_unresolved("d32_4070"),
+        {
+            "stored.embed": "int8",
+            "stored.head": "int8",
+            "stored.momentum": "bf16",
+            "accumulate.dtype": "momentum",
+            "optim.nesterov": False,
+            "optim.clip": 0.0,
+            "compute.residuals": "attn_in+attn+proj_in+mlp_in",
+        },
+    )
