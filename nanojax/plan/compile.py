@@ -23,6 +23,8 @@ from nanojax.plan.cards import CARDS, Card
 
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
+# The code that a step is compiled from, below nanojax/; the config's values are in the cache's key themselves.
+STEP_SOURCES = ("step.py", "model.py", "attention.py", "loss.py", "optim.py", "quant/*.py")
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -239,11 +241,9 @@ def _key(config: Config, card: Card) -> str:
             parts.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             parts.append(f"{package} absent")
-    names = sorted(n for n in sys.modules if n.split(".")[0] == "nanojax" and not n.startswith("nanojax.plan"))
-    for name in [*names, __name__]:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and name != "nanojax.config":  # the config's values are in the key already
-            parts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    package = Path(__file__).parents[1]
+    for pattern in (*STEP_SOURCES, "plan/compile.py"):
+        parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(package.glob(pattern))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
