@@ -101,7 +101,10 @@ def forward_backward(
     x0 = model.apply(model.Embed(config), {"params": params}, tokens)
     x, saved = _forward(config, params["blocks"], x0)
     flat = x.reshape(-1, m.D)
-    loss, head, dx = loss_and_grads(config, params["head"], accum["head"], flat, targets.reshape(-1), scale, head_key)
+    with jax.named_scope("loss"):
+        loss, head, dx = loss_and_grads(
+            config, params["head"], accum["head"], flat, targets.reshape(-1), scale, head_key
+        )
     dx, blocks = dx.reshape(x0.shape), {name: list(layers) for name, layers in accum["blocks"].items()}
     noise = dither_vectors(block_key, max(size for shape in m.shapes.values() for size in shape))
     for i in reversed(range(m.L)):
@@ -109,10 +112,12 @@ def forward_backward(
         # at an index that depends on dx: XLA would else transpose every layer's parameters ahead of the microbatches
         index, dx = lax.optimization_barrier((jnp.int32(i), dx))
         own = jax.tree.leaves(_at(params["blocks"], index))
-        dx, dws = jax.tree.unflatten(tree, [own[leaf] if isinstance(leaf, int) else leaf for leaf in leaves])(dx)
+        vjp = jax.tree.unflatten(tree, [own[leaf] if isinstance(leaf, int) else leaf for leaf in leaves])
         new = {}
-        for j, (name, dw) in enumerate(dws.items()):
-            new[name] = accumulate(blocks[name][i], dw, shifted(noise, i * len(dws) + j), decay, weight)
+        with jax.named_scope(f"backward_{i}"):
+            dx, dws = vjp(dx)
+            for j, (name, dw) in enumerate(dws.items()):
+                new[name] = accumulate(blocks[name][i], dw, shifted(noise, i * len(dws) + j), decay, weight)
         # a layer is finished before the next begins: XLA would else join layers' sums and hold their dW until then
         dx, new = lax.optimization_barrier((dx, new))
         for name, total in new.items():
@@ -133,7 +138,8 @@ def _forward(config: Config, blocks: Any, x: jax.Array) -> tuple[jax.Array, list
         # kernel for all layers compiles 32 times as fast as one for each
         index, x = lax.optimization_barrier((jnp.int32(i), x)) if packed else (i, x)
         layer = _at(blocks, index)
-        x, vjp = jax.vjp(lambda x, taps, layer=layer: block(layer, x, taps), x, taps)
+        with jax.named_scope(f"layer_{i}"):
+            x, vjp = jax.vjp(lambda x, taps, layer=layer: block(layer, x, taps), x, taps)
         leaves, tree = jax.tree.flatten(vjp)
         own = {id(leaf): j for j, leaf in enumerate(jax.tree.leaves(layer))}
         saved.append((tree, [own.get(id(leaf), leaf) for leaf in leaves]))
@@ -266,12 +272,14 @@ def keyed_step(
         if config.optim.clip:
             clip = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
     keys = jax.random.split(jax.random.fold_in(key, A), 3)
-    blocks, momenta, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
+    with jax.named_scope(config.optim.matrix):
+        blocks, momenta, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
     params, opt, cleared = {"blocks": blocks}, {"blocks": momenta}, {}
     for k, name, lr in ((keys[1], "embed", config.optim.embed_lr), (keys[2], "head", config.optim.head_lr)):
         carry = (state.params[name], state.opt[name], accum[name])
         form = getattr(config.stored, name)
-        params[name], opt[name], cleared[name] = _update_rows(config, lr, form, state.step, carry, clip, k)
+        with jax.named_scope(f"adamw_{name}"):
+            params[name], opt[name], cleared[name] = _update_rows(config, lr, form, state.step, carry, clip, k)
     if not folded:
         cleared["blocks"] = totals
     return State(state.step + 1, params, opt, cleared), metrics
