@@ -125,7 +125,8 @@ def call(
     """The op and its gradients: y, dx, dw and (linear, relu2_linear) dresidual. `dstored`: the cotangent of w itself."""
     tap = jnp.full(w.shape, jnp.nan, jnp.float32) if tapped else None  # a tap's value must never be read
     if op == "norm_linear":
-        (ys, x_out), vjp = jax.vjp(lambda w, tap, x: ops.norm_linear(c, "", w, tap, x, parts), w, tap, x)
+        both: Any = jax.vjp(lambda w, tap, x: ops.norm_linear(c, "", w, tap, x, parts), w, tap, x)
+        (ys, x_out), vjp = both
         np.testing.assert_array_equal(x_out, x)
         dstored, dtap, dx = vjp((tuple(jnp.split(dy, parts, -1)), other))
         out = {"y": jnp.concatenate(ys, -1)}
