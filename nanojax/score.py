@@ -62,10 +62,11 @@ class _Row(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(S, T, P): padded lengths of tail, trunk and needed places."""
+        T = max(64, bucket(len(self.trunk), 32))  # shorter ones take XLA's CPU compiler 4 s longer
         if self.tail:
             S = bucket(len(self.tail), 16)
-            return S, bucket(len(self.trunk)), S + 1
-        return 0, bucket(len(self.trunk)), 1 << max(3, (len(self.needed) - 1).bit_length())
+            return S, T, S + 1
+        return 0, T, 1 << max(3, (len(self.needed) - 1).bit_length())
 
 
 def _row(request: Request) -> _Row:
@@ -88,17 +89,11 @@ def _row(request: Request) -> _Row:
     return _Row(trunk, tail, branch, position, needed, [index[place] for place in places], targets, counts)
 
 
-def _attend(q, k, v, k_trunk, v_trunk, seen_BQ, own_BQS):
-    """Attention [B,Q,N,H] of some queries over the first `seen_BQ` trunk tokens and the tail tokens in `own_BQS`."""
-    T = k_trunk.shape[1]
-    scale = 1 / math.sqrt(q.shape[-1])
-    to_trunk = jnp.einsum("bqnh,bknh->bnqk", q, k_trunk, preferred_element_type=F32) * scale
-    to_tail = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=F32) * scale
-    seen = (jnp.arange(T) < seen_BQ[..., None])[:, None]
-    scores = jnp.concatenate([jnp.where(seen, to_trunk, -jnp.inf), jnp.where(own_BQS[:, None], to_tail, -jnp.inf)], -1)
-    p = jax.nn.softmax(scores, -1).astype(v.dtype)
-    out = jnp.einsum("bnqk,bknh->bqnh", p[..., :T], v_trunk, preferred_element_type=F32)
-    return (out + jnp.einsum("bnqk,bknh->bqnh", p[..., T:], v, preferred_element_type=F32)).astype(q.dtype)
+def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU):
+    """Attention [B,Q,N,H] of some queries over trunk and tail laid end to end, U = T+S."""
+    scores = jnp.einsum("bqnh,bknh->bnqk", q_BQNH, k_BUNH, preferred_element_type=F32) / math.sqrt(q_BQNH.shape[-1])
+    p = jax.nn.softmax(jnp.where(allowed_BQU[:, None], scores, -jnp.inf), -1).astype(v_BUNH.dtype)
+    return jnp.einsum("bnqk,bknh->bqnh", p, v_BUNH, preferred_element_type=F32).astype(q_BQNH.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,36 +110,37 @@ def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_
     offset = (position_BS - jnp.arange(B * S).reshape(B, S)).reshape(-1)
     index_S = jnp.arange(S)
     own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S)
-    length_BS = jnp.broadcast_to(length_B[:, None], (B, S))
+    to_trunk = jnp.broadcast_to((jnp.arange(T) < length_B[:, None])[:, None], (B, S, T))
+    tail_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
+    join = lambda trunk, tail: jnp.concatenate([trunk, tail], 1) if S else trunk
 
     def qkv(x, p):
         """q, k, v and x of the trunk, and of the tail: the tails' tokens as one row, each with its own position."""
         trunk = apply({"params": p}, x[0], method="qkv")
         if not S:
-            return trunk, tuple(a[:, :0] for a in trunk)
+            return tuple((a, None) for a in trunk)
         tail = apply({"params": p}, x[1].reshape(1, B * S, -1), offset, method="qkv")
-        return trunk, tuple(a.reshape(B, S, *a.shape[2:]) for a in tail)
+        return tuple((a, b.reshape(B, S, *b.shape[2:])) for a, b in zip(trunk, tail))
 
     def layer(i, x):
         p = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), params["blocks"])
-        (q, k, v, trunk), (q_t, k_t, v_t, tail) = qkv(x, p)
-        trunk = apply({"params": p}, trunk, attn.attention(q, k, v, implementation), method="rest")
+        q, k, v, (trunk, tail) = qkv(x, p)
+        trunk = apply({"params": p}, trunk, attn.attention(q[0], k[0], v[0], implementation), method="rest")
         if S:
-            tail = apply({"params": p}, tail, _attend(q_t, k_t, v_t, k, v, length_BS, own_BSS), method="rest")
+            tail = apply({"params": p}, tail, _attend(q[1], join(*k), join(*v), tail_BSU), method="rest")
         return trunk, tail
 
     embed: Any = model.Embed(config).apply
-    trunk = embed({"params": params}, trunk_BT)
-    start = trunk, (embed({"params": params}, tail_BS) if S else trunk[:, :0])
+    start = embed({"params": params}, trunk_BT), embed({"params": params}, tail_BS) if S else None
     x = lax.fori_loop(0, L - 1, layer, start)
 
     p = jax.tree.map(lambda a: a[L - 1], params["blocks"])
-    (q, k, v, trunk), (q_t, k_t, v_t, tail) = qkv(x, p)
-    in_tail = at_BP >= T
-    seen_BP = jnp.where(in_tail, length_B[:, None], at_BP + 1)
-    own_BPS = _pick(jnp.pad(own_BSS, ((0, 0), (T, 0), (0, 0))), at_BP)
-    q, x = (_pick(jnp.concatenate(pair, 1), at_BP) for pair in ((q, q_t), (trunk, tail)))
-    return apply({"params": p}, x, _attend(q, k_t, v_t, k, v, seen_BP, own_BPS), method="rest")
+    q, k, v, x = (join(*both) for both in qkv(x, p))
+    allowed_BPU = jnp.arange(T + S) <= at_BP[..., None]
+    if S:
+        allowed_BPU = jnp.where(at_BP[..., None] < T, allowed_BPU, _pick(tail_BSU, jnp.maximum(at_BP - T, 0)))
+    out = _attend(_pick(q, at_BP), k, v, allowed_BPU)
+    return apply({"params": p}, _pick(x, at_BP), out, method="rest")
 
 
 def _pick(x_BU: jax.Array, at_BP: jax.Array) -> jax.Array:
@@ -193,7 +189,7 @@ def _read(n: int, result: Any) -> tuple[np.ndarray, np.ndarray]:
     return nll, hits
 
 
-def bucket(length: int, least: int = 32) -> int:
+def bucket(length: int, least: int) -> int:
     """The padded length: a multiple of `least`, and of an eighth of the power of two below it."""
     step = max(least, 1 << max(0, length.bit_length() - 4))
     return -(-length // step) * step
