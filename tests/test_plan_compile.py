@@ -36,7 +36,7 @@ def each(names, **failing):
     params = []
     for name in names:
         marks = [pytest.mark.xdist_group(GROUPS.get(name, name))] + [pytest.mark.slow] * (name not in BARS)
-        marks += [pytest.mark.xfail(reason=failing[name])] * (name in failing)
+        marks += [pytest.mark.xfail(reason=failing.get(name))] * (name in failing)
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("name", params)
 
