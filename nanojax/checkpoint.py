@@ -89,7 +89,7 @@ def save(
     Raises NotFinite before anything is written; UserError when an earlier or this save failed (disk full, ...).
     """
     parts = {"params": state.params, "opt": {"step": state.step, "opt": state.opt}}
-    sums, finite = jax.device_get(_checks(parts))
+    sums, finite = jax.device_get(checks(parts))
     for path, ok in finite.items():
         if not ok:
             raise NotFinite(path)
@@ -220,7 +220,7 @@ def _load(folder: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
     for i in range(len(leaves)):
         leaves[i] = copy(leaves[i])
     parts = jax.tree.unflatten(tree, leaves)
-    for path, value in jax.device_get(_checks(parts)[0]).items():
+    for path, value in jax.device_get(checks(parts)[0]).items():
         if meta["checks"][path] != int(value):
             raise ValueError(f"{path} is not what was saved")
     return parts, meta
@@ -235,7 +235,7 @@ def _context() -> ocp.Context:
 
 
 @jax.jit
-def _checks(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def checks(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """For each leaf by its path: a sum of its bits that depends on their places (uint32), and whether all is finite."""
     sums, finite = {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -194,6 +194,9 @@ class Eval:
     tokens: int = _key(1 << 20, "validation tokens used; 0 = all")
     prompt: str = _key("The", "sample text printed at each evaluation starts so; empty = none")
     sample_tokens: int = _key(64, "length of that sample")
+    core_every: int = _key(0, "steps between CORE evaluations, one more at the end; 0 = none")
+    core_per_task: int = _key(100, "examples of each of its 22 tasks; 0 = all")
+    core_bundle: str = _key("eval_bundle", "folder of nanochat's unpacked eval_bundle.zip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +362,8 @@ def _check_model(config: Config) -> None:
         "eval.every": config.eval.every,
         "eval.tokens": config.eval.tokens,
         "eval.sample_tokens": config.eval.sample_tokens,
+        "eval.core_every": config.eval.core_every,
+        "eval.core_per_task": config.eval.core_per_task,
     }
     natural |= {"checkpoint.every": config.checkpoint.every, "checkpoint.keep_every": config.checkpoint.keep_every}
     natural |= {

@@ -61,12 +61,15 @@ class Task:
 Score = Callable[[Sequence[Request]], list[list[Answer]]]
 
 
-def load_tasks(bundle: Path) -> list[Task]:
-    """The tasks of a bundle folder (core.yaml, eval_meta_data.csv, eval_data/), in its order."""
+def load_tasks(bundle: Path, key: str = "bundle") -> list[Task]:
+    """The tasks of a bundle folder (core.yaml, eval_meta_data.csv, eval_data/), in its order.
+
+    UserError naming the argument `key` and what is missing or malformed there.
+    """
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         if not (bundle / name).exists():
             raise UserError(
-                f"--bundle={bundle}: {name} is missing; unpack nanochat's eval_bundle.zip and give its folder"
+                f"--{key}={bundle}: {name} is missing; unpack nanochat's eval_bundle.zip and give its folder"
             )
     try:
         listed = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
@@ -84,19 +87,22 @@ def load_tasks(bundle: Path) -> list[Task]:
             for entry in listed
         ]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError, UnicodeDecodeError) as error:
-        raise UserError(f"--bundle={bundle}: core.yaml or eval_meta_data.csv is malformed ({error!r})") from None
+        raise UserError(f"--{key}={bundle}: core.yaml or eval_meta_data.csv is malformed ({error!r})") from None
     for task in tasks:
         if task.kind not in KINDS:
-            raise UserError(f"--bundle={bundle}: {task.label} has type {task.kind}; known are {', '.join(KINDS)}")
+            raise UserError(f"--{key}={bundle}: {task.label} has type {task.kind}; known are {', '.join(KINDS)}")
         if not task.path.is_file():
-            raise UserError(f"--bundle={bundle}: {task.label} needs {task.path}, which is missing")
+            raise UserError(f"--{key}={bundle}: {task.label} needs {task.path}, which is missing")
         if not 0 <= task.baseline < 1:
-            raise UserError(f"--bundle={bundle}: baseline of {task.label} is not in [0, 100)")
+            raise UserError(f"--{key}={bundle}: baseline of {task.label} is not in [0, 100)")
     return tasks
 
 
-def load_examples(task: Task, max_per_task: int = 0) -> list[dict[str, Any]]:
-    """All examples of a task in nanochat's shuffled order, or the first `max_per_task` of them (0 = all)."""
+def load_examples(task: Task, max_per_task: int = 0, key: str = "max-per-task") -> list[dict[str, Any]]:
+    """All examples of a task in nanochat's shuffled order, or the first `max_per_task` of them (0 = all).
+
+    UserError naming file and line, or the argument `key` when it leaves too few for the task's shots.
+    """
     examples = []
     with open(task.path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -115,8 +121,7 @@ def load_examples(task: Task, max_per_task: int = 0) -> list[dict[str, Any]]:
     examples = examples[:max_per_task] if max_per_task else examples
     if len(examples) <= task.shots:
         raise UserError(
-            f"{task.label}: {len(examples)} examples cannot give {task.shots} shots; "
-            f"--max-per-task must be above {task.shots}"
+            f"{task.label}: {len(examples)} examples cannot give {task.shots} shots; --{key} must be above {task.shots}"
         )
     return examples
 

@@ -4,6 +4,7 @@ Each line of metrics.jsonl is one record with a `kind`:
   start    {step, device, jax, time}                       written at every (re)start
   train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
   eval     {step, nll (nats a token), bpb (bits a byte), tokens, bytes, time}
+  core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
 `step` counts finished updates. mfu is nanochat's FLOPs a token times tokens/s over the card's dense bf16 peak,
 whatever dtype computes; null on an unknown device. watts (mean since the last reading) and kwh (of the run) are null
@@ -146,6 +147,14 @@ class Metrics:
             self.board.add_scalar("eval/nll", scores["nll"], step)
             if text:
                 self.board.add_text("sample", text, step)
+
+    def core(self, step: int, core: float, tasks: dict[str, float], examples: int) -> None:
+        """Logs CORE and its tasks' centred accuracies."""
+        self._write({"kind": "core", "step": step, "core": core, "tasks": tasks, "examples": examples})
+        self.say(f"step {step} · CORE {core:.4f} over {len(tasks)} tasks, {examples:,} examples")
+        if self.board:
+            for name, value in {"CORE": core, **tasks}.items():
+                self.board.add_scalar(f"core/{name}", value, step)
 
     def say(self, text: str) -> None:
         """A line for the reader, above the bar where there is one."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojax import bpb, checkpoint, metrics, model, runtime, sample
+from nanojax import bpb, checkpoint, core, metrics, model, runtime, sample, score
 from nanojax import config as configs
 from nanojax import step as steps
 from nanojax.config import Config, UserError, run_main
@@ -57,6 +57,7 @@ def train(config: Config) -> None:
     batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
     loader.valid_batches(config.data.path, 1, T)  # told now rather than at the first evaluation
+    tasks = _core_tasks(config)
     if config.compute.residuals == "auto":
         config = _with_residuals(config, run)
 
@@ -111,9 +112,10 @@ def train(config: Config) -> None:
             stopping = stop.is_set()  # looked at once a step, so that the step it ends is the step that is saved
 
             evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
+            run_core = tasks and (done == t.steps or done % config.eval.core_every == 0)
             save = done == t.steps or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
             profiled = traced_until and (done == traced_until or stopping)
-            if not (evaluate or save or profiled):
+            if not (evaluate or run_core or save or profiled):
                 continue
             log.train(done, _read(*late))  # waits for the device
             late = None
@@ -125,6 +127,8 @@ def train(config: Config) -> None:
             if evaluate:
                 scores = _evaluate(config, state.params, tokenizer)
                 log.evaluation(done, scores, _sample(config, state.params, tokenizer))
+            if run_core:
+                _core(config, state.params, tokenizer, tasks, done, log, stop)
             if save:
                 log.flush()
                 _save(writer, config, state, batches, tokenizer)
@@ -167,6 +171,37 @@ def _evaluate(config: Config, params: Any, tokenizer: Tokenizer) -> dict[str, fl
     for totals in bpb.measure(config, params, first, tokenizer.bytes_per_token(), config.train.microbatch):  # noqa: B007
         pass
     return bpb.summary(totals, ["validation"])["sources"]["validation"]
+
+
+def _core_tasks(config: Config) -> list[core.Task]:
+    """CORE's tasks, every file of them read and found usable; none when eval.core_every is 0."""
+    if not config.eval.core_every:
+        return []
+    tasks = core.load_tasks(Path(config.eval.core_bundle), "eval.core_bundle")
+    for task in tasks:
+        core.load_examples(task, config.eval.core_per_task, "eval.core_per_task")
+    return tasks
+
+
+def _core(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    tasks: list[core.Task],
+    step: int,
+    log: metrics.Metrics,
+    stop: threading.Event,
+) -> None:
+    """Logs CORE, in batches of a microbatch's size, which are known to fit. A signal ends it without a result."""
+    scorer = score.scorer(config, params, config.train.microbatch * config.model.T)
+    results = {}
+    for event in core.run(tasks, tokenizer, scorer, config.eval.core_per_task):
+        if "accuracy" in event:
+            results[event["task"]] = event
+        if stop.is_set():
+            return log.say(f"step {step} · CORE left out: told to stop")
+    examples = sum(event["total"] for event in results.values())
+    log.core(step, core.core_of(results), {label: event["centred"] for label, event in results.items()}, examples)
 
 
 def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:

@@ -211,7 +211,7 @@ def to_run(found: Imported, run: Path) -> None:
         raise UserError(f"{run}: cannot write there ({error.strerror})") from None
     found.tokenizer.save(run / "tokenizer")
     checkpoint.write_config(run, found.config)
-    sums, finite = jax.device_get(checkpoint._checks({"params": jax.tree.map(jnp.asarray, found.params)}))
+    sums, finite = jax.device_get(checkpoint.checks({"params": jax.tree.map(jnp.asarray, found.params)}))
     for path, ok in finite.items():
         if not ok:
             raise UserError(f"{path} holds NaN or Inf; not imported")
