@@ -1,0 +1,516 @@
+"""Measures an NVIDIA GPU: right results against the CPU, matmul, attention and copy rates, the step's tokens/s and memory.
+
+  python scripts/bench_gpu.py                                  all parts, d32_4070 and d32_4070_bf16, within 8 minutes
+  python scripts/bench_gpu.py --quick                          small shapes, 4 layers, within 3 minutes
+  python scripts/bench_gpu.py --config=d12_4070 --out=d12.json
+  python scripts/bench_gpu.py --parts=step --config=d32_4070 --depth=8 --train.microbatch=2
+  python scripts/bench_gpu.py --device=cpu                     the same parts at tiny sizes: tests this script
+
+Works from a plain checkout with the packages of nanojax[cuda12]; no network, no data. Each part runs in a process of its
+own, so that its peak of memory is its own and a failure ends only itself. A part that finds no time left is skipped and
+says so. Exit code 1: a result is wrong or a part failed; the JSON says which.
+
+parts:
+  ops    each op's values and gradients on the GPU against the same function on the CPU; products against float64 sums
+  curve  the losses of some 20 steps of a small int8 and a small f32 model, GPU against CPU
+  step   per config: seconds of a step, tokens/s; memory as compiled and as used
+  rates  matmuls in bf16 and int8 at the model's shapes, copy, attention
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from nanojax import config as configs
+from nanojax.config import Compute, Config, UserError, run_main
+from nanojax.plan import device as gpu
+
+PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the time may not suffice for all
+DEFAULTS = ("d32_4070", "d32_4070_bf16")
+INT8 = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", attention="chunked")
+BF16 = Compute(dtype="bf16", attention="chunked")
+TINY = ["--model.depth=2", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
+TINY += [
+    "--train.tokens_per_step=128",
+    "--train.microbatch=2",
+    "--compute.loss_chunk=32",
+    "--compute.attention=chunked",
+]
+
+# Root mean square of the difference over that of the value. Sums are taken in another order, and a value in f32 that lies
+# next to a rounding boundary goes to the other neighbour: of bf16 (2^-8 of it apart) or of the codes (1/127 of the largest).
+EXACT, SUMS, ROUNDED = 0.0, 1e-4, 3e-3
+# Flash attention rounds its probabilities to bf16 elsewhere; the CPU's reference has f32 throughout.
+FLASH = 1e-2
+# A step of bf16 at x is 2^-7; other noise than the CPU's would make 2e-3.
+DITHER = 5e-4
+CURVE = {"int8": 0.03, "f32": 0.003}  # nats, at any of the steps
+
+
+class Clock:
+    """What is left of the time, and the progress lines."""
+
+    def __init__(self, minutes: float) -> None:
+        self.begin = time.monotonic()
+        self.seconds = minutes * 60
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.begin)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
+
+
+# -- ops: values and gradients against the CPU -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function and arguments (a pytree); its outputs on the device must be within `tolerance` of those on the CPU.
+
+    `reference`, if given, is what the CPU computes instead; it may be numpy.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    tolerance: float
+    reference: Callable[..., Any] | None = None
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest, over the arrays of two trees, of rms(got - want) / rms(want)."""
+    import jax
+    import numpy as np
+
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if a.dtype == jax.dtypes.float0:
+            continue
+        a, b = (np.asarray(jax.device_get(x)).astype(np.float64) for x in (a, b))
+        if a.shape != b.shape or not np.all(np.isfinite(a)):
+            return float("inf")
+        size = np.sqrt(np.mean(b * b))
+        worst = max(worst, float(np.sqrt(np.mean((a - b) ** 2)) / (size if size > 0 else 1.0)))
+    return worst
+
+
+def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """function(*arguments), jitted anew, on the jax device `place`; on a GPU with the options that training compiles with."""
+    import jax
+
+    from nanojax import step
+
+    with jax.default_device(place):
+        lowered = jax.jit(lambda *a: function(*a)).lower(*jax.device_put(arguments, place))
+        compiled = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
+        return jax.block_until_ready(compiled(*jax.device_put(arguments, place)))
+
+
+def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
+    """The Case's outcome as JSON."""
+    got = on(place, case.function, case.arguments)
+    want = case.reference(*case.arguments) if case.reference else on(reference, case.function, case.arguments)
+    error = difference(got, want)
+    return {"name": case.name, "error": error, "tolerance": case.tolerance, "ok": error <= case.tolerance}
+
+
+def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, flash: bool) -> Iterator[Case]:
+    """Every op. The products are of M tokens at the model's `shapes`, the others small, as the CPU has to follow."""
+    yield from _products(shapes, M)
+    m, d, head = (64, 64, 32) if tiny else (512, 768, 128)
+    yield from _linears(m, d)
+    yield from _others(m, d, head, flash)
+
+
+def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
+
+
+def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
+    """matmul_t at full size, 16 rows of it compared: int8 sums to the last bit, bf16 in f32 sums."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nanojax.quant import linear
+
+    def rows(a: Any, b: Any) -> Any:
+        return linear.matmul_t(a, b)[:: max(1, a.shape[0] // 16)]
+
+    def wide(a: Any, b: Any) -> Any:  # float64 holds every sum of 2^17 products of codes exactly
+        return a[:: max(1, a.shape[0] // 16)].astype(np.float64) @ b.astype(np.float64).T
+
+    for name, (O, K) in shapes.items():
+        for label, (a, b) in {"forward": ((M, K), (O, K)), "dX": ((M, O), (K, O)), "dW": ((O, M), (K, M))}.items():
+            codes = [np.random.default_rng(i).integers(-127, 128, s).astype(np.int8) for i, s in enumerate((a, b))]
+            size = f"{a[0]}x{a[1]}x{b[0]}"
+            yield Case(f"int8 product {label} of {name} {size}", rows, tuple(codes), EXACT, wide)
+            floats = tuple(_random(i, *s, dtype=jnp.bfloat16) for i, s in enumerate((a, b)))
+            yield Case(f"bf16 product {label} of {name} {size}", rows, floats, SUMS, wide)
+
+
+def _linears(m: int, d: int) -> Iterator[Case]:
+    """linear, norm_linear, relu2_linear: y, dX, dW, with stored int8 weights and with bf16 ones."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nanojax.quant import Quantized, linear
+
+    for kind, c in (("int8", INT8), ("bf16", BF16)):
+        for op, (O, K), parts in (
+            ("linear", (d, d), 0),
+            ("norm_linear", (3 * d, d), 3),
+            ("norm_linear", (4 * d, d), 1),
+            ("relu2_linear", (d, 4 * d), 0),
+        ):
+            w = _random(1, O, K) / K**0.5
+            scale = np.abs(w).max(-1, keepdims=True) / np.float32(127)
+            stored = (np.rint(w / scale).astype(np.int8), scale) if kind == "int8" else (w.astype(jnp.bfloat16),)
+            x, dy = _random(2, m, K, dtype=jnp.bfloat16), _random(3, m, O, dtype=jnp.bfloat16)
+            other = _random(4, m, K if parts else O, dtype=jnp.bfloat16)
+
+            def values(stored: Any, x: Any, dy: Any, other: Any, c: Any = c, op: str = op, parts: int = parts) -> Any:
+                weights = Quantized(*stored) if len(stored) == 2 else stored[0]
+                tap = jnp.zeros(weights.shape, jnp.float32)
+                if parts:
+                    run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
+                    both: Any = jax.vjp(run, tap, x)
+                    (ys, _), vjp = both
+                    return ys, vjp((tuple(jnp.split(dy, parts, -1)), other))
+                function = getattr(linear, op)
+                y, vjp = jax.vjp(lambda tap, x, r: function(c, "", weights, tap, x, r), tap, x, other)
+                return y, vjp(dy)
+
+            yield Case(f"{kind} {op} {m}x{K}x{O}: y, dW, dX", values, (stored, x, dy, other), ROUNDED)
+
+
+def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
+    """Rows quantised, rounding, RoPE with QK-norm, attention, the chunked loss."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nanojax import attention, loss, model
+    from nanojax.quant import quantize_rows, rounding
+
+    x, noise = _random(5, m, d), np.random.default_rng(6).random((2, max(m, d)), np.float32)
+    yield Case(f"quantize_rows {m}x{d}", lambda x: tuple(quantize_rows(x)), (x,), DITHER)
+    old = x.astype(jnp.bfloat16).astype(np.float32)
+    yield Case(f"dithered {m}x{d}", lambda x, u, v: rounding.dithered(x, (u, v)), (old, *noise), DITHER)
+    words = np.arange(2, dtype=np.uint32)
+    uniform = lambda words: rounding.noise_u16(jax.random.wrap_key_data(words), (m, d))
+    yield Case(f"noise_u16 {m}x{d}", uniform, (words,), EXACT)
+
+    changes = {"model.depth": 1, "model.width": d, "model.head_dim": head, "model.vocab": 4 * d, "model.seq": m}
+    changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
+    config = configs.resolve(configs.override(Config(), changes))
+
+    def rotated(x: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(lambda x: model.rope_norm(config, x, jnp.int32(0)), x)
+        return y, vjp(dy)
+
+    q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
+    yield Case(f"rope_norm {q.shape}: y, dx", rotated, (q, dout), ROUNDED)
+
+    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if flash else "chunked") -> Any:
+        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
+        return y, vjp(dy)
+
+    def plain(*arrays: Any) -> Any:
+        cpu = jax.devices("cpu")[0]
+        return on(cpu, lambda *a: attended(*a, implementation="chunked"), tuple(a.astype(np.float32) for a in arrays))
+
+    name = f"{'cudnn' if flash else 'chunked'} attention {q.shape}: y, dq, dk, dv"
+    yield Case(name, attended, (q, k, v, dout), FLASH, plain)
+
+    def lost(head: Any, x: Any, targets: Any) -> Any:
+        total = jnp.zeros(head.shape, jnp.float32)
+        return loss.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
+
+    weights = (_random(11, 4 * d, d) / d**0.5).astype(jnp.bfloat16)
+    targets = np.random.default_rng(12).integers(0, 4 * d, m).astype(np.int32)
+    yield Case(
+        f"loss_and_grads {m}x{d}x{4 * d}: loss, dhead, dx", lost, (weights, x.astype(jnp.bfloat16), targets), FLASH
+    )
+
+
+def ops(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
+    """Part `ops`."""
+    import jax
+
+    place, reference = jax.devices()[0], jax.devices("cpu")[0]
+    shapes, M = config.model.shapes, config.train.microbatch * config.model.T
+    if a.quick and not a.tiny:
+        shapes, M = {"up": shapes["up"]}, min(M, 2048)
+    out, skipped = [], []
+    for case in cases(shapes, M, a.tiny, place.platform == "gpu"):
+        if clock.left < 0:
+            skipped.append(case.name)
+            continue
+        out.append(check(case, place, reference))
+        word = "ok   " if out[-1]["ok"] else "WRONG"
+        clock.say(f"{word} {case.name}: off by {out[-1]['error']:.1e}, at most {case.tolerance:.0e}")
+    for name in skipped:
+        clock.say(f"skipped, no time left: {name}")
+    return {"ok": all(c["ok"] for c in out), "cases": out, "skipped": skipped}
+
+
+# -- the other parts ---------------------------------------------------------------------------------------------------
+
+
+def small(kind: str, tiny: bool) -> Config:
+    """The model of the curves: d32_4070's formats, or f32 throughout."""
+    size = TINY if tiny else ["--model.depth=2", "--model.width=384", "--model.vocab=1024", "--model.seq=256"]
+    size = [*size, "--train.tokens_per_step=2048", "--compute.loss_chunk=256"] if not tiny else size
+    config = configs.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
+    plain = Config(name="f32", model=config.model, train=config.train)
+    return config if kind == "int8" else configs.resolve(plain)
+
+
+def losses(config: Config, place: Any, steps: int) -> list[float]:
+    """Loss of each of the first steps on the jax device `place`, in nats a token; state and data are the same everywhere."""
+    import jax
+    import numpy as np
+
+    from nanojax import step
+
+    flash = place.platform == "gpu" and config.compute.dtype == "bf16"
+    compute = dataclasses.replace(config.compute, attention="cudnn" if flash else "chunked")
+    config = dataclasses.replace(config, compute=compute)
+    with jax.default_device(jax.devices("cpu")[0]):
+        state = jax.device_get(jax.jit(step.init_state, static_argnums=0)(config))
+    with jax.default_device(place):
+        state = jax.device_put(state, place)
+        chance = 1 / np.arange(1, config.model.V + 1)
+        draw = lambda i: np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
+        tokens = jax.device_put(draw(0).astype(np.int32), place)
+        lowered = jax.jit(step.train_step(config), donate_argnums=0).lower(state, tokens)
+        run = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
+        out = []
+        for i in range(steps):
+            state, metrics = run(state, jax.device_put(draw(i).astype(np.int32), place))
+            out.append(float(metrics["loss"]))
+    return out
+
+
+def curve(a: argparse.Namespace, _: Config, clock: Clock) -> dict[str, Any]:
+    """Part `curve`."""
+    import jax
+
+    steps, out = (10 if a.quick or a.tiny else 20), {}
+    for kind, tolerance in CURVE.items():
+        if clock.left < 0:
+            clock.say(f"skipped, no time left: curve in {kind}")
+            continue
+        config = small(kind, a.tiny)
+        here, there = (losses(config, place, steps) for place in (jax.devices()[0], jax.devices("cpu")[0]))
+        apart = max(abs(x - y) for x, y in zip(here, there, strict=True))
+        ok = apart <= tolerance and here[-1] < here[0]
+        out[kind] = {"device": here, "cpu": there, "apart": apart, "tolerance": tolerance, "ok": ok}
+        clock.say(
+            f"{'ok   ' if ok else 'WRONG'} {steps} steps in {kind}: loss {here[0]:.4f} to {here[-1]:.4f}, "
+            f"at most {apart:.1e} nats from the CPU's, {tolerance:g} allowed"
+        )
+    return {"ok": all(c["ok"] for c in out.values()), "runs": out}
+
+
+def step_part(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
+    """Part `step` of one config. Written to --out as it grows, should the time run out."""
+    import jax
+
+    from nanojax import step
+    from nanojax.plan import compile, fit, measure
+
+    m, train = config.model, config.train
+    out: dict[str, Any] = {"parameters": m.parameters, "depth": m.depth, "microbatch": train.microbatch, "ok": True}
+    rows = train.microbatch * m.T
+    short = dataclasses.replace(
+        config, train=dataclasses.replace(train, tokens_per_step=min(config.microbatches, 2) * rows)
+    )
+    clock.say(f"{config.name}: compiling {m.depth} layers, microbatch {train.microbatch}")
+    begin = time.monotonic()
+    with compile.no_remat_pass():
+        compiled = step.compiled(short)
+    stats = compiled.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": peak + stats.temp_size_in_bytes}
+    clock.say(
+        f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / 2**30:.2f} GiB"
+    )
+    limit = fit.pool_bytes()
+    out["limit_bytes"] = limit
+    if limit is not None and out["planned_peak_bytes"] > limit:
+        out["skipped"] = f"needs {out['planned_peak_bytes'] / 2**30:.2f} GiB, XLA has {limit / 2**30:.2f}"
+        clock.say(f"skipped: {config.name} {out['skipped']}; --depth=8 measures fewer layers")
+        return out
+    if clock.left < out["compile_seconds"]:
+        out["skipped"] = "no time left to run it; --minutes gives more"
+        clock.say(f"skipped: {out['skipped']}")
+        return out
+    del compiled
+    clock.say("running steps of 2 and of 4 microbatches (the first compilation comes from the cache)")
+    seconds = measure.seconds_per_step(config, repeats=1 if a.tiny else 3)
+    out |= {"seconds_per_step": seconds, "tokens_per_step": train.tokens_per_step}
+    out["tokens_per_second"] = train.tokens_per_step / seconds
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    out["used_peak_bytes"] = used
+    memory = f"; memory used {used / 2**30:.2f} GiB" if used else ""
+    clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s a step{memory}")
+    return out
+
+
+def rates(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
+    """Part `rates`, by plan/measure.py."""
+    from nanojax.plan import measure
+
+    clock.say("matmuls, copy, attention")
+    found = measure.rates(config, at_least=0.01 if a.tiny else 0.05 if a.quick else 0.2)
+    for r in found:
+        unit, size = ("GB/s", 1e9) if r.kind == "memory" else ("TOP/s", 1e12)
+        clock.say(f"{r.what}: {r.per_second / size:,.1f} {unit}")
+    return {"ok": True, "rates": [dataclasses.asdict(r) for r in found]}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python scripts/bench_gpu.py --help shows the usage")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked. `overrides`: what is left, --section.key=value."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--config", default=",".join(DEFAULTS), help="configs of step; ops and rates have the first's shapes"
+    )
+    parser.add_argument("--depth", type=int, help="layers, at the config's own width")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, help="parts that start later are skipped (8; --quick: 3)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, 4 layers, shorter timings")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: tiny sizes, to test the script")
+    a, a.overrides = parser.parse_known_args()
+    a.parts, a.config = a.parts.split(","), a.config.split(",")
+    a.tiny = a.device == "cpu"
+    a.minutes = a.minutes if a.minutes is not None else 3.0 if a.quick else 8.0
+    if not 0 < a.minutes < 1e4:
+        raise UserError(f"--minutes={a.minutes:g}: must be greater than 0")
+    for part in a.parts:
+        if part not in PARTS:
+            raise UserError(f"--parts={part}: choose from {', '.join(PARTS)}")
+    if a.out and not a.out.absolute().parent.is_dir():
+        raise UserError(f"--out={a.out}: its folder does not exist")
+    if not a.tiny and gpu.read() is None:
+        raise UserError("no NVIDIA GPU with a driver in this machine; --device=cpu tests the script at tiny sizes")
+    return a
+
+
+def load(a: argparse.Namespace, name: str) -> Config:
+    """Config `name` as asked for: --depth, --quick and --device=cpu are overrides like any other."""
+    config = configs.load(name)
+    depth = a.depth if a.depth is not None else 4 if a.quick else None
+    changes = TINY if a.tiny else [f"--model.depth={depth}", f"--model.width={config.model.D}"] if depth else []
+    return configs.load(name, [*changes, *a.overrides])
+
+
+def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
+    """The part's results, computed in this process."""
+    if a.tiny:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from nanojax import runtime
+    from nanojax.plan import fit
+
+    if not a.tiny:
+        fit.set_allocator()
+        runtime.configure()
+    import jax
+
+    if not a.tiny and jax.default_backend() != "gpu":
+        raise UserError("jax does not see this machine's GPU: pip install 'nanojax[cuda12]', and unset JAX_PLATFORMS")
+    function = {"ops": ops, "curve": curve, "step": step_part, "rates": rates}[part]
+    return function(a, load(a, name), Clock(a.minutes))
+
+
+def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dict[str, Any]:
+    """The part's results from a process of its own, which is ended when the time is up."""
+    with tempfile.TemporaryDirectory(prefix="nanojax-bench-") as folder:
+        out = Path(folder) / "part.json"
+        command = [sys.executable, __file__, f"--parts={part}", f"--config={name}", f"--device={a.device}"]
+        command += [f"--minutes={clock.left / 60:.3f}", f"--out={out}", *a.overrides]
+        command += [f"--depth={a.depth}"] * (a.depth is not None) + ["--quick"] * a.quick
+        child = subprocess.Popen(command)
+        try:
+            child.wait(timeout=max(1.0, clock.left))
+        except subprocess.TimeoutExpired:
+            clock.say(f"{part} {name}: stopped, the time is up")
+            return {"skipped": "stopped: the time was up", "ok": True}
+        finally:
+            child.kill()
+            child.wait()
+        if not out.exists():
+            return {"ok": False, "failed": f"exit code {child.returncode}; its messages are above"}
+        return next(iter(json.loads(out.read_text())["parts"].values()))
+
+
+def machine(a: argparse.Namespace) -> dict[str, Any]:
+    """Where the numbers come from."""
+    from importlib.metadata import version
+
+    reading = None if a.tiny else gpu.read()
+    return {
+        "device": "cpu" if reading is None else reading.name,
+        "memory_bytes": None if reading is None else reading.memory_total,
+        "watts_limit": None if reading is None else reading.watts_limit,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib")},
+    }
+
+
+def main() -> None:
+    a = arguments()
+    clock = Clock(a.minutes)
+    todo = [(part, name) for part in a.parts for name in (a.config if part == "step" else a.config[:1])]
+    # the second config's step costs as much as all other parts: last
+    todo.sort(key=lambda t: t[0] == "step" and t[1] != a.config[0])
+    for _, name in todo:
+        load(a, name)  # mistakes are told before anything is measured
+    out: dict[str, Any] = {"machine": machine(a), "command": sys.argv[1:], "parts": {}}
+    for part, name in todo:
+        key = f"step {name}" if part == "step" else part
+        if clock.left <= 0:
+            out["parts"][key] = {"skipped": "no time left", "ok": True}
+            clock.say(f"{key}: skipped, no time left; --minutes gives more")
+        elif len(todo) == 1:
+            out["parts"][key] = here(a, part, name)
+        else:
+            clock.say(f"{key}: begins, {clock.left / 60:.1f} minutes left")
+            out["parts"][key] = in_a_child(a, part, name, clock)
+    out |= {"seconds": time.monotonic() - clock.begin, "ok": all(p["ok"] for p in out["parts"].values())}
+    if a.out:
+        a.out.write_text(json.dumps(out, indent=1) + "\n")
+    if len(todo) > 1:
+        wrong = [key for key, p in out["parts"].items() if not p["ok"]]
+        clock.say(f"done; wrong or failed: {', '.join(wrong)}" if wrong else "done; all results right")
+    if not out["ok"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
