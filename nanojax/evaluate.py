@@ -76,7 +76,7 @@ def evaluate_core(
     tokenizer: Tokenizer,
     bundle: str | os.PathLike,
     max_per_task: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     ledger: core.Ledger | None = None,
 ) -> Iterator[dict[str, Any]]:
     """core.run on these parameters, a dict per window; with max_per_task=100 cheap enough within a training."""
@@ -239,7 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--step", type=int, help="checkpoint of this step; default: the newest")
     add("--dtype", choices=["f32", "bf16", "stored"], help="default: f32 on a CPU, else as stored")
     add("--out", help="results go to OUT/evals; default: the run or checkpoint folder")
-    add("--batch-tokens", type=int, default=8192, help="tokens that go through the model together (8192)")
+    add("--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)")
     add("--bundle", default="eval_bundle", help="core: folder of nanochat's unpacked eval_bundle.zip (eval_bundle)")
     add("--max-per-task", type=int, default=0, help="core: the first so many examples of each task; 0 = all (0)")
     add("--data", help="bpb: data folder whose validation shards are used; default: the run's")
@@ -254,7 +254,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if kind not in KINDS:
             raise UserError(f"--eval={kind}: choose from {', '.join(KINDS)}")
     for name, least in (("batch_tokens", 1), ("max_per_task", 0), ("tokens", 1)):
-        if getattr(a, name) < least:
+        if getattr(a, name) is not None and getattr(a, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(a, name)}: must be at least {least}")
     if not a.eval:
         raise UserError(f"--eval: empty; choose from {', '.join(KINDS)}")
@@ -267,6 +267,7 @@ def main() -> None:
     """The command."""
     a = parse()
     runtime.configure()
+    a.batch_tokens = a.batch_tokens or score.default_tokens()
     console = Console(highlight=False, markup=False, soft_wrap=True)
     subject = load(a.run, a.hf, a.dtype, a.step, a.out)
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")

@@ -40,7 +40,7 @@ The harness downloads the data of its own tasks from the Hugging Face hub.
 class NanojaxLM(LM):
     """The harness's interface to a model: log-likelihoods, rolling log-likelihoods, greedy or sampled text."""
 
-    def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, batch_tokens: int = 8192):
+    def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, batch_tokens: int | None = None):
         super().__init__()
         self.config, self.params, self.tok = config, params, tokenizer
         self.score = score.scorer(config, params, batch_tokens)
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, help="few-shot examples; default: as the task says")
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
     parser.add_argument("--dtype", choices=["f32", "bf16", "stored"], help="default: f32 on a CPU, else as stored")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens that go through together (8192)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens that go through together (8192, on a CPU 2048)")
     parser.add_argument("--out", help="file for the results as JSON")
     a = parser.parse_args()
     runtime.configure()

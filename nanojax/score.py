@@ -272,12 +272,17 @@ def _compiled(want: _Shape, wasted: dict[_Shape, float]) -> _Shape:
     return want
 
 
+def default_tokens() -> int:
+    """Tokens of a batch where the user named none."""
+    return CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS
+
+
 def scorer(config: Config, params: Any, tokens: int | None = None) -> Callable[[Sequence[Request]], list[list[Answer]]]:
     """The function requests -> one Answer per branch, in order, on these parameters; about `tokens` tokens a batch.
 
-    `tokens` None: 8,192, on a CPU 2,048. Equal branches of a request are scored once, so that they tie exactly.
+    `tokens` None: `default_tokens`. Equal branches of a request are scored once, so that they tie exactly.
     """
-    tokens = tokens or (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS)
+    tokens = tokens or default_tokens()
     wasted = _wasted(config, jax.default_backend())
 
     def places(rows: Sequence[_Row], order: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -243,28 +243,35 @@ def test_the_official_layout_is_read(official):
 
 
 @pytest.mark.slow
-def test_official_tasks_batched_equal_and_faster(official):
-    """On all 22 tasks, 12 examples each: every example as one at a time says, and the batched way is faster.
+@pytest.mark.parametrize("vocab, least", [(65536, 5), (4096, 2)])
+def test_official_tasks_batched_equal_and_faster(official, vocab, least):
+    """On all 22 tasks, 3 examples each: every example as one at a time says, and at nanochat's vocabulary 5 times faster.
 
-    Both are timed after a first pass has compiled their shapes, in the same process, on a d4 of width 256.
+    A d4 of width 256. One at a time is as nanochat does it (reference_core.py), jitted, lengths rounded up to 64. Both
+    are timed in one process in a second pass, after a first has compiled their shapes. What is won is the context of
+    several choices computed once, logits of the scored positions only, and the last layer there only; so it depends
+    on the vocabulary: the head is 80% of a d4's multiplications at 65,536 and 25% at 4,096.
     """
-    texts = (json.dumps(e, ensure_ascii=False) for t in official[1::4] for e in core.load_examples(t)[:300])
-    tokenizer = train(texts, 4096)
+    texts = (json.dumps(e, ensure_ascii=False) for t in official for e in core.load_examples(t))
+    tokenizer = train(texts, vocab)
     config, params = _model(tokenizer, depth=4, width=256, head_dim=128)
-    batched = score.scorer(config, params, 8192)
+    batched = score.scorer(config, params)
+    indices, least_examples = range(3), 12  # as many as 10 shots need
     for timed in (False, True):
-        seconds = {"batched": 0.0, "one at a time": 0.0}
+        total = {"batched": 0.0, "one at a time": 0.0}
         for task in official:
-            examples = core.load_examples(task, 12)
+            examples = core.load_examples(task, least_examples)
             begin = time.perf_counter()
-            fast = core.score_window(task, examples, range(12), tokenizer, batched)
+            fast = core.score_window(task, examples, indices, tokenizer, batched)
             middle = time.perf_counter()
-            slow = [reference_core.example(config, params, tokenizer, task, examples, i) for i in range(12)]
+            slow = [reference_core.example(config, params, tokenizer, task, examples, i) for i in indices]
+            end = time.perf_counter()
             assert fast == slow, task.label
-            seconds["batched"] += middle - begin
-            seconds["one at a time"] += time.perf_counter() - middle
+            total["batched"] += middle - begin
+            total["one at a time"] += end - middle
             if timed:
-                print(f"{task.label:34} {middle - begin:6.2f} s {time.perf_counter() - middle:6.2f} s")
-    ratio = seconds["one at a time"] / seconds["batched"]
-    print(seconds, f"ratio {ratio:.1f}")
-    assert ratio >= 2  # 4 where four choices share a context; near 1 where there is nothing to share
+                a, b = middle - begin, end - middle
+                print(f"{task.label:34} {a:6.2f} s {b:6.2f} s, {b / a:.1f} times faster")
+    ratio = total["one at a time"] / total["batched"]
+    print(f"vocabulary {vocab}:", total, f"{ratio:.1f} times faster")
+    assert ratio >= least
