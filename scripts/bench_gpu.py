@@ -26,36 +26,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from nanojax import config as configs
-from nanojax.config import Compute, Config, UserError, run_main
+from nanojax.config import Config, UserError, run_main
 from nanojax.plan import device as gpu
 
 PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the time may not suffice for all
 DEFAULTS = ("d32_4070", "d32_4070_bf16")
-INT8 = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", attention="chunked")
-BF16 = Compute(dtype="bf16", attention="chunked")
-TINY = ["--model.depth=2", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
-TINY += [
-    "--train.tokens_per_step=128",
-    "--train.microbatch=2",
-    "--compute.loss_chunk=32",
-    "--compute.attention=chunked",
-]
-
-# Root mean square of the difference over that of the value. Sums are taken in another order, and a value in f32 that lies
-# next to a rounding boundary goes to the other neighbour: of bf16 (2^-8 of it apart) or of the codes (1/127 of the largest).
-EXACT, SUMS, ROUNDED = 0.0, 1e-4, 3e-3
-# Flash attention rounds its probabilities to bf16 elsewhere; the CPU's reference has f32 throughout.
-FLASH = 1e-2
-# A step of bf16 at x is 2^-7; other noise than the CPU's would make 2e-3.
-DITHER = 5e-4
+TINY = ["--model.depth=1", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
+TINY += ["--train.tokens_per_step=64", "--train.microbatch=2", "--compute.loss_chunk=32", "--compute.attention=chunked"]
 CURVE = {"int8": 0.03, "f32": 0.003}  # nats, at any of the steps
+Keep = Callable[[dict[str, Any]], None]  # writes down a part's results as they grow, should the time run out
 
 
 class Clock:
@@ -73,210 +59,38 @@ class Clock:
         print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
 
 
-# -- ops: values and gradients against the CPU -------------------------------------------------------------------------
+# -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A function and arguments (a pytree); its outputs on the device must be within `tolerance` of those on the CPU.
-
-    `reference`, if given, is what the CPU computes instead; it may be numpy.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    tolerance: float
-    reference: Callable[..., Any] | None = None
-
-
-def difference(got: Any, want: Any) -> float:
-    """The largest, over the arrays of two trees, of rms(got - want) / rms(want)."""
-    import jax
-    import numpy as np
-
-    worst = 0.0
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        if a.dtype == jax.dtypes.float0:
-            continue
-        a, b = (np.asarray(jax.device_get(x)).astype(np.float64) for x in (a, b))
-        if a.shape != b.shape or not np.all(np.isfinite(a)):
-            return float("inf")
-        size = np.sqrt(np.mean(b * b))
-        worst = max(worst, float(np.sqrt(np.mean((a - b) ** 2)) / (size if size > 0 else 1.0)))
-    return worst
-
-
-def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """function(*arguments), jitted anew, on the jax device `place`; on a GPU with the options that training compiles with."""
-    import jax
-
-    from nanojax import step
-
-    with jax.default_device(place):
-        lowered = jax.jit(lambda *a: function(*a)).lower(*jax.device_put(arguments, place))
-        compiled = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
-        return jax.block_until_ready(compiled(*jax.device_put(arguments, place)))
-
-
-def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
-    """The Case's outcome as JSON."""
-    got = on(place, case.function, case.arguments)
-    want = case.reference(*case.arguments) if case.reference else on(reference, case.function, case.arguments)
-    error = difference(got, want)
-    return {"name": case.name, "error": error, "tolerance": case.tolerance, "ok": error <= case.tolerance}
-
-
-def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, flash: bool) -> Iterator[Case]:
-    """Every op. The products are of M tokens at the model's `shapes`, the others small, as the CPU has to follow."""
-    yield from _products(shapes, M)
-    m, d, head = (64, 64, 32) if tiny else (512, 768, 128)
-    yield from _linears(m, d)
-    yield from _others(m, d, head, flash)
-
-
-def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
-    import numpy as np
-
-    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
-
-
-def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
-    """matmul_t at full size, 16 rows of it compared: int8 sums to the last bit, bf16 in f32 sums."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from nanojax.quant import linear
-
-    def rows(a: Any, b: Any) -> Any:
-        return linear.matmul_t(a, b)[:: max(1, a.shape[0] // 16)]
-
-    def wide(a: Any, b: Any) -> Any:  # float64 holds every sum of 2^17 products of codes exactly
-        return a[:: max(1, a.shape[0] // 16)].astype(np.float64) @ b.astype(np.float64).T
-
-    for name, (O, K) in shapes.items():
-        for label, (a, b) in {"forward": ((M, K), (O, K)), "dX": ((M, O), (K, O)), "dW": ((O, M), (K, M))}.items():
-            codes = [np.random.default_rng(i).integers(-127, 128, s).astype(np.int8) for i, s in enumerate((a, b))]
-            size = f"{a[0]}x{a[1]}x{b[0]}"
-            yield Case(f"int8 product {label} of {name} {size}", rows, tuple(codes), EXACT, wide)
-            floats = tuple(_random(i, *s, dtype=jnp.bfloat16) for i, s in enumerate((a, b)))
-            yield Case(f"bf16 product {label} of {name} {size}", rows, floats, SUMS, wide)
-
-
-def _linears(m: int, d: int) -> Iterator[Case]:
-    """linear, norm_linear, relu2_linear: y, dX, dW, with stored int8 weights and with bf16 ones."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from nanojax.quant import Quantized, linear
-
-    for kind, c in (("int8", INT8), ("bf16", BF16)):
-        for op, (O, K), parts in (
-            ("linear", (d, d), 0),
-            ("norm_linear", (3 * d, d), 3),
-            ("norm_linear", (4 * d, d), 1),
-            ("relu2_linear", (d, 4 * d), 0),
-        ):
-            w = _random(1, O, K) / K**0.5
-            scale = np.abs(w).max(-1, keepdims=True) / np.float32(127)
-            stored = (np.rint(w / scale).astype(np.int8), scale) if kind == "int8" else (w.astype(jnp.bfloat16),)
-            x, dy = _random(2, m, K, dtype=jnp.bfloat16), _random(3, m, O, dtype=jnp.bfloat16)
-            other = _random(4, m, K if parts else O, dtype=jnp.bfloat16)
-
-            def values(stored: Any, x: Any, dy: Any, other: Any, c: Any = c, op: str = op, parts: int = parts) -> Any:
-                weights = Quantized(*stored) if len(stored) == 2 else stored[0]
-                tap = jnp.zeros(weights.shape, jnp.float32)
-                if parts:
-                    run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
-                    both: Any = jax.vjp(run, tap, x)
-                    (ys, _), vjp = both
-                    return ys, vjp((tuple(jnp.split(dy, parts, -1)), other))
-                function = getattr(linear, op)
-                y, vjp = jax.vjp(lambda tap, x, r: function(c, "", weights, tap, x, r), tap, x, other)
-                return y, vjp(dy)
-
-            yield Case(f"{kind} {op} {m}x{K}x{O}: y, dW, dX", values, (stored, x, dy, other), ROUNDED)
-
-
-def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
-    """Rows quantised, rounding, RoPE with QK-norm, attention, the chunked loss."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from nanojax import attention, loss, model
-    from nanojax.quant import quantize_rows, rounding
-
-    x, noise = _random(5, m, d), np.random.default_rng(6).random((2, max(m, d)), np.float32)
-    yield Case(f"quantize_rows {m}x{d}", lambda x: tuple(quantize_rows(x)), (x,), DITHER)
-    old = x.astype(jnp.bfloat16).astype(np.float32)
-    yield Case(f"dithered {m}x{d}", lambda x, u, v: rounding.dithered(x, (u, v)), (old, *noise), DITHER)
-    words = np.arange(2, dtype=np.uint32)
-    uniform = lambda words: rounding.noise_u16(jax.random.wrap_key_data(words), (m, d))
-    yield Case(f"noise_u16 {m}x{d}", uniform, (words,), EXACT)
-
-    changes = {"model.depth": 1, "model.width": d, "model.head_dim": head, "model.vocab": 4 * d, "model.seq": m}
-    changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
-    config = configs.resolve(configs.override(Config(), changes))
-
-    def rotated(x: Any, dy: Any) -> Any:
-        y, vjp = jax.vjp(lambda x: model.rope_norm(config, x, jnp.int32(0)), x)
-        return y, vjp(dy)
-
-    q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
-    yield Case(f"rope_norm {q.shape}: y, dx", rotated, (q, dout), ROUNDED)
-
-    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if flash else "chunked") -> Any:
-        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
-        return y, vjp(dy)
-
-    def plain(*arrays: Any) -> Any:
-        cpu = jax.devices("cpu")[0]
-        return on(cpu, lambda *a: attended(*a, implementation="chunked"), tuple(a.astype(np.float32) for a in arrays))
-
-    name = f"{'cudnn' if flash else 'chunked'} attention {q.shape}: y, dq, dk, dv"
-    yield Case(name, attended, (q, k, v, dout), FLASH, plain)
-
-    def lost(head: Any, x: Any, targets: Any) -> Any:
-        total = jnp.zeros(head.shape, jnp.float32)
-        return loss.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
-
-    weights = (_random(11, 4 * d, d) / d**0.5).astype(jnp.bfloat16)
-    targets = np.random.default_rng(12).integers(0, 4 * d, m).astype(np.int32)
-    yield Case(
-        f"loss_and_grads {m}x{d}x{4 * d}: loss, dhead, dx", lost, (weights, x.astype(jnp.bfloat16), targets), FLASH
-    )
-
-
-def ops(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
+def ops(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict[str, Any]:
     """Part `ops`."""
     import jax
+
+    from nanojax.plan import verify
 
     place, reference = jax.devices()[0], jax.devices("cpu")[0]
     shapes, M = config.model.shapes, config.train.microbatch * config.model.T
     if a.quick and not a.tiny:
         shapes, M = {"up": shapes["up"]}, min(M, 2048)
-    out, skipped = [], []
-    for case in cases(shapes, M, a.tiny, place.platform == "gpu"):
+    out: dict[str, Any] = {"ok": True, "cases": [], "skipped": []}
+    for case in verify.cases(shapes, M, a.tiny, place.platform == "gpu"):
         if clock.left < 0:
-            skipped.append(case.name)
+            out["skipped"].append(case.name)
+            clock.say(f"skipped, no time left: {case.name}")
             continue
-        out.append(check(case, place, reference))
-        word = "ok   " if out[-1]["ok"] else "WRONG"
-        clock.say(f"{word} {case.name}: off by {out[-1]['error']:.1e}, at most {case.tolerance:.0e}")
-    for name in skipped:
-        clock.say(f"skipped, no time left: {name}")
-    return {"ok": all(c["ok"] for c in out), "cases": out, "skipped": skipped}
-
-
-# -- the other parts ---------------------------------------------------------------------------------------------------
+        found = verify.check(case, place, reference)
+        out["cases"].append(found)
+        out["ok"] &= found["ok"]
+        keep(out)
+        word = "ok   " if found["ok"] else "WRONG"
+        clock.say(f"{word} {case.name}: off by {found['error']:.1e}, at most {case.tolerance:.0e}")
+    return out
 
 
 def small(kind: str, tiny: bool) -> Config:
     """The model of the curves: d32_4070's formats, or f32 throughout."""
     size = TINY if tiny else ["--model.depth=2", "--model.width=384", "--model.vocab=1024", "--model.seq=256"]
-    size = [*size, "--train.tokens_per_step=2048", "--compute.loss_chunk=256"] if not tiny else size
+    size = [*size, "--train.tokens_per_step=1024", "--compute.loss_chunk=256"] if not tiny else size
     config = configs.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
     plain = Config(name="f32", model=config.model, train=config.train)
     return config if kind == "int8" else configs.resolve(plain)
@@ -294,7 +108,8 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
     config = dataclasses.replace(config, compute=compute)
     with jax.default_device(jax.devices("cpu")[0]):
         state = jax.device_get(jax.jit(step.init_state, static_argnums=0)(config))
-    with jax.default_device(place):
+    # f32 products would be TF32 on a GPU; bf16 and int8 ones are what they are
+    with jax.default_device(place), jax.default_matmul_precision("highest"):
         state = jax.device_put(state, place)
         chance = 1 / np.arange(1, config.model.V + 1)
         draw = lambda i: np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
@@ -308,29 +123,33 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
     return out
 
 
-def curve(a: argparse.Namespace, _: Config, clock: Clock) -> dict[str, Any]:
+def curve(a: argparse.Namespace, _: Config, clock: Clock, keep: Keep) -> dict[str, Any]:
     """Part `curve`."""
     import jax
 
-    steps, out = (10 if a.quick or a.tiny else 20), {}
+    steps = 10 if a.quick or a.tiny else 20
+    out: dict[str, Any] = {"ok": True, "runs": {}, "skipped": []}
     for kind, tolerance in CURVE.items():
         if clock.left < 0:
+            out["skipped"].append(kind)
             clock.say(f"skipped, no time left: curve in {kind}")
             continue
         config = small(kind, a.tiny)
         here, there = (losses(config, place, steps) for place in (jax.devices()[0], jax.devices("cpu")[0]))
         apart = max(abs(x - y) for x, y in zip(here, there, strict=True))
         ok = apart <= tolerance and here[-1] < here[0]
-        out[kind] = {"device": here, "cpu": there, "apart": apart, "tolerance": tolerance, "ok": ok}
+        out["runs"][kind] = {"device": here, "cpu": there, "apart": apart, "tolerance": tolerance, "ok": ok}
+        out["ok"] &= ok
+        keep(out)
         clock.say(
             f"{'ok   ' if ok else 'WRONG'} {steps} steps in {kind}: loss {here[0]:.4f} to {here[-1]:.4f}, "
             f"at most {apart:.1e} nats from the CPU's, {tolerance:g} allowed"
         )
-    return {"ok": all(c["ok"] for c in out.values()), "runs": out}
+    return out
 
 
-def step_part(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
-    """Part `step` of one config. Written to --out as it grows, should the time run out."""
+def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict[str, Any]:
+    """Part `step` of one config. The memory used includes what XLA's autotuning tried out."""
     import jax
 
     from nanojax import step
@@ -354,6 +173,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, 
     )
     limit = fit.pool_bytes()
     out["limit_bytes"] = limit
+    keep(out)
     if limit is not None and out["planned_peak_bytes"] > limit:
         out["skipped"] = f"needs {out['planned_peak_bytes'] / 2**30:.2f} GiB, XLA has {limit / 2**30:.2f}"
         clock.say(f"skipped: {config.name} {out['skipped']}; --depth=8 measures fewer layers")
@@ -363,7 +183,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, 
         clock.say(f"skipped: {out['skipped']}")
         return out
     del compiled
-    clock.say("running steps of 2 and of 4 microbatches (the first compilation comes from the cache)")
+    clock.say("timing steps of 2 and of 4 microbatches; the latter are compiled first")
     seconds = measure.seconds_per_step(config, repeats=1 if a.tiny else 3)
     out |= {"seconds_per_step": seconds, "tokens_per_step": train.tokens_per_step}
     out["tokens_per_second"] = train.tokens_per_step / seconds
@@ -374,7 +194,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, 
     return out
 
 
-def rates(a: argparse.Namespace, config: Config, clock: Clock) -> dict[str, Any]:
+def rates(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict[str, Any]:
     """Part `rates`, by plan/measure.py."""
     from nanojax.plan import measure
 
@@ -445,7 +265,12 @@ def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
     if not a.tiny and jax.default_backend() != "gpu":
         raise UserError("jax does not see this machine's GPU: pip install 'nanojax[cuda12]', and unset JAX_PLATFORMS")
     function = {"ops": ops, "curve": curve, "step": step_part, "rates": rates}[part]
-    return function(a, load(a, name), Clock(a.minutes))
+
+    def keep(results: dict[str, Any]) -> None:
+        if a.out:
+            a.out.write_text(json.dumps({"parts": {part: results}}))
+
+    return function(a, load(a, name), Clock(a.minutes), keep)
 
 
 def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dict[str, Any]:
@@ -460,13 +285,16 @@ def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dic
             child.wait(timeout=max(1.0, clock.left))
         except subprocess.TimeoutExpired:
             clock.say(f"{part} {name}: stopped, the time is up")
-            return {"skipped": "stopped: the time was up", "ok": True}
         finally:
+            stopped = child.poll() is None
             child.kill()
             child.wait()
-        if not out.exists():
-            return {"ok": False, "failed": f"exit code {child.returncode}; its messages are above"}
-        return next(iter(json.loads(out.read_text())["parts"].values()))
+        results = next(iter(json.loads(out.read_text())["parts"].values())) if out.exists() else {"ok": True}
+    if stopped:
+        results["skipped"] = "stopped, the time was up; --minutes gives more"
+    elif child.returncode not in (0, 1) or "ok" not in results or (child.returncode == 1 and results["ok"]):
+        results |= {"ok": False, "failed": f"exit code {child.returncode}; its messages are above"}
+    return results
 
 
 def machine(a: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Each op on a device against the same function on the CPU, products against float64 sums: the cases and their tolerances."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanojax import attention, loss, model, step
+from nanojax import config as configs
+from nanojax.config import Compute, Config
+from nanojax.quant import Quantized, linear, quantize_rows, rounding
+
+INT8 = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", attention="chunked")
+BF16 = Compute(dtype="bf16", attention="chunked")
+
+# Root mean square of the difference over that of the value. Sums are taken in another order, and a value in f32 that lies
+# next to a rounding boundary goes to the other neighbour: of bf16 (2^-8 of it apart) or of the codes (1/127 of the largest).
+EXACT, SUMS, ROUNDED = 0.0, 1e-4, 3e-3
+# Flash attention rounds its probabilities to bf16 elsewhere; the CPU's reference has f32 throughout.
+FLASH = 1e-2
+# A step of bf16 at x is 2^-7; other noise than the CPU's would make 2e-3.
+DITHER = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function and arguments (a pytree); its outputs on the device must be within `tolerance` of those on the CPU.
+
+    `reference`, if given, is what the CPU computes instead; it may be numpy.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    tolerance: float
+    reference: Callable[..., Any] | None = None
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest, over the arrays of two trees, of rms(got - want) / rms(want)."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if a.dtype == jax.dtypes.float0:
+            continue
+        a, b = (np.asarray(jax.device_get(x)).astype(np.float64) for x in (a, b))
+        if a.shape != b.shape or not np.all(np.isfinite(a)):
+            return float("inf")
+        size = np.sqrt(np.mean(b * b))
+        worst = max(worst, float(np.sqrt(np.mean((a - b) ** 2)) / (size if size > 0 else 1.0)))
+    return worst
+
+
+def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """function(*arguments), jitted anew, on the jax device `place`; on a GPU with the options that training compiles with."""
+    with jax.default_device(place):
+        lowered = jax.jit(lambda *a: function(*a)).lower(*jax.device_put(arguments, place))
+        compiled = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
+        return jax.block_until_ready(compiled(*jax.device_put(arguments, place)))
+
+
+def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
+    """The Case's outcome as JSON."""
+    got = on(place, case.function, case.arguments)
+    want = case.reference(*case.arguments) if case.reference else on(reference, case.function, case.arguments)
+    error = difference(got, want)
+    return {"name": case.name, "error": error, "tolerance": case.tolerance, "ok": error <= case.tolerance}
+
+
+def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, flash: bool) -> Iterator[Case]:
+    """Every op. The products are of M tokens at the model's `shapes`, the others small, as the CPU has to follow.
+
+    Args:
+      tiny: smaller still: seconds on a CPU.
+      flash: attention by cuDNN, which needs a GPU.
+    """
+    yield from _products(shapes, M)
+    m, d, head = (64, 64, 32) if tiny else (512, 768, 128)
+    yield from _linears(m, d)
+    yield from _others(m, d, head, flash)
+
+
+def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
+
+
+def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
+    """matmul_t at full size, 16 rows of it compared: int8 sums to the last bit, bf16 in f32 sums."""
+
+    def rows(a: Any, b: Any) -> Any:
+        whole = jax.lax.optimization_barrier(linear.matmul_t(a, b))  # XLA would else multiply those rows only
+        return whole[:: max(1, a.shape[0] // 16)]
+
+    def wide(a: Any, b: Any) -> Any:  # float64 holds every sum of 2^17 products of codes exactly
+        return a[:: max(1, a.shape[0] // 16)].astype(np.float64) @ b.astype(np.float64).T
+
+    for name, (O, K) in shapes.items():
+        for label, (a, b) in {"forward": ((M, K), (O, K)), "dX": ((M, O), (K, O)), "dW": ((O, M), (K, M))}.items():
+            codes = [np.random.default_rng(i).integers(-127, 128, s).astype(np.int8) for i, s in enumerate((a, b))]
+            size = f"{a[0]}x{a[1]}x{b[0]}"
+            yield Case(f"int8 product {label} of {name} {size}", rows, tuple(codes), EXACT, wide)
+            floats = tuple(_random(i, *s, dtype=jnp.bfloat16) for i, s in enumerate((a, b)))
+            yield Case(f"bf16 product {label} of {name} {size}", rows, floats, SUMS, wide)
+
+
+def _linears(m: int, d: int) -> Iterator[Case]:
+    """linear, norm_linear, relu2_linear: y, dX, dW, with stored int8 weights and with bf16 ones."""
+    for kind, c in (("int8", INT8), ("bf16", BF16)):
+        for op, (O, K), parts in (
+            ("linear", (d, d), 0),
+            ("norm_linear", (3 * d, d), 3),
+            ("norm_linear", (4 * d, d), 1),
+            ("relu2_linear", (d, 4 * d), 0),
+        ):
+            w = _random(1, O, K) / K**0.5
+            scale = np.abs(w).max(-1, keepdims=True) / np.float32(127)
+            stored = (np.rint(w / scale).astype(np.int8), scale) if kind == "int8" else (w.astype(jnp.bfloat16),)
+            x, dy = _random(2, m, K, dtype=jnp.bfloat16), _random(3, m, O, dtype=jnp.bfloat16)
+            other = _random(4, m, K if parts else O, dtype=jnp.bfloat16)
+
+            def values(stored: Any, x: Any, dy: Any, other: Any, c: Any = c, op: str = op, parts: int = parts) -> Any:
+                weights = Quantized(*stored) if len(stored) == 2 else stored[0]
+                tap = jnp.zeros(weights.shape, jnp.float32)
+                if parts:
+                    run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
+                    both: Any = jax.vjp(run, tap, x)
+                    (ys, _), vjp = both
+                    return ys, vjp((tuple(jnp.split(dy, parts, -1)), other))
+                function = getattr(linear, op)
+                y, vjp = jax.vjp(lambda tap, x, r: function(c, "", weights, tap, x, r), tap, x, other)
+                return y, vjp(dy)
+
+            yield Case(f"{kind} {op} {m}x{K}x{O}: y, dW, dX", values, (stored, x, dy, other), ROUNDED)
+
+
+def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
+    """Rows quantised, rounding, RoPE with QK-norm, attention, the chunked loss."""
+    x, noise = _random(5, m, d), np.random.default_rng(6).random((2, max(m, d)), np.float32)
+    yield Case(f"quantize_rows {m}x{d}", lambda x: tuple(quantize_rows(x)), (x,), DITHER)
+    old = x.astype(jnp.bfloat16).astype(np.float32)
+    yield Case(f"dithered {m}x{d}", lambda x, u, v: rounding.dithered(x, (u, v)), (old, *noise), DITHER)
+    words = np.arange(2, dtype=np.uint32)
+    uniform = lambda words: rounding.noise_u16(jax.random.wrap_key_data(words), (m, d))
+    yield Case(f"noise_u16 {m}x{d}", uniform, (words,), EXACT)
+
+    changes = {"model.depth": 1, "model.width": d, "model.head_dim": head, "model.vocab": 4 * d, "model.seq": m}
+    changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
+    config = configs.resolve(configs.override(Config(), changes))
+
+    def rotated(x: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(lambda x: model.rope_norm(config, x, jnp.int32(0)), x)
+        return y, vjp(dy)
+
+    q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
+    yield Case(f"rope_norm {q.shape}: y, dx", rotated, (q, dout), ROUNDED)
+
+    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if flash else "chunked") -> Any:
+        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
+        return y, vjp(dy)
+
+    def plain(*arrays: Any) -> Any:
+        cpu = jax.devices("cpu")[0]
+        return on(cpu, lambda *a: attended(*a, implementation="chunked"), tuple(a.astype(np.float32) for a in arrays))
+
+    name = f"{'cudnn' if flash else 'chunked'} attention {q.shape}: y, dq, dk, dv"
+    yield Case(name, attended, (q, k, v, dout), FLASH, plain)
+
+    def lost(head: Any, x: Any, targets: Any) -> Any:
+        total = jnp.zeros(head.shape, jnp.float32)
+        return loss.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
+
+    weights = (_random(11, 4 * d, d) / d**0.5).astype(jnp.bfloat16)
+    targets = np.random.default_rng(12).integers(0, 4 * d, m).astype(np.int32)
+    yield Case(
+        f"loss_and_grads {m}x{d}x{4 * d}: loss, dhead, dx", lost, (weights, x.astype(jnp.bfloat16), targets), FLASH
+    )
