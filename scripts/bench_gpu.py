@@ -40,7 +40,8 @@ PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the 
 DEFAULTS = ("d32_4070", "d32_4070_bf16")
 TINY = ["--model.depth=1", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
 TINY += ["--train.tokens_per_step=64", "--train.microbatch=2", "--compute.loss_chunk=32", "--compute.attention=chunked"]
-CURVE = {"int8": 0.03, "f32": 0.003}  # nats, at any of the steps
+# Nats, at any of the steps. Sums in another order (CPU, chunks of the loss and of attention) leave int8 6e-4 apart.
+CURVE = {"int8": 0.01, "f32": 0.003}
 Keep = Callable[[dict[str, Any]], None]  # writes down a part's results as they grow, should the time run out
 
 
@@ -289,10 +290,13 @@ def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dic
             stopped = child.poll() is None
             child.kill()
             child.wait()
-        results = next(iter(json.loads(out.read_text())["parts"].values())) if out.exists() else {"ok": True}
+        results: dict[str, Any] = {} if stopped else {"ok": False}
+        if out.exists():
+            results = next(iter(json.loads(out.read_text())["parts"].values()))
     if stopped:
+        results.setdefault("ok", True)
         results["skipped"] = "stopped, the time was up; --minutes gives more"
-    elif child.returncode not in (0, 1) or "ok" not in results or (child.returncode == 1 and results["ok"]):
+    elif child.returncode != (0 if results["ok"] else 1):  # it did not come to its end
         results |= {"ok": False, "failed": f"exit code {child.returncode}; its messages are above"}
     return results
 
