@@ -40,7 +40,7 @@ PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the 
 DEFAULTS = ("d32_4070", "d32_4070_bf16")
 TINY = ["--model.depth=1", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
 TINY += ["--train.tokens_per_step=64", "--train.microbatch=2", "--compute.loss_chunk=32", "--compute.attention=chunked"]
-# Nats, at any of the steps. Sums in another order (CPU, chunks of the loss and of attention) leave int8 6e-4 apart.
+# Nats, at any of the steps. Sums in another order (CPU, chunks of the loss and of attention) leave int8 6e-4, f32 1e-6 apart.
 CURVE = {"int8": 0.01, "f32": 0.003}
 Keep = Callable[[dict[str, Any]], None]  # writes down a part's results as they grow, should the time run out
 
@@ -265,6 +265,8 @@ def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
 
     if not a.tiny and jax.default_backend() != "gpu":
         raise UserError("jax does not see this machine's GPU: pip install 'nanojax[cuda12]', and unset JAX_PLATFORMS")
+    if not a.tiny and part in ("ops", "curve") and "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu"):
+        raise UserError(f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: hides the CPU to compare with; unset it")
     function = {"ops": ops, "curve": curve, "step": step_part, "rates": rates}[part]
 
     def keep(results: dict[str, Any]) -> None:
