@@ -120,7 +120,13 @@ def test_docstring_tells_the_plan(name):
 @pytest.fixture(scope="module")
 def small():
     """A config that compiles in seconds, with the formats of the large ones."""
-    changes = ["--model.depth=4", "--model.vocab=2048", "--model.seq=512", "--train.tokens_per_step=4096"]
+    changes = [
+        "--model.depth=2",
+        "--model.width=384",
+        "--model.vocab=2048",
+        "--model.seq=512",
+        "--train.tokens_per_step=4096",
+    ]
     changes += ["--train.microbatch=1", "--compute.loss_chunk=512"]
     return configs.load("d32_4070", changes)
 
