@@ -36,7 +36,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _overrides(home: Path) -> dict:
     """CORE every 2 steps on 6 examples a task, of a run of 3 steps."""
-    return {"train__steps": 3, "eval__core_every": 2, "eval__core_per_task": 6, "eval__core_bundle": home / "bundle"}
+    return {
+        "model__depth": 1,
+        "train__steps": 3,
+        "eval__sample_tokens": 0,
+        "eval__core_every": 2,
+        "eval__core_per_task": 6,
+        "eval__core_bundle": home / "bundle",
+    }
 
 
 def _events(folder: Path) -> list:
