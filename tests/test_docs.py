@@ -63,9 +63,13 @@ def test_parameter_counts_in_readme() -> None:
 
 @pytest.mark.parametrize("name", configs.available())
 def test_config_docstrings(name: str) -> None:
-    """Each config's docstring has its command, and the counts it states are right."""
+    """Each config's docstring has its command, a GPU's also its plan (test_plan_compile.py), and its counts are right."""
     docstring = ast.get_docstring(ast.parse(configs.find(name).read_text())) or ""
     assert f"python -m nanojax.train --config={name}" in docstring
+    if re.search(r"_\d{4}", name):
+        assert re.search(
+            r"^plan \(\w+\): peak [\d.]+ GiB, [\d.]+k? tok/s modelled, [\d.]+ (days|hours)$", docstring, re.M
+        )
     for count in re.findall(r"(\d{1,3}(?:,\d{3})+) parameters", docstring):
         assert int(count.replace(",", "")) == configs.load(name).model.parameters
 
