@@ -1,6 +1,6 @@
 """d32 with everything stored and computed in bf16: the baseline that int8 is measured against.
 
-plan (rtx4070): peak 10.0 GiB, 3.5k tok/s modelled, 125 days
+plan (rtx4070): peak 10.0 GiB, 3.5k tok/s modelled, 123 days
 
 python -m nanojax.train --config=d32_4070_bf16
 
@@ -22,7 +22,7 @@ def get_config() -> Config:
             "compute.forward": "float",
             "compute.dx": "float",
             "compute.dw": "float",
-            "compute.residuals": "inputs",
+            "compute.residuals": "attn",
             "train.microbatch": 4,
         },
     )

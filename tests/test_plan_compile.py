@@ -31,12 +31,11 @@ MODELLED = 7500  # tokens/s of d32_4070, by our own roofline
 GROUPS = {"d32_4070_15b": "d32_4070", "d32_4070_20b": "d32_4070"}  # the same step
 
 
-def each(names, **failing):
-    """Parametrizes a test by config; `failing` gives the reasons of those expected to fail."""
+def each(names):
+    """Parametrizes a test by config."""
     params = []
     for name in names:
         marks = [pytest.mark.xdist_group(GROUPS.get(name, name))] + [pytest.mark.slow] * (name not in BARS)
-        marks += [pytest.mark.xfail(reason=failing.get(name))] * (name in failing)
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("name", params)
 
@@ -95,7 +94,7 @@ def test_config_fits_its_card(name):
     assert plan.memory.not_reused == 0
 
 
-@each(FOR_A_CARD, d32_4070_bf16="XLA shares the recomputed norm of 8,192 tokens with forward and holds it: 1 GiB")
+@each(FOR_A_CARD)
 def test_no_parameter_sized_temporary(name):
     """Temporaries that are not residuals stay below 0.15 of the bytes of the parameters in bf16."""
     plan = plan_of(name)
