@@ -1,11 +1,11 @@
-"""The largest nanochat that trains from scratch in 12 GB, found with the planner: d41, 3,907,190,784 parameters.
+"""The largest nanochat found so far to train from scratch in 12 GB, with the planner: d41, 3,907,190,784 parameters.
 
 plan (rtx4070): peak 10.3 GiB, 3.1k tok/s modelled, 296 days
 
 python -m nanojax.train --config=largest_4070
 
 A weight takes 2.9 bits (b2.67) and 16 more of momentum, into which gradients are summed: no gradient buffer, no Nesterov,
-no clipping. Embedding and head are int8, forward keeps only the blocks' inputs. d42 needs 12 MiB too many.
+no clipping. Embedding and head are int8, forward keeps only the blocks' inputs.
 That is memory and time as planned; how well so large a model learns in so few bits nobody has measured.
 """
 
