@@ -1,6 +1,6 @@
 # make demo    set up, train on the State of the Union addresses, evaluate, print generated text (under 10 minutes)
 # make test    set up, run the tests
-# make bars    set up the planner too, compile the configs that have memory bars for their absent cards (8 minutes on 2 cores)
+# make bars    set up the planner too, compile the configs that have memory bars for their absent cards (10 minutes on 2 cores)
 # make check   format, lint, types
 # make train   train CONFIG (d32_4070), on the GPU where there is one; the same command again resumes
 # make plan    what CONFIG needs: memory, days, energy, money; no GPU needed
