@@ -25,7 +25,8 @@ test: .venv/.test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 $(ARGS)
 
 bars: .venv/.test .venv/.plan
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "plan and not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "plan and timed" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "plan and not slow and not timed" $(ARGS)
 
 check: .venv/.test
 	$(BIN)/ruff format --check .

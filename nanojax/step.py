@@ -27,7 +27,7 @@ from nanojax.quant.packed import LEVELS
 from nanojax.quant.rounding import dither_vectors, shifted
 
 # Scales, residual adds and accumulators become epilogues of the products that make them. Modelled, d32 on an RTX 4070: 7.5k
-# tokens/s instead of 5.9k (experimental in XLA, but in jax 0.10 to 0.12).
+# tokens/s instead of 5.8k (experimental in XLA, but in jax 0.10 to 0.12).
 GPU_OPTIONS: dict[str, Any] = {"xla_gpu_experimental_gemm_fusion_v2": True}
 ROWS_BYTES = 32 << 20  # f32 bytes of the embedding or head rows updated at one time
 
@@ -187,7 +187,10 @@ def _rows(config: Config) -> int:
 
 
 def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
-    """(parameters, momentum, accumulators) of the blocks after Muon or AdamW, one layer at a time."""
+    """(parameters, momentum, accumulators) of the blocks after Muon or AdamW, one layer at a time.
+
+    Rounding errors below 8 bits are fed back into a momentum of its own, not into one that gradients are summed into.
+    """
     adamw = config.optim.matrix == "adamw"
     tx: Any = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
     folded = config.accumulate.dtype == "momentum"

@@ -166,9 +166,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     begin = time.monotonic()
     with compile.no_remat_pass():
         compiled = step.compiled(short)
-    stats = compiled.memory_analysis()
-    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": peak + stats.temp_size_in_bytes}
+    out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": fit.peak_bytes(compiled)}
     clock.say(
         f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / 2**30:.2f} GiB"
     )

@@ -243,7 +243,7 @@ def test_the_official_layout_is_read(official):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab, least", [(65536, 5), (4096, 1.5)])
+@pytest.mark.parametrize("vocab, least", [(65536, 5), (4096, 2)])
 def test_official_tasks_batched_equal_and_faster(official, vocab, least):
     """On all 22 tasks, 3 examples each: every example as one at a time says, and at nanochat's vocabulary 5 times faster.
 

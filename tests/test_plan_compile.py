@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -49,16 +48,13 @@ def plan_of(name):
     return planner.make(configs.load(name), cards.of_config(name))
 
 
-@pytest.mark.xdist_group("d32_4070")
+@pytest.mark.timed  # make bars runs it alone: another compilation beside it would be measured too
 def test_the_command_answers_in_two_minutes_with_every_key():
-    """d32_4070 --json: one JSON object on stdout with the keys that scripts read, within 120 s of processor time.
-
-    It compiles afresh unless this very step was planned here before; then the time was that of the first.
-    """
-    command = [sys.executable, "-m", "nanojax.plan", "--config=d32_4070", "--card=rtx4070", "--json"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """d32_4070 compiled afresh, --json: one JSON object on stdout with the keys that scripts read, within 120 s."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "nanojax.plan", "--config=d32_4070", "--card=rtx4070", "--json", "--no-cache"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = time.monotonic() - begin
     told = json.loads(done.stdout)
     keys = {"parameters", "tokens_total", "tokens_per_step", "flops_per_token", "peak_bytes", "temp_bytes"}
     keys |= {"residual_bytes", "alias_bytes", "modelled_tokens_per_second", "days", "kwh", "cost"}
@@ -67,7 +63,7 @@ def test_the_command_answers_in_two_minutes_with_every_key():
     assert told["flops_per_token"] == 12_079_595_520
     assert told["days"] == pytest.approx(told["tokens_total"] / told["modelled_tokens_per_second"] / 86400)
     assert told["kwh"] == pytest.approx(told["days"] * 24 * 0.2)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
+    assert took < 120, f"{took:.0f} s"
 
 
 @each(["d32_4070"])

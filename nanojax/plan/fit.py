@@ -74,6 +74,12 @@ def pool_bytes() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def peak_bytes(compiled: Any) -> int:
+    """XLA's argument + output - alias + temp of a compiled step."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
 def check(compiled: Any, config: Config, limit_bytes: int | None) -> str:
     """The memory line of a compiled step. UserError, before any state exists, if it needs more than XLA's pool.
 
@@ -81,9 +87,7 @@ def check(compiled: Any, config: Config, limit_bytes: int | None) -> str:
       compiled: `jax.jit(train_step, donate_argnums=0).lower(...).compile()`.
       limit_bytes: `pool_bytes()`.
     """
-    m = compiled.memory_analysis()
-    state = m.alias_size_in_bytes
-    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    state, peak = compiled.memory_analysis().alias_size_in_bytes, peak_bytes(compiled)
     line = f"memory: state {state / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
     if limit_bytes is None:
         return line

@@ -76,9 +76,8 @@ def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None, parts: 
     w = _codes(w) if c.forward == "int8" else decode(w, float_dtype(c))
     out = []
     for i in range(parts):
-        if (
-            out
-        ):  # after the part before: XLA would else merge the products and split what they give in a pass of its own
+        if out:
+            # after the part before: XLA would else merge the products and split what they give in a pass of its own
             saved, out[-1] = _kept((saved, out[-1]))
         rows = slice(i * w.shape[0] // parts, (i + 1) * w.shape[0] // parts)
         if c.forward == "int8":
@@ -101,6 +100,7 @@ def _rows(c: Compute, w: Any, dy: jax.Array) -> Quantized | None:
 def _dx(c: Compute, w: Any, dy: jax.Array, rows: Quantized | None) -> jax.Array:
     """dy [M,O] to the gradient of the product's input [M,K], f32."""
     if rows is not None:
+        # unlike other operands transposed straight from the stack: a copy of the slice first would be 100 MB a layer more
         return matmul_t(rows.codes, _kept(_by_rows(_codes(w).codes.T))).astype(F32) * rows.scale
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 

@@ -1,8 +1,8 @@
 """Stochastic rounding: unbiased in the mean, so that updates far below one grid step still add up.
 
-Noise is 16 bits a value from a counter hash (murmur3's finaliser, twice, keyed by two words of the jax key): about 12
-integer operations that fuse into the rounding, where threefry needs about 60 and d32 rounds 1.6 B accumulators a
-microbatch. 8 bits would lose updates below 1/256 of a grid step.
+Noise of what is stored is 16 bits a value from a counter hash (murmur3's finaliser, twice, keyed by two words of the jax
+key): about 12 integer operations that fuse into the rounding, where threefry needs about 60. 8 bits would lose updates
+below 1/256 of a grid step. Accumulators, which d32 rounds 1.6 B of a microbatch, have cheaper noise (`dithered`).
 """
 
 import math
