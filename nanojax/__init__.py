@@ -1,6 +1,8 @@
 """Trains nanochat's d32 from scratch on one 12 GB consumer GPU. Importing it picks the CPU where no GPU can be used."""
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -39,6 +41,25 @@ def silent_libraries() -> Iterator[None]:
         os.close(null)
 
 
+class _SilentLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: types.ModuleType) -> None:
+        with silent_libraries():
+            super().exec_module(module)
+
+
+class _SilentJax(importlib.abc.MetaPathFinder):
+    """Silences the first import of jax, whenever it comes: tokenising needs none, and each process saves 0.7 s."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "jax":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _SilentLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
 def _stay_on_cpu() -> None:
     """Without a driver jax loads an installed CUDA plugin nevertheless (0.5 s, log lines, a traceback): keep it idle.
 
@@ -51,8 +72,8 @@ def _stay_on_cpu() -> None:
     if os.environ["JAX_PLATFORMS"] == "cpu":
         for name in _PLUGINS:
             sys.modules.setdefault(name, _Idle(name))
-    with silent_libraries():
-        import jax  # noqa: F401  its import already loads the plugin's kernels, and each of them complains
+    if "jax" not in sys.modules:
+        sys.meta_path.insert(0, _SilentJax())  # jax's import loads the plugin's kernels, and each of them complains
 
 
 def use_cuda_compiler() -> None:
