@@ -138,6 +138,10 @@ class Compute:
         "names joined by + (see model.RESIDUALS), or auto (train, plan: the fastest of these that fits the GPU)",
     )
     attention: Literal["auto", "cudnn", "chunked"] = _key("auto", "auto = cuDNN flash on an NVIDIA GPU, else chunked")
+    rows: Literal["auto", "pallas", "xla"] = _key(
+        "auto",
+        "norms and quantised rows: pallas = one pass (kernels for NVIDIA GPUs), xla = two; auto = by the backend",
+    )
     loss_chunk: int = _key(1024, "tokens whose logits exist at one time")
 
 

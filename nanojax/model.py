@@ -10,7 +10,6 @@ scalars and windows, which the released d32 does not have.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from nanojax import attention as attn
+from nanojax import rope
 from nanojax.config import Config, UserError
 from nanojax.quant import decode, encode
-from nanojax.quant.linear import F32, float_dtype, inverse_rms, linear, norm_linear, relu2_linear
+from nanojax.quant.linear import float_dtype, linear, norm_linear, qkv_linear, relu2_linear
+from nanojax.quant.rows import F32, inverse_rms
 
 # What forward may keep for backward, by name, with bytes a token and layer in bf16 + int8 compute (d32: D = 2048):
 RESIDUALS = {
@@ -53,47 +53,6 @@ def residual_names(config: Config) -> tuple[str, ...]:
 def rms_norm(x: jax.Array) -> jax.Array:
     """x / rms(x) over the last axis, in x's dtype; eps 2^-23 as torch's F.rms_norm in f32."""
     return (x.astype(F32) * inverse_rms(x)).astype(x.dtype)
-
-
-def _angles(config: Config, T: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [T,1,H/2] of positions start..start+T."""
-    H = config.model.H
-    frequency = config.model.rope_base ** (-jnp.arange(0, H, 2, dtype=F32) / H)
-    angle = (jnp.arange(T) + start).astype(F32)[:, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """nanochat's rotation of the halves: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos."""
-    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    # the halves swapped by a reversal, which XLA computes in place; a concatenation it would write out in f32 first
-    sign = jnp.array([1.0, -1.0], F32)[:, None]
-    return (halves * cos[..., None, :] + halves[..., ::-1, :] * (sin[..., None, :] * sign)).reshape(x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rope_norm(config: Config, x_BTNH: jax.Array, start: jax.Array) -> jax.Array:
-    """RoPE at positions start.., then QK-norm over H; backward needs the output and 1/rms, not x."""
-    return _rope_norm_fwd(config, x_BTNH, start)[0]
-
-
-def _rope_norm_fwd(config, x, start):
-    r = checkpoint_name(inverse_rms(x), "qkv")  # of x: a rotation keeps its length
-    y = _rotate(x.astype(F32), *_angles(config, x.shape[1], start))
-    y = checkpoint_name((y * r).astype(x.dtype), "qkv")
-    return y, (y, r, start)
-
-
-def _rope_norm_bwd(config, residuals, dy):
-    (y, r, start), out = residuals, dy.dtype
-    cos, sin = _angles(config, y.shape[1], start)
-    dy, y = dy.astype(F32), y.astype(F32)
-    # norm_backward, rotated back: the rotation of what is in memory, not of what is being computed, stays one pass
-    mean = jnp.mean(dy * y, -1, keepdims=True)
-    return (r * (_rotate(dy, cos, -sin) - _rotate(y, cos, -sin) * mean)).astype(out), None
-
-
-rope_norm.defvjp(_rope_norm_fwd, _rope_norm_bwd)
 
 
 def _linear_init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -135,11 +94,13 @@ class Block(nn.Module):
         """q, k (rotated and normed) and v, [B,T,N,H] each, of positions start..start+T; and x."""
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
-        both: Any = norm_linear(c, "attn_in", *self._matrix("qkv"), x_BTD.reshape(B * T, D), 3)
-        parts, x = both
-        q, k, v = (part.reshape(B, T, m.N, m.H) for part in parts)
-        q, k = (rope_norm(self.config, part, jnp.asarray(start, jnp.int32)) for part in (q, k))
-        return q, k, checkpoint_name(v, "qkv"), x.reshape(x_BTD.shape)
+        rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
+        x = x_BTD.reshape(B * T, D)
+        start = jnp.asarray(start, jnp.int32)
+        out: Any = qkv_linear(c, ("attn_in", "qkv"), rotation, *self._matrix("qkv"), x, start)
+        *heads, x = out
+        q, k, v = (part.reshape(B, T, m.N, m.H) for part in heads)
+        return q, k, v, x.reshape(x_BTD.shape)
 
     def rest(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
         """The block's output from its input and attention's output."""

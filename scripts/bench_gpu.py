@@ -104,8 +104,11 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
 
     from nanojax import step
 
-    flash = place.platform == "gpu" and config.compute.dtype == "bf16"
-    compute = dataclasses.replace(config.compute, attention="cudnn" if flash else "chunked")
+    gpu = place.platform == "gpu"
+    flash = gpu and config.compute.dtype == "bf16"
+    compute = dataclasses.replace(
+        config.compute, attention="cudnn" if flash else "chunked", rows="pallas" if gpu else "xla"
+    )
     config = dataclasses.replace(config, compute=compute)
     with jax.default_device(jax.devices("cpu")[0]):
         state = jax.device_get(jax.jit(step.init_state, static_argnums=0)(config))

@@ -44,9 +44,9 @@ def main(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
 def test_every_op_is_checked():
     """The cases name each op that training runs, in int8 and in bf16 where it has both."""
     names = " ".join(c.name for c in verify.cases({"o": (64, 64)}, 64, True, True))
-    for op in ("product forward", "product dX", "product dW", "linear", "norm_linear", "relu2_linear"):
+    for op in ("product forward", "product dX", "product dW", "linear", "norm_linear", "qkv_linear", "relu2_linear"):
         assert f"int8 {op}" in names and f"bf16 {op}" in names
-    for op in ("quantize_rows", "dithered", "noise_u16", "rope_norm", "cudnn attention", "loss_and_grads"):
+    for op in ("quantize_rows", "dithered", "noise_u16", "cudnn attention", "loss_and_grads"):
         assert op in names
 
 
@@ -58,7 +58,7 @@ def test_one_wrong_sum_is_found(monkeypatch):
     assert not verify.check(product, CPU, CPU)["ok"]
 
 
-@pytest.mark.parametrize("op", ["int8 linear", "rope_norm", "chunked attention", "dithered"])
+@pytest.mark.parametrize("op", ["int8 linear", "bf16 qkv_linear", "chunked attention", "dithered"])
 def test_an_op_wrong_on_the_device_is_found(op, monkeypatch):
     """The same op passes, and fails where the device's values alone are off by 2%."""
     one, run, calls = case(op), verify.on, []

@@ -24,7 +24,7 @@ from nanojax.plan.cards import CARDS, Card
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
 # The code that a step is compiled from, below nanojax/; the config's values are in the cache's key themselves.
-STEP_SOURCES = ("step.py", "model.py", "attention.py", "loss.py", "optim.py", "quant/*.py")
+STEP_SOURCES = ("step.py", "model.py", "rope.py", "attention.py", "loss.py", "optim.py", "quant/*.py")
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -197,13 +197,13 @@ def step_arguments(config: Config) -> tuple[Any, Any]:
 
 
 def for_gpu(config: Config) -> Config:
-    """`config` with automatic choices made as on the card, not as on the machine that compiles: cuDNN flash attention
-    where its kernels exist (bf16, head_dim a multiple of 8 up to 128)."""
-    if config.compute.attention != "auto":
-        return config
-    flash = config.compute.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 128
-    compute = dataclasses.replace(config.compute, attention="cudnn" if flash else "chunked")
-    return dataclasses.replace(config, compute=compute)
+    """`config` with automatic choices made as on the card, not as on the machine that compiles: kernels for rows, and cuDNN
+    flash attention where its kernels exist (bf16, head_dim a multiple of 8 up to 128)."""
+    c = config.compute
+    flash = c.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 128
+    attention = ("cudnn" if flash else "chunked") if c.attention == "auto" else c.attention
+    rows = "pallas" if c.rows == "auto" else c.rows
+    return dataclasses.replace(config, compute=dataclasses.replace(c, attention=attention, rows=rows))
 
 
 def compile_step(config: Config, card: Card, cache: bool = True) -> Program:

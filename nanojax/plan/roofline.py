@@ -43,6 +43,9 @@ def efficiency_of(card: Card) -> Efficiency:
     return HOPPER if card.capability == "9.0" else Efficiency()
 
 
+TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas kernel
+
+
 @dataclasses.dataclass
 class Kernel:
     """One kernel of the program, all its calls together."""
@@ -272,6 +275,8 @@ class _Program:
                 work.bytes -= i.arrays[-1].bytes  # the workspace is scratch, not traffic
             if beta and float(beta) == 0 and len(operands) > 2 and operands[2].arrays[0] == out:
                 work.bytes -= operands[2].bytes
+        elif target == TRITON:
+            pass  # our kernels of rows (quant/rows.py, rope.py), which memory bounds
         elif target in ("AllocateBuffer", "annotate_device_placement", "Sharding"):
             work.bytes = 0.0
         else:
@@ -302,7 +307,7 @@ class _Program:
             kind = "attention" if top == "attention" else f"{top} matmul"
         elif i.opcode in ("copy", "transpose", "copy-start") or "transpose" in i.name:
             kind = "copy and transpose"
-        elif i.opcode == "custom-call":
+        elif i.opcode == "custom-call" and i.attribute(r'custom_call_target="([^"]+)"') != TRITON:
             kind = i.attribute(r'custom_call_target="([^"]+)"') or "custom call"
         total = self.kernels.setdefault(i.name, Kernel(i.name, kind, i.op_name, bound=bound))
         total.calls += times

@@ -1,6 +1,7 @@
 """Each op on a device against the same function on the CPU, products against float64 sums: the cases and their tolerances."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import attention, loss, model, step
+from nanojax import attention, loss, rope, step
 from nanojax import config as configs
 from nanojax.config import Compute, Config
 from nanojax.quant import Quantized, linear, quantize_rows, rounding
@@ -69,17 +70,17 @@ def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
     return {"name": case.name, "error": error, "tolerance": case.tolerance, "ok": error <= case.tolerance}
 
 
-def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, flash: bool) -> Iterator[Case]:
+def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, gpu: bool) -> Iterator[Case]:
     """Every op. The products are of M tokens at the model's `shapes`, the others small, as the CPU has to follow.
 
     Args:
       tiny: smaller still: seconds on a CPU.
-      flash: attention by cuDNN, which needs a GPU.
+      gpu: attention by cuDNN and kernels for rows, which need a GPU.
     """
     yield from _products(shapes, M)
     m, d, head = (64, 64, 32) if tiny else (512, 768, 128)
-    yield from _linears(m, d)
-    yield from _others(m, d, head, flash)
+    yield from _linears(m, d, head, gpu)
+    yield from _others(m, d, head, gpu)
 
 
 def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
@@ -105,13 +106,14 @@ def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
             yield Case(f"bf16 product {label} of {name} {size}", rows, floats, SUMS, wide)
 
 
-def _linears(m: int, d: int) -> Iterator[Case]:
-    """linear, norm_linear, relu2_linear: y, dX, dW, with stored int8 weights and with bf16 ones."""
-    for kind, c in (("int8", INT8), ("bf16", BF16)):
+def _linears(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
+    """The linear ops: y, dX, dW, with stored int8 weights and with bf16 ones; on a GPU in kernels, against XLA's form."""
+    cpu = jax.devices("cpu")[0]
+    for kind, compute in (("int8", INT8), ("bf16", BF16)):
         for op, (O, K), parts in (
             ("linear", (d, d), 0),
-            ("norm_linear", (3 * d, d), 3),
             ("norm_linear", (4 * d, d), 1),
+            ("qkv_linear", (3 * d, d), 3),
             ("relu2_linear", (d, 4 * d), 0),
         ):
             w = _random(1, O, K) / K**0.5
@@ -119,24 +121,39 @@ def _linears(m: int, d: int) -> Iterator[Case]:
             stored = (np.rint(w / scale).astype(np.int8), scale) if kind == "int8" else (w.astype(jnp.bfloat16),)
             x, dy = _random(2, m, K, dtype=jnp.bfloat16), _random(3, m, O, dtype=jnp.bfloat16)
             other = _random(4, m, K if parts else O, dtype=jnp.bfloat16)
-
-            def values(stored: Any, x: Any, dy: Any, other: Any, c: Any = c, op: str = op, parts: int = parts) -> Any:
-                weights = Quantized(*stored) if len(stored) == 2 else stored[0]
-                tap = jnp.zeros(weights.shape, jnp.float32)
-                if parts:
-                    run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
-                    both: Any = jax.vjp(run, tap, x)
-                    (ys, _), vjp = both
-                    return ys, vjp((tuple(jnp.split(dy, parts, -1)), other))
-                function = getattr(linear, op)
-                y, vjp = jax.vjp(lambda tap, x, r: function(c, "", weights, tap, x, r), tap, x, other)
-                return y, vjp(dy)
-
-            yield Case(f"{kind} {op} {m}x{K}x{O}: y, dW, dX", values, (stored, x, dy, other), ROUNDED)
+            run = functools.partial(_linear, op, parts, rope.Rotation(m // 2, d // head, head, 1e4))
+            name, plain = f"{kind} {op} {m}x{K}x{O}: y, dW, dX", dataclasses.replace(compute, rows="xla")
+            if gpu:
+                kernels = functools.partial(run, dataclasses.replace(compute, rows="pallas"))
+                reference = lambda *a, run=run, plain=plain: on(cpu, functools.partial(run, plain), a)
+                yield Case(name, kernels, (stored, x, dy, other), ROUNDED, reference)
+            else:
+                yield Case(name, functools.partial(run, plain), (stored, x, dy, other), ROUNDED)
 
 
-def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
-    """Rows quantised, rounding, RoPE with QK-norm, attention, the chunked loss."""
+def _linear(
+    op: str, parts: int, rotation: rope.Rotation, c: Compute, stored: Any, x: Any, dy: Any, other: Any
+) -> tuple[Any, Any]:
+    """An op's outputs and gradients: norms hand x on, and `other` is its gradient; elsewhere it is the residual."""
+    weights = Quantized(*stored) if len(stored) == 2 else stored[0]
+    tap = jnp.zeros(weights.shape, jnp.float32)
+    if not parts:
+        function = getattr(linear, op)
+        y, vjp = jax.vjp(lambda tap, x, r: function(c, "", weights, tap, x, r), tap, x, other)
+        return y, vjp(dy)
+    dys = tuple(jnp.split(dy, parts, -1))
+    if op == "qkv_linear":
+        run = lambda tap, x: linear.qkv_linear(c, ("", ""), rotation, weights, tap, x, jnp.int32(0))
+    else:
+        run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
+        dys = (dys,)
+    both: Any = jax.vjp(run, tap, x)
+    ys, vjp = both
+    return ys, vjp((*dys, other))
+
+
+def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
+    """Rows quantised, rounding, attention, the chunked loss."""
     x, noise = _random(5, m, d), np.random.default_rng(6).random((2, max(m, d)), np.float32)
     yield Case(f"quantize_rows {m}x{d}", lambda x: tuple(quantize_rows(x)), (x,), DITHER)
     old = x.astype(jnp.bfloat16).astype(np.float32)
@@ -149,14 +166,9 @@ def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
     changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
     config = configs.resolve(configs.override(Config(), changes))
 
-    def rotated(x: Any, dy: Any) -> Any:
-        y, vjp = jax.vjp(lambda x: model.rope_norm(config, x, jnp.int32(0)), x)
-        return y, vjp(dy)
-
     q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
-    yield Case(f"rope_norm {q.shape}: y, dx", rotated, (q, dout), ROUNDED)
 
-    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if flash else "chunked") -> Any:
+    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if gpu else "chunked") -> Any:
         y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
         return y, vjp(dy)
 
@@ -164,7 +176,7 @@ def _others(m: int, d: int, head: int, flash: bool) -> Iterator[Case]:
         cpu = jax.devices("cpu")[0]
         return on(cpu, lambda *a: attended(*a, implementation="chunked"), tuple(a.astype(np.float32) for a in arrays))
 
-    name = f"{'cudnn' if flash else 'chunked'} attention {q.shape}: y, dq, dk, dv"
+    name = f"{'cudnn' if gpu else 'chunked'} attention {q.shape}: y, dq, dk, dv"
     yield Case(name, attended, (q, k, v, dout), FLASH, plain)
 
     def lost(head: Any, x: Any, targets: Any) -> Any:

@@ -28,14 +28,15 @@ class Quantized(NamedTuple):
         return self.codes.shape
 
 
-def _scale(amax: jax.Array) -> jax.Array:
+def scale_of(amax: jax.Array) -> jax.Array:
+    """The scale of int8 codes whose largest magnitude is `amax`."""
     return jnp.where(amax > 0, amax * (1 / 127), 1.0)
 
 
 def quantize_rows(x: jax.Array, key: jax.Array | None = None, axis: int = -1) -> Quantized:
     """int8 codes of `x` with one f32 scale along `axis`: rounded to nearest, or stochastically with a key."""
     x = x.astype(jnp.float32)
-    scale = _scale(jnp.max(jnp.abs(x), axis, keepdims=True))
+    scale = scale_of(jnp.max(jnp.abs(x), axis, keepdims=True))
     return Quantized(round_int(x / scale, key).astype(jnp.int8), scale)
 
 

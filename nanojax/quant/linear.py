@@ -11,10 +11,11 @@ Each op saves, by `checkpoint_name`, exactly what its backward needs.
 
 Around every int8 product stand barriers: operands exist as codes, contiguous along the contraction (tensor cores want both
 so, and a kernel that quantised its operand would do it again for each tile of outputs), while scales, residual add and
-rounding become the product's epilogue, which costs nothing.
+rounding become the product's epilogue, which costs nothing. What makes codes of rows, or norms them, is one pass (rows.py).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,12 +24,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from nanojax import rope
 from nanojax.config import Compute
 from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
 from nanojax.quant.packed import Packed, int8_rows
-
-EPS = 2.0**-23  # inside the norms' square root: what torch's F.rms_norm, and so nanochat, uses in f32
-F32 = jnp.float32
+from nanojax.quant.rows import F32, by_rows, inverse_rms, quantized
 
 
 def _kept(x: Any) -> Any:
@@ -90,11 +90,17 @@ def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None, parts: 
     return tuple(out)
 
 
-def _rows(c: Compute, w: Any, dy: jax.Array) -> Quantized | None:
-    """dy*sw [M,O] as codes with one scale a row: what dX multiplies, and dW where it is the wider side."""
+def _rows(c: Compute, w: Any, dys: tuple[jax.Array, ...]) -> Quantized | None:
+    """dy*sw [M,O], dy given in parts side by side, as codes with one scale a row: what dX multiplies, and dW where it is
+    the wider side."""
     if c.dx != "int8":
         return None
-    return _codes_kept(quantize_rows(dy.astype(F32) * _codes(w).scale.T))
+    parts = len(dys)
+
+    def row(*values: jax.Array) -> tuple[Any, jax.Array]:
+        return quantized([dy.astype(F32) * sw for dy, sw in zip(values[:parts], values[parts:])])
+
+    return _codes_kept(Quantized(*by_rows(c, row, dys, jnp.split(_codes(w).scale.T, parts, 1))))
 
 
 def _dx(c: Compute, w: Any, dy: jax.Array, rows: Quantized | None) -> jax.Array:
@@ -105,12 +111,12 @@ def _dx(c: Compute, w: Any, dy: jax.Array, rows: Quantized | None) -> jax.Array:
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 
-def _dw(c: Compute, w: Any, dy: jax.Array, saved: Any, rows: Quantized | None) -> jax.Array:
-    """dy [M,O] and saved input [M,K] to the weights' gradient [O,K], f32."""
+def _dw(c: Compute, w: Any, dy: Any, saved: Any, rows: Quantized | None) -> jax.Array:
+    """dy [M,O] and saved input [M,K] to the weights' gradient [O,K], f32. dy may be None where c.dw is int8 and O >= K."""
     if c.dw != "int8":
         return lax.dot_general(dy, decode(saved, dy.dtype), (((0,), (0,)), ((), ())), preferred_element_type=F32)
     x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
-    if rows is not None and dy.shape[1] >= x.shape[1]:
+    if rows is not None and rows.shape[1] >= x.shape[1]:
         q = quantize_rows(x.codes.astype(F32) * (x.scale * rows.scale), axis=0)
         return matmul_t(_transposed(rows.codes), _transposed(q.codes)).astype(F32) * (1 / _codes(w).scale) * q.scale
     d = quantize_rows(dy.astype(F32) * x.scale, axis=0)
@@ -119,8 +125,13 @@ def _dw(c: Compute, w: Any, dy: jax.Array, saved: Any, rows: Quantized | None) -
 
 def _keep(c: Compute, x: jax.Array, name: str) -> Any:
     """x as the product's operand and residual: codes if forward is int8, else the compute dtype."""
-    saved = _codes_kept(quantize_rows(x)) if c.forward == "int8" else x.astype(float_dtype(c))
+    saved = _codes_kept(_codes_of_rows(c, x)) if c.forward == "int8" else x.astype(float_dtype(c))
     return jax.tree.map(lambda a: checkpoint_name(a, name), saved)
+
+
+def _codes_of_rows(c: Compute, x: jax.Array, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Quantized:
+    """function(x) [M,K] as codes with one scale a row."""
+    return Quantized(*by_rows(c, lambda x: quantized([function(x.astype(F32))]), (x,)))
 
 
 def _mark(tap: jax.Array | None) -> Any:
@@ -155,7 +166,7 @@ def _linear_fwd(c, name, w, tap, x, residual=None):
 
 def _linear_bwd(c, name, residuals, dy):
     w, tapped, saved, added = residuals
-    rows = _rows(c, w, dy)
+    rows = _rows(c, w, (dy,))
     dx = _kept(_dx(c, w, dy, rows).astype(float_dtype(c)))
     return (*_gradient(w, tapped, _dw(c, w, dy, saved, rows)), dx, None if added is None else dy)
 
@@ -170,35 +181,76 @@ def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Arr
     return _norm_linear_fwd(c, name, w, tap, x, parts)[0]
 
 
-def inverse_rms(x: jax.Array) -> jax.Array:
-    """1/sqrt(mean(x^2) + eps) over the last axis, kept; f32."""
-    x = x.astype(F32)
-    return lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
-
-
-def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array) -> jax.Array:
-    """Gradient through y = x*r, r = inverse_rms(x): r*(dy - y*mean(dy*y)), f32 (exact, eps included)."""
+def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array, K: int = 0) -> jax.Array:
+    """Gradient through y = x*r, r = inverse_rms(x, K): r*(dy - y*mean(dy*y)), f32 (exact, eps included)."""
     dy, y = dy.astype(F32), y.astype(F32)
-    return r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))
+    return r * (dy - y * (jnp.sum(dy * y, -1, keepdims=True) * (1 / (K or dy.shape[-1]))))
 
 
 def _norm_linear_fwd(c, name, w, tap, x, parts=1):
-    r = checkpoint_name(inverse_rms(x), name)
-    if c.forward == "int8":  # codes do not see the norm, only their scale does: one pass for maximum and mean square
-        q = quantize_rows(x)
-        saved = jax.tree.map(lambda a: checkpoint_name(a, name), _codes_kept(Quantized(q.codes, q.scale * r)))
+    if c.forward == "int8":  # codes do not see the norm, only their scale does
+
+        def row(x: jax.Array) -> tuple[Any, ...]:
+            codes, scale = quantized([x.astype(F32)])
+            r = inverse_rms(x, K)
+            return codes, scale * r, r
+
+        K = x.shape[-1]
+        codes, scale, r = by_rows(c, row, (x,))
+        saved = _codes_kept(Quantized(codes, scale))
     else:
-        saved = _keep(c, x.astype(F32) * r, name)
+        r = inverse_rms(x)
+        saved = (x.astype(F32) * r).astype(float_dtype(c))
+    saved, r = jax.tree.map(lambda a: checkpoint_name(a, name), (saved, r))
     return (_forward(c, w, saved, None, parts), x), (w, _mark(tap), saved, r)
 
 
 def _norm_linear_bwd(c, name, parts, residuals, cotangents):
-    (w, tapped, saved, r), (dys, dx) = residuals, cotangents
-    dy = dys[0] if parts == 1 else _kept(jnp.concatenate(dys, -1))
-    rows = _rows(c, w, dy)
+    w, dys = residuals[0], cotangents[0]
+    dy = dys[0] if parts == 1 else _kept(jnp.concatenate(dys, -1))  # not made where only its codes are used
+    return _norm_linear_gradients(c, residuals, dy, _rows(c, w, dys), cotangents[1])
+
+
+def _norm_linear_gradients(c, residuals, dy, rows, dx):
+    w, tapped, saved, r = residuals
     dh = _kept(_dx(c, w, dy, rows).astype(float_dtype(c)))
-    dx = _kept((dx.astype(F32) + norm_backward(dh, decode(saved), r)).astype(float_dtype(c)))
+    K, kept = dx.shape[-1], jax.tree.leaves(saved)
+
+    def row(dx: jax.Array, dh: jax.Array, r: jax.Array, y: jax.Array, *scale: jax.Array) -> tuple[jax.Array]:
+        y = y.astype(F32) * scale[0] if scale else y
+        return ((dx.astype(F32) + norm_backward(dh, y, r, K)).astype(float_dtype(c)),)
+
+    dx = _kept(by_rows(c, row, (dx, dh, r, *kept))[0])
     return (*_gradient(w, tapped, _dw(c, w, dy, saved, rows)), dx)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def qkv_linear(
+    c: Compute, names: tuple[str, str], rotation: rope.Rotation, w: Any, tap: jax.Array | None, x: jax.Array,
+    start: jax.Array,
+) -> Any:  # fmt: skip
+    """(q, k, v, x): norm_linear in three parts, then RoPE at positions start.. and QK-norm of q and k (rope.py).
+
+    names: of what norm_linear keeps, and of q, k, v and the heads' 1/rms. Backward needs q and k as returned.
+    """
+    return _qkv_linear_fwd(c, names, rotation, w, tap, x, start)[0]
+
+
+def _qkv_linear_fwd(c, names, rotation, w, tap, x, start):
+    ((q, k, v), x), residuals = _norm_linear_fwd(c, names[0], w, tap, x, 3)
+    kept = rope.forward(c, rotation, q, k, start)
+    kept, v = jax.tree.map(lambda a: checkpoint_name(a, names[1]), (kept, v))
+    return (*kept[0], v, x), (residuals, kept, start)
+
+
+def _qkv_linear_bwd(c, names, rotation, residuals, cotangents):
+    (residuals, kept, start), (*dys, dx) = residuals, cotangents
+    w = residuals[0]
+    if c.dx == c.dw == "int8":  # qkv is wider than its input, so both products take the same codes
+        rows = _codes_kept(Quantized(*rope.backward(c, rotation, kept, start, tuple(dys), _codes(w).scale.T)))
+        return *_norm_linear_gradients(c, residuals, None, rows, dx), None
+    (dy,) = rope.backward(c, rotation, kept, start, tuple(dys), None)
+    return *_norm_linear_gradients(c, residuals, dy, _rows(c, w, (dy,)), dx), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -211,7 +263,8 @@ def relu2_linear(
 
 def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
     if c.forward == "int8":
-        a = _keep(c, jnp.square(jax.nn.relu(x.astype(F32))), name)
+        a = _codes_kept(_codes_of_rows(c, x, lambda x: jnp.square(jnp.maximum(x, 0.0))))
+        a = jax.tree.map(lambda a: checkpoint_name(a, name), a)
         return _forward(c, w, a, residual)[0], (w, _mark(tap), a, _mark(residual))
     p = checkpoint_name(jax.nn.relu(x), name)
     return _forward(c, w, p * p, residual)[0], (w, _mark(tap), p, _mark(residual))
@@ -223,11 +276,12 @@ def _relu2_linear_bwd(c, name, residuals, dy):
         a, p = saved, jnp.sqrt(decode(saved))
     else:
         a, p = saved * saved, saved.astype(F32)
-    rows = _rows(c, w, dy)
+    rows = _rows(c, w, (dy,))
     dx = _kept((_dx(c, w, dy, rows) * (2 * p)).astype(float_dtype(c)))
     return (*_gradient(w, tapped, _dw(c, w, dy, a, rows)), dx, None if added is None else dy)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
 norm_linear.defvjp(_norm_linear_fwd, _norm_linear_bwd)
+qkv_linear.defvjp(_qkv_linear_fwd, _qkv_linear_bwd)
 relu2_linear.defvjp(_relu2_linear_fwd, _relu2_linear_bwd)
