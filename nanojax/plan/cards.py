@@ -80,8 +80,17 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
-device_description_str: "{self.name}"
+device_description_str: "{_PALLAS[self.capability]}"
 """
+
+
+# Pallas knows an absent GPU's capability by the name alone, and (jax 0.11 to 0.12) only these names; XLA goes by the numbers.
+_PALLAS = {
+    "8.6": "NVIDIA A10",
+    "8.9": "NVIDIA GeForce RTX 4090",
+    "9.0": "NVIDIA H100",
+    "12.0": "NVIDIA RTX PRO 6000",
+}
 
 
 # SMs, boost clock, bandwidth, L2 and power: NVIDIA's product pages and the whitepapers above. Memory: what nvidia-smi

@@ -103,6 +103,15 @@ def _sharding(card: Card) -> Any:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def _named(sharding: Any) -> contextlib.AbstractContextManager[Any]:
+    """While lowering: Pallas asks (from jax 0.11 on) what GPU it is for, and finds an absent one in the mesh only."""
+    import jax
+
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+    return contextlib.nullcontext()
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
@@ -146,7 +155,9 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
-            compiled = step.compiled_for_gpu(jitted.lower(*specs), options)
+            with _named(sharding):
+                lowered = jitted.lower(*specs)
+            compiled = step.compiled_for_gpu(lowered, options)
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"XLA cannot compile this step for {card.key}: {_first_line(error)}") from None
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)

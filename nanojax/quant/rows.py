@@ -6,6 +6,7 @@ differ in the order of sums alone. Left out: several rows to a program, which wo
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from jax.experimental.pallas import triton
 
 from nanojax.config import Compute
 from nanojax.quant.formats import scale_of
+
+# From jax 0.11 on, at every compile. Pallas' other backend for GPUs, Mosaic, has Ampere's and Ada's instructions only there,
+# and jax 0.10 runs here too. Where Triton is gone, compute.rows=xla needs none of it.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 Row = Callable[..., tuple[Any, ...]]
 F32 = jnp.float32
