@@ -1,6 +1,6 @@
 """d32_4070 with its block matrices at six levels, twelve to a word: 2.92 bits a weight, scales and padding included.
 
-plan (rtx4070): peak 8.6 GiB, 6.8k tok/s modelled, 64 days
+plan (rtx4070): peak 8.6 GiB, 7.2k tok/s modelled, 60 days
 
 python -m nanojax.train --config=d32_4070_b2p67
 """

@@ -1,6 +1,6 @@
 """d32 with everything stored and computed in bf16: the baseline that int8 is measured against.
 
-plan (rtx4070): peak 10.0 GiB, 3.5k tok/s modelled, 123 days
+plan (rtx4070): peak 10.0 GiB, 3.6k tok/s modelled, 121 days
 
 python -m nanojax.train --config=d32_4070_bf16
 

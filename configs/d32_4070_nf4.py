@@ -1,6 +1,6 @@
 """d32_4070 with its block matrices in NF4, 4.25 bits a weight; int8 products as there.
 
-plan (rtx4070): peak 8.9 GiB, 7.3k tok/s modelled, 60 days
+plan (rtx4070): peak 8.9 GiB, 7.8k tok/s modelled, 56 days
 
 python -m nanojax.train --config=d32_4070_nf4
 """

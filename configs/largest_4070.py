@@ -1,6 +1,6 @@
 """The largest nanochat found so far to train from scratch in 12 GB, with the planner: d41, 3,907,190,784 parameters.
 
-plan (rtx4070): peak 10.3 GiB, 3.1k tok/s modelled, 296 days
+plan (rtx4070): peak 10.1 GiB, 3.3k tok/s modelled, 277 days
 
 python -m nanojax.train --config=largest_4070
 

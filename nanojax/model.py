@@ -98,8 +98,7 @@ class Block(nn.Module):
         x = x_BTD.reshape(B * T, D)
         start = jnp.asarray(start, jnp.int32)
         out: Any = qkv_linear(c, ("attn_in", "qkv"), rotation, *self._matrix("qkv"), x, start)
-        *heads, x = out
-        q, k, v = (part.reshape(B, T, m.N, m.H) for part in heads)
+        q, k, v, x = out
         return q, k, v, x.reshape(x_BTD.shape)
 
     def rest(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:

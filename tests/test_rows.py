@@ -73,8 +73,7 @@ def test_codes_and_scale_of_a_row(K, calls):
 def test_parts_lie_side_by_side(calls):
     """Three arrays quantised with one scale a row: the codes of their concatenation, widths not powers of two."""
     parts = [normal(i, M, K) * (i + 1) for i, K in enumerate((24, 40, 8))]
-    row = lambda *parts: rows.quantized([x.astype(jnp.float32) for x in parts])
-    got = rows.by_rows(KERNELS, row, parts)
+    got = rows.by_rows(KERNELS, lambda *parts: rows.quantized([x.astype(jnp.float32) for x in parts]), parts)
     assert calls
     want = quant.quantize_rows(jnp.concatenate(parts, -1))
     np.testing.assert_array_equal(got[0], want.codes)
@@ -124,7 +123,7 @@ def test_ops_in_kernels(op, operands, calls):
         if op == "qkv_linear":
             rotation = rope.Rotation(M // 2, 3, D // 3, 1e4)
             run = lambda tap, x: linear.qkv_linear(c, ("", ""), rotation, weights, tap, x, jnp.int32(0))
-            cotangents = (*jnp.split(dy, 3, -1), other)
+            cotangents = (*(a.reshape(2, M // 2, 3, D // 3) for a in jnp.split(dy, 3, -1)), other)
         elif op == "norm_linear":
             run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x)
             cotangents = ((dy,), other)

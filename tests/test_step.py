@@ -158,7 +158,7 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
     for got, target in zip(jax.tree.leaves(many), jax.tree.leaves(want)):
         got, target = np.asarray(got, np.float64), np.asarray(target, np.float64)
         error = lambda x, target=target: np.linalg.norm(x - target) / np.linalg.norm(target)
-        assert error(got[0]) < 0.005
+        assert error(got[0]) < 0.008
         assert error(got.mean(0)) < error(got[0]) / 4
 
 

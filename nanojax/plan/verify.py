@@ -143,6 +143,7 @@ def _linear(
         return y, vjp(dy)
     dys = tuple(jnp.split(dy, parts, -1))
     if op == "qkv_linear":
+        dys = tuple(a.reshape(-1, rotation.T, rotation.N, rotation.H) for a in dys)
         run = lambda tap, x: linear.qkv_linear(c, ("", ""), rotation, weights, tap, x, jnp.int32(0))
     else:
         run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)

@@ -229,7 +229,7 @@ def qkv_linear(
     c: Compute, names: tuple[str, str], rotation: rope.Rotation, w: Any, tap: jax.Array | None, x: jax.Array,
     start: jax.Array,
 ) -> Any:  # fmt: skip
-    """(q, k, v, x): norm_linear in three parts, then RoPE at positions start.. and QK-norm of q and k (rope.py).
+    """(q, k, v [B,T,N,H], x): norm_linear in three parts, then RoPE at positions start.. and QK-norm of q and k (rope.py).
 
     names: of what norm_linear keeps, and of q, k, v and the heads' 1/rms. Backward needs q and k as returned.
     """
@@ -238,18 +238,21 @@ def qkv_linear(
 
 def _qkv_linear_fwd(c, names, rotation, w, tap, x, start):
     ((q, k, v), x), residuals = _norm_linear_fwd(c, names[0], w, tap, x, 3)
-    kept = rope.forward(c, rotation, q, k, start)
-    kept, v = jax.tree.map(lambda a: checkpoint_name(a, names[1]), (kept, v))
-    return (*kept[0], v, x), (residuals, kept, start)
+    heads, r = rope.forward(c, rotation, q, k, start)
+    # q and k are kept as they are returned, so that attention and this op keep one array, not two views of it
+    heads = tuple(a.reshape(-1, rotation.T, rotation.N, rotation.H) for a in (*heads, v))
+    (q, k, v), r = jax.tree.map(lambda a: checkpoint_name(a, names[1]), (heads, r))
+    return (q, k, v, x), (residuals, q, k, r, start)
 
 
 def _qkv_linear_bwd(c, names, rotation, residuals, cotangents):
-    (residuals, kept, start), (*dys, dx) = residuals, cotangents
-    w = residuals[0]
+    (residuals, q, k, r, start), (*dys, dx) = residuals, cotangents
+    w, flat = residuals[0], lambda a: a.reshape(dx.shape)
+    kept, dys = ((flat(q), flat(k)), r), tuple(map(flat, dys))
     if c.dx == c.dw == "int8":  # qkv is wider than its input, so both products take the same codes
-        rows = _codes_kept(Quantized(*rope.backward(c, rotation, kept, start, tuple(dys), _codes(w).scale.T)))
+        rows = _codes_kept(Quantized(*rope.backward(c, rotation, kept, start, dys, _codes(w).scale.T)))
         return *_norm_linear_gradients(c, residuals, None, rows, dx), None
-    (dy,) = rope.backward(c, rotation, kept, start, tuple(dys), None)
+    (dy,) = rope.backward(c, rotation, kept, start, dys, None)
     return *_norm_linear_gradients(c, residuals, dy, _rows(c, w, (dy,)), dx), None
 
 
