@@ -123,15 +123,13 @@ def _dw(c: Compute, w: Any, dy: Any, saved: Any, rows: Quantized | None) -> jax.
     return matmul_t(_transposed(d.codes), _transposed(x.codes)).astype(F32) * d.scale.T
 
 
-def _keep(c: Compute, x: jax.Array, name: str) -> Any:
-    """x as the product's operand and residual: codes if forward is int8, else the compute dtype."""
-    saved = _codes_kept(_codes_of_rows(c, x)) if c.forward == "int8" else x.astype(float_dtype(c))
+def _keep(c: Compute, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Any:
+    """function(x) as the product's operand and residual: codes if forward is int8, else the compute dtype."""
+    if c.forward == "int8":
+        saved = _codes_kept(Quantized(*by_rows(c, lambda x: quantized([function(x.astype(F32))]), (x,))))
+    else:
+        saved = function(x).astype(float_dtype(c))
     return jax.tree.map(lambda a: checkpoint_name(a, name), saved)
-
-
-def _codes_of_rows(c: Compute, x: jax.Array, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Quantized:
-    """function(x) [M,K] as codes with one scale a row."""
-    return Quantized(*by_rows(c, lambda x: quantized([function(x.astype(F32))]), (x,)))
 
 
 def _mark(tap: jax.Array | None) -> Any:
@@ -266,8 +264,7 @@ def relu2_linear(
 
 def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
     if c.forward == "int8":
-        a = _codes_kept(_codes_of_rows(c, x, lambda x: jnp.square(jnp.maximum(x, 0.0))))
-        a = jax.tree.map(lambda a: checkpoint_name(a, name), a)
+        a = _keep(c, x, name, lambda x: jnp.square(jnp.maximum(x, 0.0)))
         return _forward(c, w, a, residual)[0], (w, _mark(tap), a, _mark(residual))
     p = checkpoint_name(jax.nn.relu(x), name)
     return _forward(c, w, p * p, residual)[0], (w, _mark(tap), p, _mark(residual))
