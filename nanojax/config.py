@@ -111,6 +111,9 @@ class Stored:
     head: EdgeFormat = _key("f32", "output head")
     momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below that bf16 per 64")
     adam: EdgeFormat = _key("f32", "AdamW moments; int8 is blockwise, second moment by its square root")
+    remainder: int = _key(
+        4, "with blocks below 8 bits: bits a weight in which what rounding left waits for the next update; 0, 2 or 4"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,6 +405,8 @@ def _check_model(config: Config) -> None:
             f"--compute.loss_chunk={c.loss_chunk}: must divide the microbatch's {t.microbatch * m.seq} tokens "
             "(train.microbatch*model.seq)"
         )
+    if config.stored.remainder not in (0, 2, 4):
+        raise UserError(f"--stored.remainder={config.stored.remainder}: choose 0, 2 or 4 bits")
     packed = ("int4", "nf4", "int3", "b2.67")
     if m.D % 64 and {config.stored.blocks, config.stored.momentum} & set(packed):
         raise UserError(f"--model.width={m.D}: formats below 8 bits have 64 values to a scale; choose a multiple of 64")

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from nanojax.config import Config, Format
-from nanojax.quant import BLOCK, Packed, Quantized, decode, encode, is_stored, packed, zeros
+from nanojax.quant import BLOCK, Quantized, decode, encode, is_stored, packed, zeros
 from nanojax.quant.rounding import dither
 
 RULES = {"embed": "adamw", "head": "adamw", "blocks": "muon"}  # every group of parameters and its optimizer
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Of the rounding errors below 8 bits. On top of the dither 0.3 and 1 take a fifth to a quarter off int4's loss (d2, width
-# 128); on a noisy quadratic 1 costs b2.67 a third, and from 2 on the errors drown the momentum in every format.
-RETURNED = 0.3
 PARTS = {"qkv": 3}  # matrices that are several stacked: q, k and v are orthogonalised one by one, as nanochat's are
 
 
@@ -106,27 +103,6 @@ def _parts(name: str, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], count, x.shape[-2] // count, x.shape[-1])
 
 
-def feed_back(config: Config, count: jax.Array, momentum: Any, updates: Any, errors: Any, key: jax.Array) -> Any:
-    """Muon's momentum with the rounding errors of the parameters put into it, so that later updates undo them.
-
-    ECO (arXiv 2601.22101) with a scalar for Muon: adding d to the momentum moves the next update by about -lr*d/s, s the
-    momentum's mean singular value, and lasts 1/(1-m) steps; d = -(1-m)*s*error/lr would undo all of it. RETURNED of that is
-    fed back. `errors` are wanted less stored values. No memory of its own.
-    """
-    rate, m = (schedule(count) for schedule in schedules(config))
-    new = {}
-    for i, (name, error) in enumerate(sorted(errors.items())):
-        buf, update, error = (_parts(name, x) for x in (decode(momentum[name]), updates[name], error))
-        rows, columns = update.shape[-2:]
-        lr = config.optim.matrix_lr * max(1.0, rows / columns) ** 0.5
-        moved = jnp.sum(buf * -update, (-2, -1), keepdims=True) / min(rows, columns)  # s * lr * rate
-        # as the rate goes to 0 the momentum could no longer be moved by as much as is asked for: the rate counts as 0.3
-        back = RETURNED * (1 - m) * error * moved / (lr * jnp.maximum(rate, 1e-6)) / (lr * jnp.maximum(rate, 0.3))
-        form = config.stored.momentum
-        new[name] = encode((buf - back).reshape(errors[name].shape), form, jax.random.fold_in(key, i), BLOCK)
-    return new
-
-
 class AdamState(NamedTuple):
     """count: int32; mu, nu: first and second moment (int8: the square root of the second) as config.stored.adam."""
 
@@ -188,17 +164,23 @@ def step(tx: optax.GradientTransformationExtraArgs, grads: Any, state: Any, para
     return tx.update(grads, state, params, key=key)
 
 
-def apply(stored: Any, updates: Any, form: Format, key: jax.Array, phase: Any = None) -> Any:
-    """Stored parameters plus f32 updates: decode, add, encode stochastically (optax.apply_updates would truncate int8).
-
-    Below 8 bits `phase`, (a key that stays the same, the step), is needed instead of `key`: rounding.dither, held scales.
-    """
+def apply(stored: Any, updates: Any, form: Format, key: jax.Array) -> Any:
+    """Stored parameters plus f32 updates: decode, add, encode stochastically (optax.apply_updates would truncate int8)."""
     leaves, structure = jax.tree.flatten(updates)
-
-    def one(i: int, p: Any, u: jax.Array) -> Any:
-        if isinstance(p, Packed):
-            return packed.encode(decode(p) + u, p.form, dither(jax.random.fold_in(phase[0], i), phase[1], u.shape), p)
-        return encode(decode(p) + u, form, jax.random.fold_in(key, i))
-
-    new = [one(i, p, u) for i, (p, u) in enumerate(zip(structure.flatten_up_to(stored), leaves))]
+    parts = zip(structure.flatten_up_to(stored), leaves)
+    new = [encode(decode(p) + u, form, jax.random.fold_in(key, i)) for i, (p, u) in enumerate(parts)]
     return jax.tree.unflatten(structure, new)
+
+
+def apply_packed(stored: Any, remainder: Any, updates: Any, bits: int, key: jax.Array, step: Any) -> tuple[Any, Any]:
+    """`apply` below 8 bits, (parameters, remainder): dicts by name; `key` is the same at every step (rounding.dither).
+
+    What rounding leaves of a weight is not lost (packed.encode_fine): rounded anew to 16 levels and fewer, weights would take
+    up more noise at every step than update.
+    """
+    params, rest = {}, {}
+    for i, (name, u) in enumerate(sorted(updates.items())):
+        noise = dither(jax.random.fold_in(key, i), step, u.shape)
+        x = packed.decode_fine(stored[name], remainder[name], bits) + u
+        params[name], rest[name] = packed.encode_fine(x, noise, stored[name], bits)
+    return params, rest

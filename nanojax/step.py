@@ -36,8 +36,9 @@ class State(NamedTuple):
     """What a step turns into the next: all of it donated.
 
     step int32; params (model.py); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu, nu), "head":
-    (mu, nu)} as stored; accum {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With
-    accumulate.dtype=momentum accum has no "blocks", and the momentum is one array a layer.
+    (mu, nu)} as stored, and, with blocks below 8 bits, "remainder": what rounding left of them (quant/packed.py); accum
+    {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With accumulate.dtype=momentum accum
+    has no "blocks", and the momentum is one array a layer.
     """
 
     step: jax.Array
@@ -64,6 +65,9 @@ def init_state(config: Config) -> State:
         "embed": (edge(s.adam), edge(s.adam)),
         "head": (edge(s.adam), edge(s.adam)),
     }
+    if s.blocks in LEVELS:
+        rows = {name: (*shape[:-1], shape[-1] * s.remainder // 8) for name, shape in stacks.items()}
+        opt["remainder"] = {name: jnp.zeros(shape, jnp.uint8) for name, shape in rows.items()}
     params = model.init_params(config, jax.random.key(config.train.seed))
     return State(jnp.int32(0), params, opt, accum)
 
@@ -187,41 +191,39 @@ def _rows(config: Config) -> int:
 
 
 def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
-    """(parameters, momentum, accumulators) of the blocks after Muon or AdamW, one layer at a time.
-
-    Rounding errors below 8 bits are fed back into a momentum of its own, not into one that gradients are summed into.
-    """
-    adamw = config.optim.matrix == "adamw"
+    """(parameters, entries of opt, accumulators) of the blocks after Muon or AdamW, one layer at a time."""
+    adamw, packed = config.optim.matrix == "adamw", config.stored.blocks in LEVELS
     tx: Any = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
     folded = config.accumulate.dtype == "momentum"
-    fed_back = config.stored.blocks in LEVELS and not adamw
+    opt = {name: state.opt[name] for name in ("blocks", "remainder") if name in state.opt}
+    if folded:  # the accumulators are the momentum and stay
+        del opt["blocks"]
 
     branches = [lambda j=j: {name: layers[j] for name, layers in totals.items()} for j in range(config.model.L)]
 
     def layer(carry: Any, i: jax.Array) -> tuple[Any, None]:
-        params, momentum = carry
+        params, opt = carry
         keys = jax.random.split(jax.random.fold_in(key, i))
-        p, grads = _at(params, i), jax.tree.map(lambda g: g.astype(F32) * clip, lax.switch(i, branches))
-        buf = grads if folded else _at(momentum, i)
+        p, old, new = _at(params, i), _at(opt, i), {}
+        grads = jax.tree.map(lambda g: g.astype(F32) * clip, lax.switch(i, branches))
+        buf = grads if folded else old["blocks"]
         before = optim.AdamState(state.step, *buf) if adamw else optim.MuonState(state.step, buf)
         updates, after = optim.step(tx, grads, before, p, keys[0])
-        phase = jax.random.fold_in(jax.random.key(config.train.seed), i), state.step
-        old, p = p, optim.apply(p, updates, config.stored.blocks, keys[1], phase)
-        if folded:  # the accumulators are the momentum and stay
-            return (_put(params, lax.optimization_barrier(p), i), momentum), None
-        new = (after.mu, after.nu) if adamw else after.momentum
-        if fed_back:
-            errors = {name: decode(old[name]) + u - decode(p[name]) for name, u in updates.items()}
-            new = optim.feed_back(config, state.step, new, updates, errors, jax.random.fold_in(keys[0], 1))
+        if not folded:
+            new["blocks"] = (after.mu, after.nu) if adamw else after.momentum
+        if packed:
+            phase, bits = jax.random.fold_in(jax.random.key(config.train.seed), i), config.stored.remainder
+            p, new["remainder"] = optim.apply_packed(p, old["remainder"], updates, bits, phase, state.step)
+        else:
+            p = optim.apply(p, updates, config.stored.blocks, keys[1])
         p, new = lax.optimization_barrier((p, new))
-        return (_put(params, p, i), _put(momentum, new, i)), None
+        return (_put(params, p, i), _put(opt, new, i)), None
 
-    carry = (state.params["blocks"], None if folded else state.opt["blocks"])
-    (params, momentum), _ = lax.scan(layer, carry, jnp.arange(config.model.L))
+    (params, opt), _ = lax.scan(layer, (state.params["blocks"], opt), jnp.arange(config.model.L))
     if folded:
-        return params, totals, None
-    params, momentum, totals = lax.optimization_barrier((params, momentum, totals))
-    return params, momentum, jax.tree.map(jnp.zeros_like, totals)
+        return params, {"blocks": totals} | opt, None
+    params, opt, totals = lax.optimization_barrier((params, opt, totals))
+    return params, opt, jax.tree.map(jnp.zeros_like, totals)
 
 
 def _update_rows(
@@ -279,8 +281,8 @@ def keyed_step(
             clip = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
     keys = jax.random.split(jax.random.fold_in(key, A), 3)
     with jax.named_scope(config.optim.matrix):
-        blocks, momenta, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
-    params, opt, cleared = {"blocks": blocks}, {"blocks": momenta}, {}
+        blocks, opt, totals = _update_blocks(config, state, accum["blocks"], clip, keys[0])
+    params, cleared = {"blocks": blocks}, {}
     for k, name, lr in ((keys[1], "embed", config.optim.embed_lr), (keys[2], "head", config.optim.head_lr)):
         carry = (state.params[name], state.opt[name], accum[name])
         form = getattr(config.stored, name)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from nanojax import config as configs
-from nanojax import model, optim, quant, step
+from nanojax import model, quant, step
 from nanojax.config import Compute, Config, Model, Optim, Stored, Train, UserError
 from nanojax.quant import packed
 from nanojax.quant.rounding import dither
 
 KEY = jax.random.key(0)
 FORMS = list(packed.LEVELS)
+BITS = [0, 2, 4]  # of remainders
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -42,12 +43,87 @@ def test_bits_count_everything():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_encoding_again_is_exact(form: str):
-    """Decoded values encode to the same words and scales: to nearest, with any noise, and with scales held."""
+    """Decoded values encode to the same words and scales, to nearest and with any noise."""
     q = packed.encode(normal(16, 256), form)
     x, noise = packed.decode(q), jax.random.uniform(KEY, (16, 256), minval=1e-4, maxval=1 - 1e-4)
-    for again in (packed.encode(x, form), packed.encode(x, form, noise), packed.encode(x, form, noise, q)):
+    for again in (packed.encode(x, form), packed.encode(x, form, noise)):
         np.testing.assert_array_equal(again.words, q.words)
         np.testing.assert_array_equal(again.scale, q.scale)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_hundred_updates_of_nothing(form: str, bits: int):
+    """Words, remainders and scales of normal data stay what they are, bit for bit, through 100 updates by zero."""
+    old = packed.encode(normal(64, 256), form)
+    first = packed.encode_fine(normal(64, 256), jax.random.uniform(KEY, (64, 256)), old, bits)
+
+    def update(stored: tuple, i: jax.Array) -> tuple:
+        noise = jnp.clip(dither(KEY, i, (64, 256)), 2e-4, 1 - 2e-4)
+        return packed.encode_fine(packed.decode_fine(*stored, bits), noise, stored[0], bits), None
+
+    last, _ = jax.jit(lambda stored: jax.lax.scan(update, stored, jnp.arange(100)))(first)
+    jax.tree.map(np.testing.assert_array_equal, last, first)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_remainders_pack(bits: int):
+    """Every whole number of `bits` bits and either sign comes back; bytes a value are bits/8; zeros are zeros."""
+    x = jax.random.randint(KEY, (3, 5, 64), -(2 ** (bits - 1)), 2 ** (bits - 1))
+    packed_ = packed.pack_remainder(x, bits)
+    assert packed_.nbytes == x.size * bits // 8 and packed_.dtype == jnp.uint8
+    np.testing.assert_array_equal(packed.unpack_remainder(packed_, bits), x)
+    assert not np.any(packed.pack_remainder(jnp.zeros((2, 64), jnp.int32), bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_fine_grid(form: str, bits: int):
+    """Against numpy, where a scale is held: encode_fine rounds to one of the two neighbours on the grid that linear
+    interpolation between levels gives; products read the level nearest to that; the mean over even noise is x (1/200 step)."""
+    table, points = np.asarray(packed.LEVELS[form]), max(1, 2**bits - 1)
+    x = np.asarray(normal(8, 128, seed=4))
+    middle = jnp.full(x.shape, 0.5)
+    old, _ = packed.encode_fine(jnp.asarray(x), middle, packed.encode(jnp.asarray(x), form), bits)
+    scale = np.repeat(np.asarray(old.scale.astype(jnp.float32)), 64, -1)
+    grid = np.interp(np.arange(points * (len(table) - 1) + 1) / points, np.arange(len(table)), table)
+    place = np.clip(np.searchsorted(grid, x / scale, "right") - 1, 0, len(grid) - 2)
+    below, above = grid[place] * scale, grid[place + 1] * scale
+
+    def rounded(noise: jax.Array) -> tuple:
+        stored, remainder = packed.encode_fine(jnp.asarray(x), middle * 0 + noise, old, bits)
+        return stored.scale == old.scale, packed.decode_fine(stored, remainder, bits), packed.decode(stored)
+
+    held, values, levels = jax.jit(jax.vmap(rounded))(jnp.linspace(0.0025, 0.9975, 200))
+    fits = np.all(np.repeat(held, 64, -1), 0) & (np.abs(x) < scale)
+    assert fits.mean() > 0.5
+    off = np.minimum(np.abs(values - below), np.abs(values - above))
+    assert off[:, fits].max() < 1e-5
+    nearest = np.round(np.interp(np.asarray(values) / scale, table, np.arange(len(table))))
+    assert np.abs(table[nearest.astype(int)] * scale - levels)[:, fits].max() < 1e-5
+    assert np.all((np.abs(np.mean(values, 0) - x) <= (above - below) / 200 + 1e-6)[fits])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_small_updates_add_up(form: str):
+    """400 pushes, half up, half down, of 1/4000 of the outermost level: values that stay inside move by a tenth of it to 3% in
+    the mean, none is off by more than three steps of the grid."""
+    x = jnp.clip(normal(16, 64, seed=6), -1.2, 1.2)
+    start = packed.encode_fine(x, jnp.full((16, 64), 0.5), packed.encode(x, form), 4)
+    for _ in range(2):  # until the scale is that of values on the grid
+        start = packed.encode_fine(packed.decode_fine(*start, 4), jnp.full((16, 64), 0.5), start[0], 4)
+    scale = jnp.repeat(start[0].scale.astype(jnp.float32), 64, -1)
+    push = scale / 4000 * jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)
+
+    def update(carry: tuple, i: jax.Array) -> tuple:
+        return packed.encode_fine(packed.decode_fine(*carry, 4) + push, dither(KEY, i, (16, 64)), carry[0], 4), None
+
+    last, _ = jax.jit(lambda carry: jax.lax.scan(update, carry, jnp.arange(400)))(start)
+    still = jnp.repeat(last[0].scale == start[0].scale, 64, -1) & (jnp.abs(x) < 0.8 * scale)
+    assert float(jnp.mean(still)) > 0.3
+    moved = ((packed.decode_fine(*last, 4) - packed.decode_fine(*start, 4)) / push)[still] / 400
+    assert float(jnp.mean(moved)) == pytest.approx(1, abs=0.03)
+    assert float(jnp.max(jnp.abs(moved - 1))) * 0.1 < 3 * float(np.max(np.diff(packed.LEVELS[form]))) / 15
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,7 +155,7 @@ def test_zeros(form: str):
     assert not np.any(packed.decode(packed.zeros((3, 128), form)))
     q = packed.encode(jnp.zeros((3, 128)), form)
     assert not np.any(packed.decode(q)) and not np.any(packed.int8_rows(q)[0])
-    moved = packed.encode(1e-3 * normal(3, 128), form, jnp.full((3, 128), 0.5), q)
+    moved, _ = packed.encode_fine(1e-3 * normal(3, 128), jnp.full((3, 128), 0.5), q, 0)
     largest = 1e-3 * float(jnp.max(jnp.abs(normal(3, 128))))
     assert float(jnp.max(jnp.abs(packed.decode(moved)))) == pytest.approx(largest, rel=0.01)
 
@@ -114,18 +190,29 @@ def test_dither_is_even():
     assert abs(first.mean() - 0.5) < 0.02 and first.min() > 0 and first.max() < 1
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("form", FORMS)
-def test_held_scales(form: str):
-    """Small updates leave scales alone; values beyond the outermost level raise them; shrunken blocks lower them."""
-    q = packed.encode(normal(4, 128), form)
-    x, noise = packed.decode(q), jnp.full((4, 128), 0.5)
-    still = packed.encode(x + 1e-3 * normal(4, 128, seed=2), form, noise, q)
-    np.testing.assert_array_equal(still.scale, q.scale)
-    np.testing.assert_array_equal(still.words, q.words)
+def test_held_scales(form: str, bits: int):
+    """Small updates leave scales alone; blocks that double or halve get a scale that fits, within 10%."""
+    stored = packed.encode_fine(normal(4, 128), jnp.full((4, 128), 0.5), packed.encode(normal(4, 128), form), bits)
+    x, noise = packed.decode_fine(*stored, bits), jnp.full((4, 128), 0.5)
+    still, _ = packed.encode_fine(x + 1e-3 * normal(4, 128, seed=2), noise, stored[0], bits)
+    np.testing.assert_array_equal(still.scale, stored[0].scale)
+    np.testing.assert_array_equal(still.words, stored[0].words)
     for factor in (2.0, 0.5):
-        new = packed.encode(x * factor, form, noise, q)
-        np.testing.assert_array_equal(new.scale, q.scale * jnp.bfloat16(factor))
-        np.testing.assert_array_equal(new.words, q.words)
+        new, _ = packed.encode_fine(x * factor, noise, stored[0], bits)
+        ratio = np.asarray(new.scale / stored[0].scale, np.float32)
+        assert np.all(np.abs(ratio / factor - 1) < 0.1), (factor, ratio)
+
+
+def test_products_read_the_least_squares_scale():
+    """With a remainder, six levels of normal data err by 0.25 deviations, where a scale of block maxima gives 0.30: the
+    best six equidistant levels there are err by 0.243 (Max 1960, table 2: 0.0595)."""
+    x = normal(512, 1024)
+    q = packed.encode(x, "b2.67")
+    error = lambda stored: float(jnp.sqrt(jnp.mean(jnp.square(packed.decode(stored) - x))))
+    assert error(q) == pytest.approx(0.302, abs=0.003)
+    assert 0.243 - 0.003 < error(packed.encode_fine(x, jnp.full(x.shape, 0.5), q, 4)[0]) < 0.252
 
 
 def tiny(form: str, **stored: str) -> Config:
@@ -166,26 +253,26 @@ def test_products_see_the_stored_values():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_errors_return_through_the_momentum(rate: float):
-    """A rounding error moves the next update towards undoing it, at any learning rate: by 0.3(1-m) of the error, half of
-    it for a square matrix, whose orthogonalisation is not linear; without an error the momentum stays as it is."""
-    config = tiny("nf4")
-    config = dataclasses.replace(config, optim=Optim(matrix_lr=0.02 * rate, momentum_warmup=0, warmdown=0.0))
-    tx, count = optim.muon(config), jnp.int32(3)
-    momentum = {"o": normal(64, 64), "up": normal(256, 64, seed=1)}
-    move = lambda buf: tx.update(
-        jax.tree.map(jnp.zeros_like, buf), optim.MuonState(count, buf), key=KEY
-    )  # no gradient: the update is of the momentum itself
-    updates = move(momentum)[0]
-    none = jax.tree.map(jnp.zeros_like, momentum)
-    same = optim.feed_back(config, count, momentum, updates, none, KEY)
-    np.testing.assert_array_equal(same["up"], momentum["up"])
-    errors = {"o": 1e-4 * normal(64, 64, seed=2), "up": 1e-4 * normal(256, 64, seed=3)}
-    fed = move(optim.feed_back(config, count, momentum, updates, errors, KEY))[0]
-    for name, error in errors.items():
-        along = float(jnp.sum((fed[name] - updates[name]) * error) / jnp.sum(error * error))
-        assert 0.4 * 0.3 * 0.05 < along < 1.5 * 0.3 * 0.05, (name, along)
+@pytest.mark.parametrize("bits", BITS)
+def test_step_keeps_remainders(bits: int):
+    """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
+    and leaves remainders that are within their level's cell."""
+    config = dataclasses.replace(tiny("int3"), stored=Stored(blocks="int3", remainder=bits))
+    before = jax.jit(step.init_state, static_argnums=0)(config)
+    assert before.opt["remainder"]["up"].shape == (2, 256, 64 * bits // 8) and not np.any(before.opt["remainder"]["up"])
+    tokens, after, train = jax.random.randint(KEY, config.batch_shape, 0, 128), before, jax.jit(step.train_step(config))
+    for _ in range(3):  # o and down begin as zeros, so that the first step leaves qkv and up alone
+        after, _ = train(after, tokens)
+    moved = 0
+    for name, p in after.params["blocks"].items():
+        old = before.params["blocks"][name]
+        x = packed.decode_fine(p, after.opt["remainder"][name], bits)
+        assert np.any(p.words != old.words), name
+        if bits:  # products read the level nearest to it: half of the widest cell off at most, and off somewhere
+            off = jnp.abs(x - quant.decode(p)).reshape(*p.scale.shape, 64) / p.scale[..., None].astype(jnp.float32)
+            assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt["remainder"][name]), name
+        moved += float(jnp.sum(jnp.square(x - quant.decode(old))))
+    assert moved > 0
 
 
 def test_adamw_for_matrices():
@@ -203,7 +290,9 @@ def test_adamw_for_matrices():
 
 
 def test_mistakes():
-    """Widths that blocks of 64 do not divide, and AdamW folded into a momentum, are told in one line."""
+    """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are told in one line."""
+    with pytest.raises(UserError, match="0, 2 or 4"):
+        configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
         configs.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))
     folded = {"accumulate.dtype": "momentum", "optim.matrix": "adamw", "optim.clip": "0", "optim.nesterov": "false"}
