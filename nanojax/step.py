@@ -21,9 +21,9 @@ from jax import lax
 from nanojax import model, optim
 from nanojax.config import Config
 from nanojax.loss import accumulate, loss_and_grads
-from nanojax.quant import BLOCK, decode, zeros
+from nanojax.quant import BLOCK, decode, is_stored, zeros
 from nanojax.quant.linear import F32, inverse_rms, norm_backward
-from nanojax.quant.packed import LEVELS
+from nanojax.quant.packed import LEVELS, with_rows
 from nanojax.quant.rounding import dither_vectors, shifted
 
 # Scales, residual adds and accumulators become epilogues of the products that make them. Modelled, d32 on an RTX 4070: 7.5k
@@ -263,12 +263,15 @@ def keyed_step(
     if folded:
         accum["blocks"] = state.opt["blocks"]
 
+    blocks = jax.tree.map(with_rows, state.params["blocks"], is_leaf=is_stored)
+    params = {**state.params, "blocks": blocks}
+
     def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
         accum, loss = carry
         i, tokens = inputs
         decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
         weight = jnp.where(folded, 1 - m, 1.0)
-        more, accum = forward_backward(config, state.params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
+        more, accum = forward_backward(config, params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
         return (accum, loss + more), None
 
     (accum, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), tokens_ABT1))

@@ -56,12 +56,19 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         "NF4 stored, remainders of 2 bits, int8 compute and state",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "2"},
     ),
+    "nf4-4": (
+        "NF4 stored, remainders of 4 bits, int8 compute and state",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "4"},
+    ),
     "int3": ("int3 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"}),
     "b2.67": ("b2.67 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "b2.67"}),
     "adamw": ("f32, AdamW for all", ADAMW),
     "int3-adamw8": (
-        "int3 stored, remainders of 2 bits, int8 compute, 8-bit AdamW for all",
-        INT8 | BF16_EDGES | STATE8 | ADAMW | {"stored.blocks": "int3", "stored.remainder": "2"},
+        "int3 stored, remainders of 2 bits, int8 embedding and compute, 8-bit AdamW for all",
+        INT8
+        | STATE8
+        | ADAMW
+        | {"stored.blocks": "int3", "stored.remainder": "2", "stored.embed": "int8", "stored.head": "bf16"},
     ),
     "momentum8": ("f32, int8 momentum", {"stored.momentum": "int8"}),
     "momentum4": ("f32, NF4 momentum", {"stored.momentum": "nf4"}),
@@ -84,7 +91,9 @@ PLANS: dict[str, list[Run]] = {
     "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
     "rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("f32", "int8-bf16", "int8-int8")],
     "knobs": [("d3", arm, 1.0, 0) for arm in KNOBS],
-    "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "b2.67", "int3", "int3-adamw8", "int4")],
+    "ladder": [
+        ("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "nf4-4", "b2.67", "int3", "int3-adamw8", "int4")
+    ],
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("nf4", "b2.67", "int3", "int3-adamw8")],
     "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16")],
 }

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 BLOCK = 64  # values to a scale: with bf16 scales 0.25 bits a value
 # Outermost level in root mean squares of its block, for least squared error on normal data (NF4: as int4). With b2.67 training
@@ -39,11 +40,15 @@ LEVELS: dict[str, tuple[float, ...]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """words: uint8 or uint32 [..., W], the codes of K values (see pack); scale: bf16 [..., K/64]; form: key of LEVELS."""
+    """words: uint8 or uint32 [..., W], the codes of K values (see pack); scale: bf16 [..., K/64]; form: key of LEVELS.
+
+    row: never stored; while a step uses the same weights many times, what int8_rows needs of the scales (with_rows).
+    """
 
     words: jax.Array
     scale: jax.Array
     form: str = dataclasses.field(metadata={"static": True})
+    row: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,15 +124,24 @@ def decode(stored: Packed, dtype: Any = jnp.float32) -> jax.Array:
     return values.reshape(stored.shape).astype(dtype)
 
 
+def with_rows(stored: Any) -> Any:
+    """`stored` with the scales of its rows: computed anew for every product, they are 20 small kernels a layer (d32, 2%)."""
+    return dataclasses.replace(stored, row=_row(stored)) if isinstance(stored, Packed) else stored
+
+
+def _row(stored: Packed) -> jax.Array:
+    row = jnp.max(stored.scale.astype(jnp.float32), -1, keepdims=True)
+    return jnp.where(row > 0, row * (1 / 127), 1.0)
+
+
 def int8_rows(stored: Packed) -> tuple[jax.Array, jax.Array]:
     """int8 codes [..., K] and f32 scale [..., 1] of each row, for int8 products: one pass, scale = largest block's / 127.
 
     Off by at most 1/254 of the row's largest value, where the format's own step is at least 1/11 of the block's.
     """
-    scale = stored.scale.astype(jnp.float32)
-    row = jnp.max(scale, -1, keepdims=True)
-    row = jnp.where(row > 0, row * (1 / 127), 1.0)
-    return jnp.round(_blocks(levels_of(stored)) * (scale / row)[..., None]).astype(jnp.int8).reshape(stored.shape), row
+    row = _row(stored) if stored.row is None else stored.row
+    part = (stored.scale.astype(jnp.float32) / row)[..., None]
+    return jnp.round(_blocks(levels_of(stored)) * part).astype(jnp.int8).reshape(stored.shape), row
 
 
 def encode(x: jax.Array, form: str, dither: jax.Array | None = None) -> Packed:
@@ -163,8 +177,8 @@ def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tupl
     wide = _reach(jnp.clip(v, -end * wide, end * wide), form, bits)  # of what will be stored
     scale = jnp.where(grown | shrunk | (held == 0), jnp.minimum(most, wide), held).astype(jnp.bfloat16)
     codes = _rounded(v, scale, form, points, cut).reshape(x.shape)
-    new = Packed(pack(codes // points, form), scale[..., 0], form)
-    return new, pack_remainder(codes % points - points // 2, bits)
+    level = lax.div(codes, jnp.int32(points))
+    return Packed(pack(level, form), scale[..., 0], form), pack_remainder(codes - level * points - points // 2, bits)
 
 
 def decode_fine(stored: Packed, remainder: jax.Array, bits: int) -> jax.Array:
@@ -199,10 +213,9 @@ def unpack_remainder(packed: jax.Array, bits: int) -> jax.Array | int:
     return (jnp.concatenate(parts, -1).astype(jnp.int32) ^ half) - half
 
 
-def _grid(form: str) -> tuple[jax.Array, jax.Array]:
+def _nf4() -> tuple[jax.Array, jax.Array]:
     """Levels and the distance of each but the last to the next."""
-    table = np.asarray(LEVELS[form])
-    return jnp.asarray(table, jnp.float32), jnp.asarray(np.diff(table), jnp.float32)
+    return jnp.asarray(NF4, jnp.float32), jnp.asarray(np.diff(NF4), jnp.float32)
 
 
 def _rounded(v: jax.Array, scale: jax.Array, form: str, points: int, cut: Any) -> jax.Array:
@@ -211,24 +224,29 @@ def _rounded(v: jax.Array, scale: jax.Array, form: str, points: int, cut: Any) -
     The grid has `points` (odd) points a level, those between two levels equidistant, half of those of a level to each side
     of it. Codes count from the lowest, so that code // points is the level.
     """
-    (levels, step), scale, table, side = _grid(form), scale.astype(jnp.float32), LEVELS[form], points // 2
-    end = _end(form, points)
+    scale, table, side, end = scale.astype(jnp.float32), LEVELS[form], points // 2, _end(form, points)
     v = jnp.clip(v / jnp.where(scale > 0, scale, 1.0), -end[0], end[1])
-    # term by term: as a reduction, XLA computes v anew for each of the 14, in a kernel that takes minutes to compile
-    low = sum(((v >= level).astype(jnp.int32) for level in table[1:-1]), jnp.zeros(v.shape, jnp.int32))
-    steps = (v - levels[low]) / step[low] * points
+    if form == "nf4":
+        levels, step = _nf4()
+        # term by term: as a reduction, XLA computes v anew for each of the 14, in a kernel that takes minutes to compile
+        low = sum(((v >= level).astype(jnp.int32) for level in table[1:-1]), jnp.zeros(v.shape, jnp.int32))
+        steps = (low.astype(jnp.float32) + (v - levels[low]) / step[low]) * points
+    else:
+        steps = (v + 1) * ((len(table) - 1) / 2 * points)
     whole = jnp.floor(steps)
     part = steps - whole
     part = jnp.where(part < SNAP, 0.0, jnp.where(part > 1 - SNAP, 1.0, part))
-    code = low * points + whole.astype(jnp.int32) + side + (part > cut).astype(jnp.int32)
+    code = whole.astype(jnp.int32) + side + (part > cut).astype(jnp.int32)
     return jnp.clip(code, 0, len(table) * points - 1)
 
 
 def _value(codes: jax.Array, form: str, points: int) -> jax.Array:
     """What codes of _rounded stand for, f32."""
-    levels, step = _grid(form)
-    codes -= points // 2
-    low = jnp.clip(codes // points, 0, len(LEVELS[form]) - 2)
+    codes, top = codes - points // 2, len(LEVELS[form]) - 1
+    if form != "nf4":
+        return (2 * codes - top * points).astype(jnp.float32) * (1 / (top * points))
+    levels, step = _nf4()
+    low = jnp.clip(lax.div(codes, jnp.int32(points)), 0, top - 1)
     return levels[low] + (codes - low * points).astype(jnp.float32) * step[low] * (1 / points)
 
 
