@@ -1,5 +1,7 @@
 """d32_4070 with its block matrices at six levels, twelve to a word: 2.92 bits a weight, scales and padding included.
 
+What rounding leaves of a weight takes 4 more, in the optimizer's state.
+
 plan (rtx4070): peak 8.6 GiB, 7.2k tok/s modelled, 60 days
 
 python -m nanojax.train --config=d32_4070_b2p67

@@ -1,6 +1,6 @@
 """d32_4070 with its block matrices in NF4, 4.25 bits a weight, and 2 bits of what rounding leaves; int8 products as there.
 
-plan (rtx4070): peak 8.9 GiB, 7.8k tok/s modelled, 56 days
+plan (rtx4070): peak 9.3 GiB, 7.8k tok/s modelled, 56 days
 
 python -m nanojax.train --config=d32_4070_nf4
 """

@@ -85,6 +85,7 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 SEEDS = (0, 1, 2)
+LADDER = ("d32_4070", "int4", "nf4", "nf4-4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
 KNOBS = ("d32_4070", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
@@ -247,8 +248,16 @@ def report(out: Path) -> None:
     figure(out / "loss.png", results)
 
 
+def d32_state(arm: str) -> float:
+    """GiB of d32's state, accumulators included, in this arm's formats and everything else as in d32_4070."""
+    changes = {k: v for k, v in ARMS[arm][1].items() if k.startswith(("stored.", "optim.", "accumulate."))}
+    config = configs.resolve(configs.override(configs.load_unresolved("d32_4070"), changes))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(step.abstract_state(config))) / 2**30
+
+
 def figure(path: Path, results: list[Result]) -> None:
-    """Curves of the smallest size at rate 1, means of seeds: training loss, and validation difference to f32."""
+    """Of the smallest size at rate 1, means of seeds: training loss, and validation difference to f32 by tokens and by
+    the memory that d32's state would take."""
     try:
         import matplotlib
 
@@ -259,7 +268,7 @@ def figure(path: Path, results: list[Result]) -> None:
         return
     size = min(r.run[0] for r in results)
     found = {r.run: r for r in results if r.run[0] == size and r.run[2] == 1}
-    fig, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig, (left, right, memory) = pyplot.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
     for arm in dict.fromkeys(run[1] for run in sorted(found, key=lambda run: list(ARMS).index(run[1]))):
         runs = [r for run, r in found.items() if run[1] == arm]
         tokens = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].curve]
@@ -268,12 +277,22 @@ def figure(path: Path, results: list[Result]) -> None:
         if pairs and arm != "f32":
             at = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].valid]
             gaps = [[a - b for (_, a), (_, b) in zip(r.valid, f.valid)] for r, f in pairs]
-            right.plot(at, [statistics.fmean(g) for g in zip(*gaps)], marker="o", ms=3, lw=1, label=arm)
+            means = [statistics.fmean(g) for g in zip(*gaps)]
+            right.plot(at, means, marker="o", ms=3, lw=1, label=arm)
+            if arm in LADDER:
+                memory.plot(d32_state(arm), means[-1], "o", label=arm)
     left.set(title=f"{size}, mean of seeds", xlabel="million tokens", ylabel="training loss, nats", yscale="log")
     right.axhline(0, color="black", lw=0.7)
     right.set(title="against f32, same seeds", xlabel="million tokens", ylabel="Δ validation loss, nats")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    memory.axhline(0, color="black", lw=0.7)
+    memory.set(
+        title="against memory",
+        xlabel="GiB of d32's state in these formats",
+        ylabel="Δ validation loss at the end, nats",
+    )
+    for axes in (left, right, memory):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
     fig.savefig(path, dpi=130)
     print(f"figure: {path}")
 
