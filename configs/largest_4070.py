@@ -5,7 +5,8 @@ plan (rtx4070): peak 10.3 GiB, 3.2k tok/s modelled, 290 days
 python -m nanojax.train --config=largest_4070
 
 A weight takes 2.9 bits (b2.67) and 16 more of momentum, into which gradients are summed: no gradient buffer, no Nesterov,
-no clipping, no memory for what rounding leaves. Embedding and head are int8, forward keeps only the blocks' inputs. d43 is a head wider and does not fit.
+no clipping, no memory for what rounding leaves. Embedding and head are int8, forward keeps only the blocks' inputs. d43 is a
+head wider and does not fit.
 That is memory and time as planned; how well so large a model learns in so few bits nobody has measured.
 """
 

@@ -268,19 +268,23 @@ def figure(path: Path, results: list[Result]) -> None:
         return
     size = min(r.run[0] for r in results)
     found = {r.run: r for r in results if r.run[0] == size and r.run[2] == 1}
+    colors = pyplot.colormaps["tab20"].colors
     fig, (left, right, memory) = pyplot.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
     for arm in dict.fromkeys(run[1] for run in sorted(found, key=lambda run: list(ARMS).index(run[1]))):
         runs = [r for run, r in found.items() if run[1] == arm]
         tokens = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].curve]
-        left.plot(tokens, [statistics.fmean(y) for y in zip(*[[y for _, y in r.curve] for r in runs])], label=arm, lw=1)
+        color = colors[list(ARMS).index(arm) % len(colors)]
+        curve = [statistics.fmean(y) for y in zip(*[[y for _, y in r.curve] for r in runs])]
+        left.plot(tokens, curve, label=arm, lw=1, color=color)
         pairs = [(r, found[(size, "f32", 1.0, r.run[3])]) for r in runs if (size, "f32", 1.0, r.run[3]) in found]
         if pairs and arm != "f32":
             at = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].valid]
             gaps = [[a - b for (_, a), (_, b) in zip(r.valid, f.valid)] for r, f in pairs]
             means = [statistics.fmean(g) for g in zip(*gaps)]
-            right.plot(at, means, marker="o", ms=3, lw=1, label=arm)
+            right.plot(at, means, marker="o", ms=3, lw=1, color=color)
             if arm in LADDER:
-                memory.plot(d32_state(arm), means[-1], "o", label=arm)
+                memory.plot(d32_state(arm), means[-1], "o", color=color)
+                memory.annotate(f" {arm}", (d32_state(arm), means[-1]), fontsize=8)
     left.set(title=f"{size}, mean of seeds", xlabel="million tokens", ylabel="training loss, nats", yscale="log")
     right.axhline(0, color="black", lw=0.7)
     right.set(title="against f32, same seeds", xlabel="million tokens", ylabel="Δ validation loss, nats")
@@ -290,9 +294,8 @@ def figure(path: Path, results: list[Result]) -> None:
         xlabel="GiB of d32's state in these formats",
         ylabel="Δ validation loss at the end, nats",
     )
-    for axes in (left, right, memory):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+    memory.margins(x=0.2)
+    left.legend(fontsize=7, ncols=2)
     fig.savefig(path, dpi=130)
     print(f"figure: {path}")
 
