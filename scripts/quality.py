@@ -268,7 +268,7 @@ def figure(path: Path, results: list[Result]) -> None:
         return
     size = min(r.run[0] for r in results)
     found = {r.run: r for r in results if r.run[0] == size and r.run[2] == 1}
-    colors = pyplot.colormaps["tab20"].colors
+    colors = [pyplot.colormaps["tab20"](i) for i in range(20)]
     fig, (left, right, memory) = pyplot.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
     for arm in dict.fromkeys(run[1] for run in sorted(found, key=lambda run: list(ARMS).index(run[1]))):
         runs = [r for run, r in found.items() if run[1] == arm]
