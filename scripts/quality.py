@@ -70,6 +70,7 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         | ADAMW
         | {"stored.blocks": "int3", "stored.remainder": "2", "stored.embed": "int8", "stored.head": "bf16"},
     ),
+    "momentum16": ("f32, bf16 momentum", {"stored.momentum": "bf16"}),
     "momentum8": ("f32, int8 momentum", {"stored.momentum": "int8"}),
     "momentum4": ("f32, NF4 momentum", {"stored.momentum": "nf4"}),
     "adam8": ("f32, int8 AdamW moments", {"stored.adam": "int8"}),
@@ -86,7 +87,7 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
 
 SEEDS = (0, 1, 2)
 LADDER = ("d32_4070", "int4", "nf4", "nf4-4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
-KNOBS = ("d32_4070", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
+KNOBS = ("d32_4070", "momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
     "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
