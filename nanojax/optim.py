@@ -173,7 +173,8 @@ def apply(stored: Any, updates: Any, form: Format, key: jax.Array) -> Any:
 
 
 def apply_packed(stored: Any, remainder: Any, updates: Any, bits: int, key: jax.Array, step: Any) -> tuple[Any, Any]:
-    """`apply` below 8 bits, (parameters, remainder): dicts by name; `key` is the same at every step (rounding.dither).
+    """`apply` below 8 bits, (parameters, remainder): dicts by name; `key` is the same at every step (rounding.dither). With 0
+    bits `remainder` is empty.
 
     What rounding leaves of a weight is not lost (packed.encode_fine): rounded anew to 16 levels and fewer, weights would take
     up more noise at every step than update.
@@ -181,6 +182,6 @@ def apply_packed(stored: Any, remainder: Any, updates: Any, bits: int, key: jax.
     params, rest = {}, {}
     for i, (name, u) in enumerate(sorted(updates.items())):
         noise = dither(jax.random.fold_in(key, i), step, u.shape)
-        x = packed.decode_fine(stored[name], remainder[name], bits) + u
+        x = packed.decode_fine(stored[name], remainder.get(name), bits) + u
         params[name], rest[name] = packed.encode_fine(x, noise, stored[name], bits)
     return params, rest

@@ -21,9 +21,9 @@ from jax import lax
 from nanojax import model, optim
 from nanojax.config import Config
 from nanojax.loss import accumulate, loss_and_grads
-from nanojax.quant import BLOCK, decode, is_stored, zeros
+from nanojax.quant import BLOCK, decode, zeros
 from nanojax.quant.linear import F32, inverse_rms, norm_backward
-from nanojax.quant.packed import LEVELS, with_rows
+from nanojax.quant.packed import LEVELS
 from nanojax.quant.rounding import dither_vectors, shifted
 
 # Scales, residual adds and accumulators become epilogues of the products that make them. Modelled, d32 on an RTX 4070: 7.5k
@@ -36,9 +36,9 @@ class State(NamedTuple):
     """What a step turns into the next: all of it donated.
 
     step int32; params (model.py); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu, nu), "head":
-    (mu, nu)} as stored, and, with blocks below 8 bits, "remainder": what rounding left of them (quant/packed.py); accum
-    {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With accumulate.dtype=momentum accum
-    has no "blocks", and the momentum is one array a layer.
+    (mu, nu) as stored, and, with blocks below 8 bits and stored.remainder, "remainder": what rounding left of them
+    (quant/packed.py)}; accum {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With
+    accumulate.dtype=momentum accum has no "blocks", and the momentum is one array a layer.
     """
 
     step: jax.Array
@@ -65,7 +65,7 @@ def init_state(config: Config) -> State:
         "embed": (edge(s.adam), edge(s.adam)),
         "head": (edge(s.adam), edge(s.adam)),
     }
-    if s.blocks in LEVELS:
+    if s.blocks in LEVELS and s.remainder:
         rows = {name: (*shape[:-1], shape[-1] * s.remainder // 8) for name, shape in stacks.items()}
         opt["remainder"] = {name: jnp.zeros(shape, jnp.uint8) for name, shape in rows.items()}
     params = model.init_params(config, jax.random.key(config.train.seed))
@@ -213,7 +213,9 @@ def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, k
             new["blocks"] = (after.mu, after.nu) if adamw else after.momentum
         if packed:
             phase, bits = jax.random.fold_in(jax.random.key(config.train.seed), i), config.stored.remainder
-            p, new["remainder"] = optim.apply_packed(p, old["remainder"], updates, bits, phase, state.step)
+            p, rest = optim.apply_packed(p, old.get("remainder", {}), updates, bits, phase, state.step)
+            if bits:
+                new["remainder"] = rest
         else:
             p = optim.apply(p, updates, config.stored.blocks, keys[1])
         p, new = lax.optimization_barrier((p, new))
@@ -263,15 +265,12 @@ def keyed_step(
     if folded:
         accum["blocks"] = state.opt["blocks"]
 
-    blocks = jax.tree.map(with_rows, state.params["blocks"], is_leaf=is_stored)
-    params = {**state.params, "blocks": blocks}
-
     def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
         accum, loss = carry
         i, tokens = inputs
         decay = jnp.where(i == 0, m, 1.0) if folded else jnp.float32(1)
         weight = jnp.where(folded, 1 - m, 1.0)
-        more, accum = forward_backward(config, params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
+        more, accum = forward_backward(config, state.params, accum, tokens, decay, weight, jax.random.fold_in(key, i))
         return (accum, loss + more), None
 
     (accum, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), tokens_ABT1))

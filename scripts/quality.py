@@ -51,7 +51,10 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         "int8 compute, all state as in d32_4070",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int8", "accumulate.dtype": "bf16", "accumulate.edges": "bf16"},
     ),
-    "int4": ("int4 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4"}),
+    "int4": (
+        "int4 with remainders of 4 bits, int8 compute, state",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4"},
+    ),
     "nf4": (
         "NF4 stored, remainders of 2 bits, int8 compute and state",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "2"},
@@ -60,8 +63,14 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         "NF4 stored, remainders of 4 bits, int8 compute and state",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "4"},
     ),
-    "int3": ("int3 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"}),
-    "b2.67": ("b2.67 stored, int8 compute and state", INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "b2.67"}),
+    "int3": (
+        "int3 with remainders of 4 bits, int8 compute, state",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"},
+    ),
+    "b2.67": (
+        "b2.67 with remainders of 4 bits, int8 compute, state",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "b2.67"},
+    ),
     "adamw": ("f32, AdamW for all", ADAMW),
     "int3-adamw8": (
         "int3 stored, remainders of 2 bits, int8 embedding and compute, 8-bit AdamW for all",

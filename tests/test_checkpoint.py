@@ -60,7 +60,11 @@ def _same(a: step.State, b: step.State) -> bool:
     return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
-@pytest.mark.parametrize("stored", [{}, INT8, INT8 | {"blocks": "b2.67"}], ids=["f32", "int8", "b2.67"])
+@pytest.mark.parametrize(
+    "stored",
+    [{}, INT8, INT8 | {"blocks": "b2.67"}, INT8 | {"blocks": "nf4", "remainder": 0}],
+    ids=["f32", "int8", "b2.67", "nf4-without-remainder"],
+)
 def test_round_trip(tiny: Make, tmp_path: Path, stored: dict) -> None:
     """Every leaf comes back bit by bit with its dtype, the accumulators as zeros, and the meta data with it."""
     config = tiny(stored=stored, model=dict(width=256, vocab=272))

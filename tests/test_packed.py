@@ -67,16 +67,6 @@ def test_hundred_updates_of_nothing(form: str, bits: int):
     jax.tree.map(np.testing.assert_array_equal, last, first)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_remainders_pack(bits: int):
-    """Every whole number of `bits` bits and either sign comes back; bytes a value are bits/8; zeros are zeros."""
-    x = jax.random.randint(KEY, (3, 5, 64), -(2 ** (bits - 1)), 2 ** (bits - 1))
-    packed_ = packed.pack_remainder(x, bits)
-    assert packed_.nbytes == x.size * bits // 8 and packed_.dtype == jnp.uint8
-    np.testing.assert_array_equal(packed.unpack_remainder(packed_, bits), x)
-    assert not np.any(packed.pack_remainder(jnp.zeros((2, 64), jnp.int32), bits))
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_fine_grid(form: str, bits: int):
@@ -92,7 +82,7 @@ def test_fine_grid(form: str, bits: int):
     below, above = grid[place] * scale, grid[place + 1] * scale
 
     def rounded(noise: jax.Array) -> tuple:
-        stored, remainder = packed.encode_fine(jnp.asarray(x), middle * 0 + noise, old, bits)
+        stored, remainder = packed.encode_fine(jnp.asarray(x), jnp.full(x.shape, noise), old, bits)
         return stored.scale == old.scale, packed.decode_fine(stored, remainder, bits), packed.decode(stored)
 
     held, values, levels = jax.jit(jax.vmap(rounded))(jnp.linspace(0.0025, 0.9975, 200))
@@ -260,20 +250,19 @@ def test_step_keeps_remainders(bits: int):
     and leaves remainders that are within their level's cell."""
     config = dataclasses.replace(tiny("int3"), stored=Stored(blocks="int3", remainder=bits))
     before = jax.jit(step.init_state, static_argnums=0)(config)
-    assert before.opt["remainder"]["up"].shape == (2, 256, 64 * bits // 8) and not np.any(before.opt["remainder"]["up"])
+    remainders = before.opt.get("remainder", {})
+    widths = {"qkv": 64, "o": 64, "up": 64, "down": 256} if bits else {}
+    assert {name: r.shape[-1] for name, r in remainders.items()} == {n: K * bits // 8 for n, K in widths.items()}
+    assert not any(np.any(r) for r in remainders.values())
     tokens, after, train = jax.random.randint(KEY, config.batch_shape, 0, 128), before, jax.jit(step.train_step(config))
     for _ in range(3):  # o and down begin as zeros, so that the first step leaves qkv and up alone
         after, _ = train(after, tokens)
-    moved = 0
     for name, p in after.params["blocks"].items():
-        old = before.params["blocks"][name]
-        x = packed.decode_fine(p, after.opt["remainder"][name], bits)
-        assert np.any(p.words != old.words), name
+        assert np.any(p.words != before.params["blocks"][name].words), name
         if bits:  # products read the level nearest to it: half of the widest cell off at most, and off somewhere
+            x = packed.decode_fine(p, after.opt["remainder"][name], bits)
             off = jnp.abs(x - quant.decode(p)).reshape(*p.scale.shape, 64) / p.scale[..., None].astype(jnp.float32)
             assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt["remainder"][name]), name
-        moved += float(jnp.sum(jnp.square(x - quant.decode(old))))
-    assert moved > 0
 
 
 def test_adamw_for_matrices():

@@ -40,15 +40,11 @@ LEVELS: dict[str, tuple[float, ...]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """words: uint8 or uint32 [..., W], the codes of K values (see pack); scale: bf16 [..., K/64]; form: key of LEVELS.
-
-    row: never stored; while a step uses the same weights many times, what int8_rows needs of the scales (with_rows).
-    """
+    """words: uint8 or uint32 [..., W], the codes of K values (see pack); scale: bf16 [..., K/64]; form: key of LEVELS."""
 
     words: jax.Array
     scale: jax.Array
     form: str = dataclasses.field(metadata={"static": True})
-    row: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,8 +86,7 @@ def pack(codes: jax.Array, form: str) -> jax.Array:
         bit = (runs >> jnp.arange(3, dtype=jnp.uint32)[:, None, None]) & jnp.uint32(1)
         shifted = bit << jnp.arange(32, dtype=jnp.uint32)[:, None]
         return jnp.sum(shifted, -2, dtype=jnp.uint32).reshape(*lead, 3 * K // 32)
-    low, high = jnp.split(codes.astype(jnp.uint8), 2, -1)
-    return low | (high << jnp.uint8(4))
+    return _pack_bits(codes, 4)
 
 
 def unpack(words: jax.Array, form: str, K: int) -> jax.Array:
@@ -106,7 +101,20 @@ def unpack(words: jax.Array, form: str, K: int) -> jax.Array:
         planes = words.reshape(*lead, 3, 1, K // 32) >> jnp.arange(32, dtype=jnp.uint32)[:, None]
         one, two, four = (planes[..., i, :, :] & jnp.uint32(1) for i in range(3))
         return (one | two << jnp.uint32(1) | four << jnp.uint32(2)).astype(jnp.int32).reshape(*lead, K)
-    return jnp.concatenate([words & jnp.uint8(15), words >> jnp.uint8(4)], -1).astype(jnp.int32)
+    return _unpack_bits(words, 4)
+
+
+def _pack_bits(x: jax.Array, bits: int) -> jax.Array:
+    """The lower `bits` (2 or 4) bits of whole numbers [..., K] as uint8 [..., K*bits/8]; a byte's values are an equal part
+    of K apart."""
+    first, *rest = jnp.split((x & (2**bits - 1)).astype(jnp.uint8), 8 // bits, -1)
+    return sum((part << jnp.uint8(bits * i) for i, part in enumerate(rest, 1)), first)
+
+
+def _unpack_bits(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of _pack_bits, int32 from 0."""
+    parts = [(words >> jnp.uint8(bits * i)) & jnp.uint8(2**bits - 1) for i in range(8 // bits)]
+    return jnp.concatenate(parts, -1).astype(jnp.int32)
 
 
 def levels_of(stored: Packed) -> jax.Array:
@@ -124,24 +132,15 @@ def decode(stored: Packed, dtype: Any = jnp.float32) -> jax.Array:
     return values.reshape(stored.shape).astype(dtype)
 
 
-def with_rows(stored: Any) -> Any:
-    """`stored` with the scales of its rows: computed anew for every product, they are 20 small kernels a layer (d32, 2%)."""
-    return dataclasses.replace(stored, row=_row(stored)) if isinstance(stored, Packed) else stored
-
-
-def _row(stored: Packed) -> jax.Array:
-    row = jnp.max(stored.scale.astype(jnp.float32), -1, keepdims=True)
-    return jnp.where(row > 0, row * (1 / 127), 1.0)
-
-
 def int8_rows(stored: Packed) -> tuple[jax.Array, jax.Array]:
     """int8 codes [..., K] and f32 scale [..., 1] of each row, for int8 products: one pass, scale = largest block's / 127.
 
     Off by at most 1/254 of the row's largest value, where the format's own step is at least 1/11 of the block's.
     """
-    row = _row(stored) if stored.row is None else stored.row
-    part = (stored.scale.astype(jnp.float32) / row)[..., None]
-    return jnp.round(_blocks(levels_of(stored)) * part).astype(jnp.int8).reshape(stored.shape), row
+    scale = stored.scale.astype(jnp.float32)
+    row = jnp.max(scale, -1, keepdims=True)
+    row = jnp.where(row > 0, row * (1 / 127), 1.0)
+    return jnp.round(_blocks(levels_of(stored)) * (scale / row)[..., None]).astype(jnp.int8).reshape(stored.shape), row
 
 
 def encode(x: jax.Array, form: str, dither: jax.Array | None = None) -> Packed:
@@ -156,8 +155,8 @@ def encode(x: jax.Array, form: str, dither: jax.Array | None = None) -> Packed:
     return Packed(pack(codes.reshape(x.shape), form), scale[..., 0], form)
 
 
-def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tuple[Packed, jax.Array]:
-    """f32 [..., K] as what products read and, packed, what that leaves of x, in `bits` bits a value (0, 2 or 4).
+def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tuple[Packed, jax.Array | None]:
+    """f32 [..., K] as what products read and what that leaves of x, uint8, `bits` bits a value (2 or 4; 0: None).
 
     x is dithered to a finer grid, of 2^bits - 1 points to each level's cell; what products read is the level, the remainder
     which of its points it is. A new scale is the block's largest value or REACH root mean squares if less (values end
@@ -178,14 +177,19 @@ def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tupl
     scale = jnp.where(grown | shrunk | (held == 0), jnp.minimum(most, wide), held).astype(jnp.bfloat16)
     codes = _rounded(v, scale, form, points, cut).reshape(x.shape)
     level = lax.div(codes, jnp.int32(points))
-    return Packed(pack(level, form), scale[..., 0], form), pack_remainder(codes - level * points - points // 2, bits)
+    new, rest = Packed(pack(level, form), scale[..., 0], form), codes - level * points - points // 2
+    return new, _pack_bits(rest, bits) if bits else None
 
 
-def decode_fine(stored: Packed, remainder: jax.Array, bits: int) -> jax.Array:
+def decode_fine(stored: Packed, remainder: jax.Array | None, bits: int) -> jax.Array:
     """What encode_fine rounded x to, f32 [..., K]. A remainder of zeros is the level itself."""
-    points, codes = _points(bits), unpack(stored.words, stored.form, stored.shape[-1])
-    values = _value(codes * points + points // 2 + unpack_remainder(remainder, bits), stored.form, points)
-    return (_blocks(values) * stored.scale.astype(jnp.float32)[..., None]).reshape(stored.shape)
+    if remainder is None:
+        return decode(stored)
+    points, half = _points(bits), 2 ** (bits - 1)
+    rest = (_unpack_bits(remainder, bits) ^ half) - half  # the sign
+    codes = unpack(stored.words, stored.form, stored.shape[-1]) * points + points // 2 + rest
+    values = _blocks(_value(codes, stored.form, points)) * stored.scale.astype(jnp.float32)[..., None]
+    return values.reshape(stored.shape)
 
 
 def _points(bits: int) -> int:
@@ -195,22 +199,6 @@ def _points(bits: int) -> int:
 def _reach(v: jax.Array, form: str, bits: int) -> jax.Array:
     """Where the outermost level belongs by the root mean square of each block; without a remainder not inside a block."""
     return (REACH[form] if bits else BLOCK) * jnp.sqrt(jnp.mean(v * v, -1, keepdims=True))
-
-
-def pack_remainder(x: jax.Array, bits: int) -> jax.Array:
-    """Whole numbers of `bits` bits and either sign [..., K] as uint8 [..., K*bits/8]."""
-    parts = jnp.split((x & (2**bits - 1)).astype(jnp.uint8), 8 // bits, -1) if bits else []
-    empty = jnp.zeros((*x.shape[:-1], x.shape[-1] * bits // 8), jnp.uint8)
-    return sum((part << jnp.uint8(bits * i) for i, part in enumerate(parts)), empty)
-
-
-def unpack_remainder(packed: jax.Array, bits: int) -> jax.Array | int:
-    """The inverse of pack_remainder, int32; 0 for no bits."""
-    if not bits:
-        return 0
-    parts = [(packed >> jnp.uint8(bits * i)) & jnp.uint8(2**bits - 1) for i in range(8 // bits)]
-    half = 2 ** (bits - 1)
-    return (jnp.concatenate(parts, -1).astype(jnp.int32) ^ half) - half
 
 
 def _nf4() -> tuple[jax.Array, jax.Array]:
