@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from nanojax import config as configs
-from nanojax import model
 from nanojax import step as steps
 from nanojax.config import Config, UserError
 from nanojax.quant import decode_tree
@@ -162,11 +161,10 @@ def load_params(
         if step not in candidates:
             raise UserError(f"{folder / FOLDER}: no checkpoint of step {step}; there are {candidates or 'none'}")
         candidates = [step]
-    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
-    found = _newest_good(folder, {"params": shapes}, candidates)
+    found = _newest_good(folder, {"params": steps.abstract_state(config).params}, candidates)
     if found is None:
         raise UserError(f"{folder}: no checkpoint yet; train until the first one is saved")
-    params = found[0]["params"]
+    params = steps.stacked(found[0]["params"])
     if dtype is None:
         return config, params, tokenizer
     stored = dataclasses.replace(config.stored, blocks=dtype, embed=dtype, head=dtype)

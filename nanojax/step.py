@@ -10,6 +10,7 @@ parameters, residuals and accumulators out of its stack and back, and cannot add
 (d32 on an RTX 4070, modelled, before rows were kernels: 5.1k tokens/s with scans, 7.5k without; 26 and 70 s to compile).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from nanojax.config import Config
 from nanojax.loss import accumulate, loss_and_grads
 from nanojax.quant import BLOCK, decode, zeros
 from nanojax.quant.linear import F32, inverse_rms, norm_backward
-from nanojax.quant.packed import LEVELS
+from nanojax.quant.packed import LEVELS, Packed
 from nanojax.quant.rounding import dither_vectors, shifted
 
 # Scales, residual adds and accumulators become epilogues of the products that make them. Modelled, d32 on an RTX 4070: 7.5k
@@ -68,8 +69,27 @@ def init_state(config: Config) -> State:
     if s.blocks in LEVELS and s.remainder:
         rows = {name: (*shape[:-1], shape[-1] * s.remainder // 8) for name, shape in stacks.items()}
         opt["remainder"] = {name: jnp.zeros(shape, jnp.uint8) for name, shape in rows.items()}
-    params = model.init_params(config, jax.random.key(config.train.seed))
+    params = layered(model.init_params(config, jax.random.key(config.train.seed)))
     return State(jnp.int32(0), params, opt, accum)
+
+
+def layered(params: Any) -> Any:
+    """`params` as the step takes them: below 8 bits `blocks` is a tuple of layers, not stacks of them.
+
+    Out of a stack of 32 layers XLA copies words before it decodes them (d32: 67 MB a layer and microbatch, 2 % of a step).
+    """
+    first, *_ = params["blocks"].values()
+    if not isinstance(first, Packed):
+        return params
+    return params | {"blocks": tuple(_at(params["blocks"], i) for i in range(first.shape[0]))}
+
+
+def stacked(params: Any) -> Any:
+    """The inverse of `layered`: `params` as everything but the step takes them."""
+    if not isinstance(params["blocks"], tuple):
+        return params
+    stack = lambda *layers: jnp.stack(layers)
+    return params | {"blocks": jax.jit(lambda layers: jax.tree.map(stack, *layers))(params["blocks"])}
 
 
 def abstract_state(config: Config) -> State:
@@ -116,9 +136,9 @@ def forward_backward(
         # together with dx: XLA would else transpose every layer's parameters ahead of the microbatches, and share what is
         # recomputed from the residuals with forward, holding it for all layers (d32 in bf16: 1 GiB)
         kept = {j: leaf for j, leaf in enumerate(leaves) if not isinstance(leaf, int)}
-        index, kept, dx = lax.optimization_barrier((jnp.int32(i), kept, dx))
+        layer, kept, dx = _layer(params["blocks"], i, kept, dx)
         leaves = [kept.get(j, leaf) for j, leaf in enumerate(leaves)]
-        own = jax.tree.leaves(_at(params["blocks"], index))
+        own = jax.tree.leaves(layer)
         vjp = jax.tree.unflatten(tree, [own[leaf] if isinstance(leaf, int) else leaf for leaf in leaves])
         new = {}
         with jax.named_scope(f"backward_{i}"):
@@ -138,13 +158,10 @@ def _forward(config: Config, blocks: Any, x: jax.Array) -> tuple[jax.Array, list
     parameter stands its index."""
     block = model.rematerialised_block(config)
     taps = {name: jnp.zeros(shape, F32) for name, shape in config.model.shapes.items()}
-    packed = config.stored.blocks in LEVELS
     saved = []
     for i in range(config.model.L):
-        # a constant index lets a product read its layer from the stack; below 8 bits a layer is decoded first, and one
-        # kernel for all layers compiles 32 times as fast as one for each
-        index, x = lax.optimization_barrier((jnp.int32(i), x)) if packed else (i, x)
-        layer = _at(blocks, index)
+        # a constant index lets a product read its layer from the stack
+        layer, x = _layer(blocks, i, x) if isinstance(blocks, tuple) else (_at(blocks, i), x)
         with jax.named_scope(f"layer_{i}"):
             x, vjp = jax.vjp(lambda x, taps, layer=layer: block(layer, x, taps), x, taps)
         leaves, tree = jax.tree.flatten(vjp)
@@ -163,6 +180,14 @@ def residual_bytes(config: Config) -> int:
     m = config.model
     x = jax.ShapeDtypeStruct((config.train.microbatch, m.T, m.D), _dtype(config.compute.dtype))
     return sum(a.size * a.dtype.itemsize for a in jax.eval_shape(kept, abstract_state(config).params["blocks"], x))
+
+
+def _layer(blocks: Any, i: int, *values: Any) -> tuple[Any, ...]:
+    """(layer i of `blocks`, *values), the layer tied to the values: nothing is computed with it before they are."""
+    if isinstance(blocks, tuple):
+        return lax.optimization_barrier((blocks[i], *values))
+    index, *values = lax.optimization_barrier((jnp.int32(i), *values))
+    return _at(blocks, index), *values
 
 
 def _embed_backward(embed: Any, total_VD: jax.Array, tokens_BT: jax.Array, dx: jax.Array, key: jax.Array) -> jax.Array:
@@ -199,13 +224,16 @@ def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, k
     if folded:  # the accumulators are the momentum and stay
         del opt["blocks"]
 
-    branches = [lambda j=j: {name: layers[j] for name, layers in totals.items()} for j in range(config.model.L)]
+    params = state.params["blocks"]
+    take = lambda j: ({name: layers[j] for name, layers in totals.items()}, params[j] if packed else ())
+    branches = [functools.partial(take, j) for j in range(config.model.L)]
 
-    def layer(carry: Any, i: jax.Array) -> tuple[Any, None]:
+    def layer(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         params, opt = carry
         keys = jax.random.split(jax.random.fold_in(key, i))
-        p, old, new = _at(params, i), _at(opt, i), {}
-        grads = jax.tree.map(lambda g: g.astype(F32) * clip, lax.switch(i, branches))
+        total, p = lax.switch(i, branches)
+        p, old, new = p if packed else _at(params, i), _at(opt, i), {}
+        grads = jax.tree.map(lambda g: g.astype(F32) * clip, total)
         buf = grads if folded else old["blocks"]
         before = optim.AdamState(state.step, *buf) if adamw else optim.MuonState(state.step, buf)
         updates, after = optim.step(tx, grads, before, p, keys[0])
@@ -219,9 +247,12 @@ def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, k
         else:
             p = optim.apply(p, updates, config.stored.blocks, keys[1])
         p, new = lax.optimization_barrier((p, new))
-        return (_put(params, p, i), _put(opt, new, i)), None
+        opt = _put(opt, new, i)
+        return ((None, opt), p) if packed else ((_put(params, p, i), opt), None)
 
-    (params, opt), _ = lax.scan(layer, (state.params["blocks"], opt), jnp.arange(config.model.L))
+    (params, opt), layers = lax.scan(layer, (None if packed else params, opt), jnp.arange(config.model.L))
+    if packed:
+        params = tuple(_at(layers, i) for i in range(config.model.L))
     if folded:
         return params, {"blocks": totals} | opt, None
     params, opt, totals = lax.optimization_barrier((params, opt, totals))

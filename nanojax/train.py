@@ -125,10 +125,10 @@ def train(config: Config) -> None:
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
                 log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
-                scores = _evaluate(config, state.params, tokenizer)
-                log.evaluation(done, scores, _sample(config, state.params, tokenizer))
+                scores = _evaluate(config, steps.stacked(state.params), tokenizer)
+                log.evaluation(done, scores, _sample(config, steps.stacked(state.params), tokenizer))
             if run_core:
-                _core(config, state.params, tokenizer, tasks, done, log, stop)
+                _core(config, steps.stacked(state.params), tokenizer, tasks, done, log, stop)
             if save:
                 log.flush()
                 _save(writer, config, state, batches, tokenizer)

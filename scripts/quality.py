@@ -143,7 +143,7 @@ def train(config: Config, run: Run, path: Path) -> None:
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train_step = jax.jit(step.train_step(config), donate_argnums=0)
     whole = configs.override(config, {"compute.loss_chunk": min(2048, 8 * config.model.T)})
-    losses: Any = jax.jit(lambda params, tokens: jnp.mean(loss.token_losses(whole, params, tokens)))
+    losses: Any = jax.jit(lambda params, tokens: jnp.mean(loss.token_losses(whole, step.stacked(params), tokens)))
 
     def valid(count: int) -> float:
         return statistics.fmean(float(losses(state.params, jnp.asarray(r))) for r in rows[:count])

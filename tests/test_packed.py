@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +73,14 @@ def test_hundred_updates_of_nothing(form: str, bits: int):
 def test_fine_grid(form: str, bits: int):
     """Against numpy, where a scale is held: encode_fine rounds to one of the two neighbours on the grid that linear
     interpolation between levels gives; products read the level nearest to that; the mean over even noise is x (1/200 step)."""
-    table, points = np.asarray(packed.LEVELS[form]), max(1, 2**bits - 1)
+    table, points = np.asarray(packed.LEVELS[form]), 2**bits
     x = np.asarray(normal(8, 128, seed=4))
     middle = jnp.full(x.shape, 0.5)
     old, _ = packed.encode_fine(jnp.asarray(x), middle, packed.encode(jnp.asarray(x), form), bits)
     scale = np.repeat(np.asarray(old.scale.astype(jnp.float32)), 64, -1)
-    grid = np.interp(np.arange(points * (len(table) - 1) + 1) / points, np.arange(len(table)), table)
+    longer = np.r_[2 * table[0] - table[1], table, 2 * table[-1] - table[-2]]
+    places = (np.arange(points * len(table)) - (points - 1) / 2) / points
+    grid = np.interp(places, np.arange(-1, len(table) + 1), longer)
     place = np.clip(np.searchsorted(grid, x / scale, "right") - 1, 0, len(grid) - 2)
     below, above = grid[place] * scale, grid[place + 1] * scale
 
@@ -229,8 +232,10 @@ def test_trains(form: str):
         state, metrics = train(state, tokens)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 1.5
-    assert isinstance(state.params["blocks"]["up"], quant.Packed) and state.params["blocks"]["up"].form == form
-    whole = quant.decode_tree(state.params)
+    params = step.stacked(state.params)
+    assert isinstance(params["blocks"]["up"], quant.Packed) and params["blocks"]["up"].form == form
+    chex.assert_trees_all_equal(step.layered(params), state.params)
+    whole = quant.decode_tree(params)
     assert whole["blocks"]["up"].shape == (2, 256, 64) and whole["blocks"]["up"].dtype == jnp.float32
 
 
@@ -238,7 +243,7 @@ def test_products_see_the_stored_values():
     """The model on packed matrices gives the logits of the model on their decoded values (float products, 1e-5)."""
     config = dataclasses.replace(tiny("nf4"), compute=Compute(residuals="all", loss_chunk=32))
     state = jax.jit(step.init_state, static_argnums=0)(config)
-    params = {**state.params, "head": normal(128, 64)}
+    params = {**step.stacked(state.params), "head": normal(128, 64)}
     tokens = jax.random.randint(KEY, (2, 16), 0, 128)
     a, b = model.forward(config, params, tokens), model.forward(config, quant.decode_tree(params), tokens)
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -257,8 +262,9 @@ def test_step_keeps_remainders(bits: int):
     tokens, after, train = jax.random.randint(KEY, config.batch_shape, 0, 128), before, jax.jit(step.train_step(config))
     for _ in range(3):  # o and down begin as zeros, so that the first step leaves qkv and up alone
         after, _ = train(after, tokens)
-    for name, p in after.params["blocks"].items():
-        assert np.any(p.words != before.params["blocks"][name].words), name
+    first = step.stacked(before.params)["blocks"]
+    for name, p in step.stacked(after.params)["blocks"].items():
+        assert np.any(p.words != first[name].words), name
         if bits:  # products read the level nearest to it: half of the widest cell off at most, and off somewhere
             x = packed.decode_fine(p, after.opt["remainder"][name], bits)
             off = jnp.abs(x - quant.decode(p)).reshape(*p.scale.shape, 64) / p.scale[..., None].astype(jnp.float32)

@@ -4,7 +4,7 @@ A code stands for a level in [-1, 1] and a value is level * scale. int4, int3 an
 word) have equidistant levels without a zero, a finer step than with one: only a whole block is ever 0, by its scale. NF4
 has QLoRA's quantiles of a normal distribution (arXiv 2305.14314, appendix E).
 
-Trained weights have a remainder besides, 2 or 4 bits that only the optimizer sees: with it a weight lies on a grid 3 or 15
+Trained weights have a remainder besides, 2 or 4 bits that only the optimizer sees: with it a weight lies on a grid 4 or 16
 times as fine (encode_fine). Products read the level next to the weight, as quantisation-aware training does with an f32
 weight; rounded to levels alone, weights would take up more noise at every step than update (LOG.md has both in numbers).
 """
@@ -67,40 +67,41 @@ def bits(form: str, K: int) -> float:
 def pack(codes: jax.Array, form: str) -> jax.Array:
     """Codes (whole numbers from 0) [..., K] as words [..., W].
 
-    The values of one word are K/2 (nibbles), K/32 (int3: three words hold the three bits of 32 codes) or W (b2.67) apart, so
-    that all that moves are contiguous runs. Twelve digits of base six are a fraction, first digit first, in units of 2^-32
-    and rounded up: one product by 6^i has digit i in front, where dividing an integer again and again would write all
-    twelve quotients out.
+    The values of one word are K/2 (nibbles), K/32 (int3) or W (b2.67) apart, so that all that moves are contiguous runs.
+    int3: of three words two hold the lower two bits of 16 codes each, the third the upper bit of all 32. b2.67: each half of
+    a word is a fraction of six digits of base six, first digit first, in units of 2^-16 and rounded up: one product by 6^i
+    has digit i in front, where dividing an integer again and again would write every quotient out.
     """
     *lead, K = codes.shape
+    u = jnp.uint32
     if form == "b2.67":
         W = math.ceil(K / 12)
-        digits = jnp.pad(codes.astype(jnp.uint32), [(0, 0)] * len(lead) + [(0, 12 * W - K)]).reshape(*lead, 12, W)
-        words = jnp.zeros((*lead, W), jnp.uint32)
-        for i in reversed(range(12)):  # floor((digit * 2^32 + words) / 6) without 64 bits: 2^32 = 6 * 715827882 + 4
-            digit = digits[..., i, :]
-            words = digit * jnp.uint32(715827882) + words // jnp.uint32(6) + (digit * 4 + words % jnp.uint32(6)) // 6
-        return words + jnp.uint32(1)
+        digits = jnp.pad(codes.astype(u), [(0, 0)] * len(lead) + [(0, 12 * W - K)]).reshape(*lead, 2, 6, W)
+        number = jnp.sum(digits * (u(6) ** jnp.arange(6, dtype=u))[::-1, None], -2, dtype=u)  # below 6^6 = 46656
+        half = lax.div((number << u(16)) + u(6**6 - 1), u(6**6))
+        return half[..., 0, :] | half[..., 1, :] << u(16)
     if form == "int3":
-        runs = codes.astype(jnp.uint32).reshape(*lead, 1, 32, K // 32)
-        bit = (runs >> jnp.arange(3, dtype=jnp.uint32)[:, None, None]) & jnp.uint32(1)
-        shifted = bit << jnp.arange(32, dtype=jnp.uint32)[:, None]
-        return jnp.sum(shifted, -2, dtype=jnp.uint32).reshape(*lead, 3 * K // 32)
+        runs = codes.astype(u).reshape(*lead, 32, K // 32)
+        low = (runs & u(3)).reshape(*lead, 2, 16, K // 32) << jnp.arange(0, 32, 2, dtype=u)[:, None]
+        high = (runs >> u(2)) << jnp.arange(32, dtype=u)[:, None]
+        words = [jnp.sum(low, -2, dtype=u), jnp.sum(high, -2, dtype=u)[..., None, :]]
+        return jnp.concatenate(words, -2).reshape(*lead, 3 * K // 32)
     return _pack_bits(codes, 4)
 
 
 def unpack(words: jax.Array, form: str, K: int) -> jax.Array:
     """The inverse of pack: codes int32 [..., K]."""
-    lead = words.shape[:-1]
+    lead, u = words.shape[:-1], jnp.uint32
     if form == "b2.67":
-        u = jnp.uint32
-        rest = words[..., None, :] * (u(6) ** jnp.arange(12, dtype=u))[:, None]  # modulo 2^32: the digits from i on
-        digits = ((rest >> u(16)) * u(6) + ((rest & u(0xFFFF)) * u(6) >> u(16))) >> u(16)  # floor(rest * 6 / 2^32)
+        half = words[..., None, :] >> jnp.repeat(u([0, 16]), 6)[:, None]
+        rest = half * jnp.tile(u(6) ** jnp.arange(6, dtype=u), 2)[:, None]  # modulo 2^16: the digits from i on
+        digits = ((rest & u(0xFFFF)) * u(6)) >> u(16)
         return digits.reshape(*lead, 12 * words.shape[-1])[..., :K].astype(jnp.int32)
     if form == "int3":
-        planes = words.reshape(*lead, 3, 1, K // 32) >> jnp.arange(32, dtype=jnp.uint32)[:, None]
-        one, two, four = (planes[..., i, :, :] & jnp.uint32(1) for i in range(3))
-        return (one | two << jnp.uint32(1) | four << jnp.uint32(2)).astype(jnp.int32).reshape(*lead, K)
+        planes = words.reshape(*lead, 3, K // 32)
+        low = planes[..., :2, None, :] >> jnp.arange(0, 32, 2, dtype=u)[:, None]
+        high = planes[..., 2:, :] >> jnp.arange(32, dtype=u)[:, None]
+        return ((low.reshape(*lead, 32, K // 32) & u(3)) | (high & u(1)) << u(2)).astype(jnp.int32).reshape(*lead, K)
     return _unpack_bits(words, 4)
 
 
@@ -137,10 +138,16 @@ def int8_rows(stored: Packed) -> tuple[jax.Array, jax.Array]:
 
     Off by at most 1/254 of the row's largest value, where the format's own step is at least 1/11 of the block's.
     """
-    scale = stored.scale.astype(jnp.float32)
-    row = jnp.max(scale, -1, keepdims=True)
+    codes, top = unpack(stored.words, stored.form, stored.shape[-1]), len(LEVELS[stored.form]) - 1
+    row = jnp.max(stored.scale, -1, keepdims=True).astype(jnp.float32)
     row = jnp.where(row > 0, row * (1 / 127), 1.0)
-    return jnp.round(_blocks(levels_of(stored)) * (scale / row)[..., None]).astype(jnp.int8).reshape(stored.shape), row
+    if stored.form == "nf4":
+        levels, unit = jnp.asarray(NF4, jnp.float32)[codes], 1.0
+    else:
+        levels, unit = codes.astype(jnp.float32) - top / 2, 2 / top
+    row, unit = lax.optimization_barrier((row, unit / row))  # a division a row, not one a value
+    factor = stored.scale.astype(jnp.float32) * unit
+    return jnp.round(_blocks(levels) * factor[..., None]).astype(jnp.int8).reshape(stored.shape), row
 
 
 def encode(x: jax.Array, form: str, dither: jax.Array | None = None) -> Packed:
@@ -158,12 +165,12 @@ def encode(x: jax.Array, form: str, dither: jax.Array | None = None) -> Packed:
 def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tuple[Packed, jax.Array | None]:
     """f32 [..., K] as what products read and what that leaves of x, uint8, `bits` bits a value (2 or 4; 0: None).
 
-    x is dithered to a finer grid, of 2^bits - 1 points to each level's cell; what products read is the level, the remainder
-    which of its points it is. A new scale is the block's largest value or REACH root mean squares if less (values end
+    x is dithered to a finer grid, of 2^bits points to each level's cell; what products read is the level, the remainder
+    which of its points it is, counted from the one just above the level and around. A new scale is the block's largest value or REACH root mean squares if less (values end
     at the grid's end). But the scale stays that of `old` as long as what it gives fits: a scale that follows its block at
     every step rounds all of its values anew.
     """
-    form, points, v, cut = old.form, _points(bits), _blocks(x.astype(jnp.float32)), _blocks(dither)
+    form, points, v, cut = old.form, 2**bits, _blocks(x.astype(jnp.float32)), _blocks(dither)
     end, step = min(_end(form, points)), (LEVELS[form][1] - LEVELS[form][0]) / points
     held = old.scale.astype(jnp.float32)[..., None]
     kept = _value(_rounded(v, held, form, points, cut), form, points) * held
@@ -182,18 +189,14 @@ def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tupl
 
 
 def decode_fine(stored: Packed, remainder: jax.Array | None, bits: int) -> jax.Array:
-    """What encode_fine rounded x to, f32 [..., K]. A remainder of zeros is the level itself."""
+    """What encode_fine rounded x to, f32 [..., K]. A remainder of zeros is next to the level, a half point above it."""
     if remainder is None:
         return decode(stored)
-    points, half = _points(bits), 2 ** (bits - 1)
-    rest = (_unpack_bits(remainder, bits) ^ half) - half  # the sign
-    codes = unpack(stored.words, stored.form, stored.shape[-1]) * points + points // 2 + rest
+    points = 2**bits
+    codes = unpack(stored.words, stored.form, stored.shape[-1]) * points
+    codes += _unpack_bits(remainder, bits) ^ (points // 2)  # plus half a cell, around
     values = _blocks(_value(codes, stored.form, points)) * stored.scale.astype(jnp.float32)[..., None]
     return values.reshape(stored.shape)
-
-
-def _points(bits: int) -> int:
-    return max(1, 2**bits - 1)
 
 
 def _reach(v: jax.Array, form: str, bits: int) -> jax.Array:
@@ -209,10 +212,10 @@ def _nf4() -> tuple[jax.Array, jax.Array]:
 def _rounded(v: jax.Array, scale: jax.Array, form: str, points: int, cut: Any) -> jax.Array:
     """v / scale to the upper of its two neighbours if it lies further than `cut`, in steps, above the lower. Codes int32.
 
-    The grid has `points` (odd) points a level, those between two levels equidistant, half of those of a level to each side
-    of it. Codes count from the lowest, so that code // points is the level.
+    The grid has `points` points a level, those between two levels equidistant, half of those of a level to each side of it.
+    Codes count from the lowest, so that code // points is the level.
     """
-    scale, table, side, end = scale.astype(jnp.float32), LEVELS[form], points // 2, _end(form, points)
+    scale, table, end = scale.astype(jnp.float32), LEVELS[form], _end(form, points)
     v = jnp.clip(v / jnp.where(scale > 0, scale, 1.0), -end[0], end[1])
     if form == "nf4":
         levels, step = _nf4()
@@ -221,26 +224,30 @@ def _rounded(v: jax.Array, scale: jax.Array, form: str, points: int, cut: Any) -
         steps = (low.astype(jnp.float32) + (v - levels[low]) / step[low]) * points
     else:
         steps = (v + 1) * ((len(table) - 1) / 2 * points)
+    steps += (points - 1) / 2
     whole = jnp.floor(steps)
     part = steps - whole
+    if form == "nf4":  # a level whose neighbours are not equally far is between two points: `steps` has a bend there
+        below, above = (_value(whole.astype(jnp.int32) + i, form, points) for i in (0, 1))
+        part = (v - below) / (above - below)
     part = jnp.where(part < SNAP, 0.0, jnp.where(part > 1 - SNAP, 1.0, part))
-    code = whole.astype(jnp.int32) + side + (part > cut).astype(jnp.int32)
+    code = whole.astype(jnp.int32) + (part > cut).astype(jnp.int32)
     return jnp.clip(code, 0, len(table) * points - 1)
 
 
 def _value(codes: jax.Array, form: str, points: int) -> jax.Array:
     """What codes of _rounded stand for, f32."""
-    codes, top = codes - points // 2, len(LEVELS[form]) - 1
+    halves, top = 2 * codes - (points - 1), len(LEVELS[form]) - 1  # of points, from the lowest level
     if form != "nf4":
-        return (2 * codes - top * points).astype(jnp.float32) * (1 / (top * points))
+        return (halves - top * points).astype(jnp.float32) * (1 / (top * points))
     levels, step = _nf4()
-    low = jnp.clip(lax.div(codes, jnp.int32(points)), 0, top - 1)
-    return levels[low] + (codes - low * points).astype(jnp.float32) * step[low] * (1 / points)
+    low = jnp.clip(lax.div(halves, jnp.int32(2 * points)), 0, top - 1)
+    return levels[low] + (halves - low * (2 * points)).astype(jnp.float32) * step[low] * (1 / (2 * points))
 
 
 def _end(form: str, points: int) -> tuple[float, float]:
     """Magnitude of the grid's lowest and highest point."""
-    table, part = LEVELS[form], points // 2 / points
+    table, part = LEVELS[form], (points - 1) / (2 * points)
     return 1 + part * (table[1] - table[0]), 1 + part * (table[-1] - table[-2])
 
 
