@@ -166,9 +166,9 @@ def encode_fine(x: jax.Array, dither: jax.Array, old: Packed, bits: int) -> tupl
     """f32 [..., K] as what products read and what that leaves of x, uint8, `bits` bits a value (2 or 4; 0: None).
 
     x is dithered to a finer grid, of 2^bits points to each level's cell; what products read is the level, the remainder
-    which of its points it is, counted from the one just above the level and around. A new scale is the block's largest value or REACH root mean squares if less (values end
-    at the grid's end). But the scale stays that of `old` as long as what it gives fits: a scale that follows its block at
-    every step rounds all of its values anew.
+    which of its points it is, counted from the one just above the level and around. A new scale is the block's largest value
+    or REACH root mean squares if less (values end at the grid's end). But the scale stays that of `old` as long as what it
+    gives fits: a scale that follows its block at every step rounds all of its values anew.
     """
     form, points, v, cut = old.form, 2**bits, _blocks(x.astype(jnp.float32)), _blocks(dither)
     end, step = min(_end(form, points)), (LEVELS[form][1] - LEVELS[form][0]) / points
