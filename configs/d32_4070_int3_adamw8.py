@@ -9,7 +9,7 @@ from nanojax.config import Config, load_unresolved, override
 
 
 def get_config() -> Config:
-    changes = {"stored.blocks": "int3", "optim.matrix": "adamw", "optim.matrix_lr": 0.003}
+    changes = {"stored.blocks": "int3", "optim.matrix": "adamw", "optim.matrix_lr": 0.0015}
     # AdamW's second moment takes 1.5 GiB more than Muon: remainders of 2 bits, int8 embedding
     changes |= {"stored.remainder": 2, "stored.embed": "int8"}
     return override(load_unresolved("d32_4070"), changes)

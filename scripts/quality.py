@@ -42,7 +42,7 @@ INT8 = {"compute.dtype": "bf16", "compute.forward": "int8", "compute.dx": "int8"
 BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
 FOLDED = {"accumulate.dtype": "momentum", "optim.nesterov": "false", "optim.clip": "0"}
 STATE8 = {"stored.momentum": "int8", "stored.adam": "int8"}
-ADAMW = {"optim.matrix": "adamw", "optim.matrix_lr": "0.003"}
+ADAMW = {"optim.matrix": "adamw", "optim.matrix_lr": "0.0015"}
 ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "f32": ("f32 throughout", {}),
     "int8-bf16": ("int8 compute, bf16 stored", INT8 | BF16_EDGES | {"stored.blocks": "bf16"}),
@@ -106,7 +106,7 @@ PLANS: dict[str, list[Run]] = {
         ("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "nf4-4", "b2.67", "int3", "int3-adamw8", "int4")
     ],
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("nf4", "b2.67", "int3", "int3-adamw8")],
-    "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16")],
+    "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16", "b2.67", "nf4", "int3-adamw8")],
 }
 
 
