@@ -26,6 +26,11 @@ PLAN_LINE = re.compile(
     r"(?P<time>[\d.]+) (?P<unit>days|hours)"
 )
 MODELLED = 7500  # tokens/s of d32_4070, by our own roofline
+LADDER = [
+    "d32_4070_nf4",
+    "d32_4070_int3_adamw8",
+    "d32_4070_b2p67",
+]  # at most 10.5 GiB, at most 5 % slower than d32_4070
 TRAFFIC = 300e3  # bytes a token and layer outside matmuls and attention, embedding, head and update included
 # A config's tests stay in one worker, which compiles it once. Those without a bar take minutes together: slow.
 GROUPS = {"d32_4070_15b": "d32_4070", "d32_4070_20b": "d32_4070"}  # the same step
@@ -71,6 +76,14 @@ def test_the_command_answers_in_two_minutes_with_every_key():
 def test_modelled_speed(name):
     """What d32 on the RTX 4070 is for: no change may make the compiled step slower than the bar."""
     assert plan_of(name).tokens_per_second >= MODELLED
+
+
+@each(LADDER)
+def test_below_8_bits(name):
+    """Fewer bits fit the bar too, and decoding them costs at most 5 % of int8 storage's speed."""
+    plan = plan_of(name)
+    assert plan.memory.peak / GIB <= 10.5, plan.summary
+    assert plan.tokens_per_second >= 0.95 * plan_of("d32_4070").tokens_per_second, plan.summary
 
 
 @each(["d32_4070"])
