@@ -36,9 +36,9 @@ ROWS_BYTES = 32 << 20  # f32 bytes of the embedding or head rows updated at one 
 class State(NamedTuple):
     """What a step turns into the next: all of it donated.
 
-    step int32; params (model.py); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu, nu), "head":
-    (mu, nu) as stored, and, with blocks below 8 bits and stored.remainder, "remainder": what rounding left of them
-    (quant/packed.py)}; accum {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With
+    step int32; params (model.py, as `layered`); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu,
+    nu), "head": (mu, nu) as stored, and, with blocks below 8 bits and stored.remainder, "remainder": what rounding left of
+    them (quant/packed.py)}; accum {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With
     accumulate.dtype=momentum accum has no "blocks", and the momentum is one array a layer.
     """
 
