@@ -10,7 +10,6 @@ parameters, residuals and accumulators out of its stack and back, and cannot add
 (d32 on an RTX 4070, modelled, before rows were kernels: 5.1k tokens/s with scans, 7.5k without; 26 and 70 s to compile).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -216,45 +215,70 @@ def _rows(config: Config) -> int:
 
 
 def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
-    """(parameters, entries of opt, accumulators) of the blocks after Muon or AdamW, one layer at a time."""
+    """(parameters, entries of opt, accumulators) of the blocks after Muon or AdamW."""
+    blocks, opt, cleared = {}, {}, {}
+    for j, (name, layers) in enumerate(totals.items()):
+        blocks[name], opt[name], cleared[name] = _update_matrices(config, state, name, layers, clip, j, key)
+        # one after the other: below 8 bits each holds its new layers twice
+        blocks, opt, cleared, clip = lax.optimization_barrier((blocks, opt, cleared, clip))
+    opt = {part: {name: o[part] for name, o in opt.items()} for part in next(iter(opt.values()))}
+    if "blocks" in opt and config.optim.matrix == "adamw":
+        opt["blocks"] = tuple({name: moments[i] for name, moments in opt["blocks"].items()} for i in range(2))
+    if config.stored.blocks in LEVELS:
+        blocks = tuple({name: layers[i] for name, layers in blocks.items()} for i in range(config.model.L))
+    if config.accumulate.dtype == "momentum":
+        return blocks, {"blocks": cleared} | opt, None
+    return blocks, opt, cleared
+
+
+def _update_matrices(
+    config: Config, state: State, name: str, totals: tuple[jax.Array, ...], clip: jax.Array, j: int, key: jax.Array
+) -> tuple[Any, Any, Any]:
+    """_update_blocks for the matrices called `name`, the j-th of a layer, one layer at a time."""
     adamw, packed = config.optim.matrix == "adamw", config.stored.blocks in LEVELS
     tx: Any = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
-    folded = config.accumulate.dtype == "momentum"
-    opt = {name: state.opt[name] for name in ("blocks", "remainder") if name in state.opt}
-    if folded:  # the accumulators are the momentum and stay
-        del opt["blocks"]
+    folded, key = config.accumulate.dtype == "momentum", jax.random.fold_in(key, j)
+    opt: dict[str, Any] = {}
+    if not folded:  # else the accumulators are the momentum and stay
+        opt["blocks"] = tuple(m[name] for m in state.opt["blocks"]) if adamw else state.opt["blocks"][name]
+    if "remainder" in state.opt:
+        opt["remainder"] = state.opt["remainder"][name]
 
-    params = state.params["blocks"]
-    take = lambda j: ({name: layers[j] for name, layers in totals.items()}, params[j] if packed else ())
-    branches = [functools.partial(take, j) for j in range(config.model.L)]
+    blocks = state.params["blocks"]
+    branches = [lambda i=i: (totals[i], blocks[i][name] if packed else ()) for i in range(config.model.L)]
 
     def layer(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         params, opt = carry
         keys = jax.random.split(jax.random.fold_in(key, i))
         total, p = lax.switch(i, branches)
         p, old, new = p if packed else _at(params, i), _at(opt, i), {}
-        grads = jax.tree.map(lambda g: g.astype(F32) * clip, total)
-        buf = grads if folded else old["blocks"]
-        before = optim.AdamState(state.step, *buf) if adamw else optim.MuonState(state.step, buf)
-        updates, after = optim.step(tx, grads, before, p, keys[0])
-        if not folded:
-            new["blocks"] = (after.mu, after.nu) if adamw else after.momentum
-        if packed:
-            phase, bits = jax.random.fold_in(jax.random.key(config.train.seed), i), config.stored.remainder
-            p, rest = optim.apply_packed(p, old.get("remainder", {}), updates, bits, phase, state.step)
-            if bits:
-                new["remainder"] = rest
+        g = total.astype(F32) * clip
+        tree = lambda x: {name: x}
+        if adamw:
+            before: Any = optim.AdamState(state.step, *map(tree, old["blocks"]))
         else:
-            p = optim.apply(p, updates, config.stored.blocks, keys[1])
-        p, new = lax.optimization_barrier((p, new))
+            before = optim.MuonState(state.step, tree(g if folded else old["blocks"]))
+        updates, after = optim.step(tx, tree(g), before, tree(p), keys[0])
+        if not folded:
+            new["blocks"] = (after.mu[name], after.nu[name]) if adamw else after.momentum[name]
+        if packed:
+            phase = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), i), j)
+            bits, rest = config.stored.remainder, {name: old["remainder"]} if "remainder" in old else {}
+            p, rest = optim.apply_packed(tree(p), rest, updates, bits, phase, state.step)
+            if bits:
+                new["remainder"] = rest[name]
+        else:
+            p = optim.apply(tree(p), updates, config.stored.blocks, keys[1])
+        p, new = lax.optimization_barrier((p[name], new))
         opt = _put(opt, new, i)
         return ((None, opt), p) if packed else ((_put(params, p, i), opt), None)
 
-    (params, opt), layers = lax.scan(layer, (None if packed else params, opt), jnp.arange(config.model.L))
+    carry = (None if packed else blocks[name], opt)
+    (params, opt), layers = lax.scan(layer, carry, jnp.arange(config.model.L))
     if packed:
         params = tuple(_at(layers, i) for i in range(config.model.L))
     if folded:
-        return params, {"blocks": totals} | opt, None
+        return params, opt, totals
     params, opt, totals = lax.optimization_barrier((params, opt, totals))
     return params, opt, jax.tree.map(jnp.zeros_like, totals)
 
