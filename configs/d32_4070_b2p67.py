@@ -2,7 +2,7 @@
 
 What rounding leaves of a weight takes 4 more, in the optimizer's state.
 
-plan (rtx4070): peak 9.4 GiB, 7.5k tok/s modelled, 58 days
+plan (rtx4070): peak 9.4 GiB, 7.9k tok/s modelled, 55 days
 
 python -m nanojax.train --config=d32_4070_b2p67
 """

@@ -1,6 +1,6 @@
 """The largest nanochat found to train from scratch in 12 GB, with the planner: d42, 3,993,894,912 parameters.
 
-plan (rtx4070): peak 10.3 GiB, 3.2k tok/s modelled, 290 days
+plan (rtx4070): peak 10.4 GiB, 3.3k tok/s modelled, 278 days
 
 python -m nanojax.train --config=largest_4070
 

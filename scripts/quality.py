@@ -59,10 +59,6 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         "NF4 stored, remainders of 2 bits, int8 compute and state",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "2"},
     ),
-    "nf4-4": (
-        "NF4 stored, remainders of 4 bits, int8 compute and state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "4"},
-    ),
     "int3": (
         "int3 with remainders of 4 bits, int8 compute, state",
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"},
@@ -95,16 +91,14 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 SEEDS = (0, 1, 2)
-LADDER = ("d32_4070", "int4", "nf4", "nf4-4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
+LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
 KNOBS = ("d32_4070", "momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
     "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
     "rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("f32", "int8-bf16", "int8-int8")],
     "knobs": [("d3", arm, 1.0, 0) for arm in KNOBS],
-    "ladder": [
-        ("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "nf4-4", "b2.67", "int3", "int3-adamw8", "int4")
-    ],
+    "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "b2.67", "int3", "int3-adamw8", "int4")],
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("nf4", "b2.67", "int3", "int3-adamw8")],
     "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16", "b2.67", "nf4", "int3-adamw8")],
 }
