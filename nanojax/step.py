@@ -2,8 +2,8 @@
 
 Per microbatch the layers run forward, each keeping what its vjp needs (compute.residuals); the chunked loss turns the last
 output into its gradient; the layers' vjps run in reverse and add each dW to that matrix's accumulator. Once per step, for
-each of a layer's matrices, a scan over layers runs the optax transform, decodes, adds and encodes. The full gradient, the full float view of the parameters
-and the full logits never exist.
+each of a layer's matrices, a scan over layers runs the optax transform, decodes, adds and encodes. The full gradient, the
+full float view of the parameters and the full logits never exist.
 
 Forward and backward are unrolled, and every layer's accumulators are arrays of their own: in a scan XLA copies each slice of
 parameters, residuals and accumulators out of its stack and back, and cannot add dW to its accumulator within the product
