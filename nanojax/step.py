@@ -185,8 +185,8 @@ def _layer(blocks: Any, i: int, *values: Any) -> tuple[Any, ...]:
     """(layer i of `blocks`, *values), the layer tied to the values: nothing is computed with it before they are."""
     if isinstance(blocks, tuple):
         return lax.optimization_barrier((blocks[i], *values))
-    index, *values = lax.optimization_barrier((jnp.int32(i), *values))
-    return _at(blocks, index), *values
+    index, *tied = lax.optimization_barrier((jnp.int32(i), *values))
+    return _at(blocks, index), *tied
 
 
 def _embed_backward(embed: Any, total_VD: jax.Array, tokens_BT: jax.Array, dx: jax.Array, key: jax.Array) -> jax.Array:
