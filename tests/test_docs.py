@@ -4,9 +4,11 @@ import ast
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from nanojax import config as configs
+from nanojax import step
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for folder in ("nanojax", "configs", "scripts", "tests") for p in (ROOT / folder).rglob("*.py"))
@@ -59,6 +61,21 @@ def test_parameter_counts_in_readme() -> None:
     for depth, count in re.findall(r"\bd(\d+)\b[^\n]{0,40}?(\d{1,3}(?:,\d{3}){2,3}) parameters", _readme()):
         expected = configs.resolve(configs.Config(model=configs.Model(depth=int(depth)))).model.parameters
         assert int(count.replace(",", "")) == expected
+
+
+def test_ladder_in_readme() -> None:
+    """README's ladder: bits a weight and state are those of the state's arrays, peak and speed those of the configs' plans."""
+    row = r"\| `(d32_4070\w*)` \| ([\d.]+)(?: \+ (\d))? \| ([\d.]+) GiB \| ([\d.]+ GiB) \| ([\d.]+k) \| (\d+) \|"
+    rows = re.findall(row, _readme())
+    assert [r[0] for r in rows] == ["d32_4070", "d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]
+    total = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    for name, bits, remainder, state, peak, rate, days in rows:
+        m, arrays = configs.load(name).model, step.abstract_state(configs.load(name))
+        weights = m.L * sum(rows * columns for rows, columns in m.shapes.values())
+        assert float(bits) == pytest.approx(8 * total(arrays.params["blocks"]) / weights, abs=0.005), name
+        assert int(remainder or 0) == 8 * total(arrays.opt.get("remainder", ())) / weights, name
+        assert float(state) == pytest.approx(total(arrays) / 2**30, abs=0.005), name
+        assert f"peak {peak}, {rate} tok/s modelled, {days} days" in configs.find(name).read_text()
 
 
 @pytest.mark.parametrize("name", configs.available())
