@@ -19,12 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanojax import config as configs
 from nanojax import loss, step
@@ -195,6 +196,13 @@ class Result:
         """Mean training loss of the last tenth of the steps, nats."""
         return statistics.fmean(y for x, y in self.curve if x > 0.9 * self.curve[-1][0])
 
+    @property
+    def falls(self) -> bool:
+        """Whether the mean training loss of each fifth of the run is below that of the fifth before."""
+        n = max(1, len(self.curve) // 5)
+        means = [statistics.fmean(y for _, y in self.curve[i : i + n]) for i in range(0, n * (len(self.curve) // n), n)]
+        return all(b < a for a, b in pairwise(means))
+
 
 def read(path: Path) -> Result:
     """A finished run's file. UserError if it is not one."""
@@ -225,8 +233,23 @@ def rows_of(results: Iterable[Result]) -> list[list[str]]:
                 _spread([a.train_end - b.train_end for a, b in pairs], "+"),
             ]
         ends, seconds = [r.valid[-1][1] for r in runs], statistics.fmean(r.seconds for r in runs)
-        out.append([size, arm, ARMS[arm][0], f"{rate:g}", str(len(runs)), _spread(ends), *gaps, f"{seconds:.0f}"])
+        falls = "yes" if all(r.falls for r in runs) else "no"
+        out.append(
+            [size, arm, ARMS[arm][0], f"{rate:g}", str(len(runs)), _spread(ends), *gaps, falls, f"{seconds:.0f}"]
+        )
     return out
+
+
+def unigram(c: Config) -> float:
+    """Validation nats a token of a model that knows only how often the run's training text has each token (plus one)."""
+    A, B, _ = c.batch_shape
+    batches = loader.train_iterator(c.data.path, A * B, c.model.T, c.train.seed, c.model.V)
+    counts = np.ones(c.model.V)
+    for batch in islice(batches, c.train.steps):
+        counts += np.bincount(batch.reshape(-1, c.model.T + 1)[:, 1:].ravel(), minlength=c.model.V)
+    rows = islice(loader.valid_batches(c.data.path, 8, c.model.T), max(1, VALID_TOKENS // (8 * c.model.T)))
+    nats = -np.log(counts / counts.sum())
+    return float(np.mean([nats[row.reshape(-1, c.model.T + 1)[:, 1:]].mean() for row in rows]))
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -240,11 +263,13 @@ def report(out: Path) -> None:
     results = [r for r in results if r.run[1] in ARMS]
     if not results:
         raise UserError(f"{out}: no finished runs; python scripts/quality.py run main --data DIR --out {out}")
-    heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to f32", "Δ training", "s"]
+    heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to f32", "Δ training", "falls", "s"]
     lines = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows_of(results))]
     c = results[0].config
     facts = f"T {c.model.T}, vocabulary {c.model.V}, {c.train.tokens_per_step} tokens a step, {c.train.tokens:,} tokens"
     facts += f"; commits {', '.join(sorted({r.commit for r in results}))}"
+    if Path(c.data.path).is_dir():
+        facts += f"; unigrams of the training text give {unigram(c):.2f} validation nats"
     text = "".join(f"| {line} |\n" for line in lines)
     about = "± is the standard deviation over seeds, of paired differences for Δ."
     (out / "table.md").write_text(f"{facts}\n{about}\n\n{text}")

@@ -1,14 +1,17 @@
 """scripts/quality.py on a model of seconds: runs are paired and resumable, the table says what the runs' files say."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from nanojax.config import Model, UserError
+from nanojax.data import loader
 from nanojax.data.__main__ import main as data_main
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quality.py"
@@ -63,6 +66,17 @@ def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     gaps = [results[("b2.67", 1.0, s)].valid[-1][1] - results[("f32", 1.0, s)].valid[-1][1] for s in (0, 1)]
     row = next(line for line in (out / "table.md").read_text().splitlines() if "| b2.67 |" in line)
     assert f"{sum(gaps) / 2:+.4f} ±" in row and "| 2 |" in row
+    first = results[("f32", 1.0, 0)]
+    rising = dataclasses.replace(first, curve=[(i, float(i)) for i in range(10)])
+    assert not rising.falls and dataclasses.replace(first, curve=[(i, -y) for i, y in rising.curve]).falls
+    known = np.concatenate(
+        [r[:, 1:].ravel() for r in loader.valid_batches(first.config.data.path, 8, first.config.model.T)]
+    )
+    share = np.bincount(known, minlength=first.config.model.V) / known.size
+    least = -np.sum(share * np.log(share, where=share > 0, out=np.zeros_like(share)))
+    assert (
+        least < script.unigram(first.config) < np.log(first.config.model.V)
+    )  # no unigrams know the text better than its own
     if importlib.util.find_spec("matplotlib"):
         assert (out / "loss.png").stat().st_size > 5000
 
