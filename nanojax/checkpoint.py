@@ -1,7 +1,8 @@
 """Checkpoints of a run through orbax: train state, data position, config and tokenizer, saved and restored together.
 
 A run folder holds config.json (resolved), tokenizer/, metrics.jsonl and checkpoints/STEP/ with three parts: params, opt
-(optimizer state and step) and meta (JSON: step, data position, config, tokenizer fingerprint, checks). The run's only
+(optimizer state and step) and meta (JSON: step, data position, config, tokenizer fingerprint, checks); arrays as in
+step.State, so that below 8 bits params["blocks"] is a list of layers where else it is stacks of all. The run's only
 randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are zeros between steps.
 
 A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
