@@ -139,8 +139,9 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
 
 @pytest.mark.slow  # 1,024 microbatches
 def test_bf16_accumulators_are_right_in_the_mean(tiny):
-    """16 microbatches summed in dithered bf16: off by under 0.5% of the f32 sum, and averaged over 64 keys by under a quarter
-    of that: what is left is the first sum, rounded to nearest as its accumulator is zero."""
+    """16 microbatches summed in dithered bf16: off by under 0.8% of the f32 sum (1.6% for the head, to which each adds four
+    chunks: errors grow with the root), and averaged over 64 keys by under a quarter of that, or under what rounding to
+    nearest errs by: so the first sum is rounded, as its accumulator is zero."""
     config = tiny(train={"tokens_per_step": 1024}, accumulate={"dtype": "bf16", "edges": "bf16"})
     exact = tiny(train={"tokens_per_step": 1024})
     state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
@@ -155,11 +156,12 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
 
     want = jax.jit(lambda: total(exact, step.init_state(exact).accum, KEY))()
     many = jax.jit(lambda keys: jax.lax.map(lambda k: total(config, state.accum, k), keys))(jax.random.split(KEY, 64))
-    for got, target in zip(jax.tree.leaves(many), jax.tree.leaves(want)):
+    for (path, got), target in zip(jax.tree.leaves_with_path(many), jax.tree.leaves(want)):
         got, target = np.asarray(got, np.float64), np.asarray(target, np.float64)
         error = lambda x, target=target: np.linalg.norm(x - target) / np.linalg.norm(target)
-        assert error(got[0]) < 0.008
-        assert error(got.mean(0)) < error(got[0]) / 4
+        assert error(got[0]) < (0.016 if path[0].key == "head" else 0.008)
+        # a row of the embedding is summed once or twice: 2^-7 of its power of two, uniform, against 1.5 times that
+        assert error(got.mean(0)) < max(error(got[0]) / 4, 2**-7 / 12**0.5 / 1.5)
 
 
 def test_folded_momentum_equals_heavy_ball(tiny):
