@@ -53,8 +53,8 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
         INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int8", "accumulate.dtype": "bf16", "accumulate.edges": "bf16"},
     ),
     "int4": (
-        "int4 with remainders of 4 bits, int8 compute, state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4"},
+        "int4 stored, remainders of 2 bits, int8 compute and state",
+        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4", "stored.remainder": "2"},
     ),
     "nf4": (
         "NF4 stored, remainders of 2 bits, int8 compute and state",
