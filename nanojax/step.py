@@ -96,6 +96,17 @@ def abstract_state(config: Config) -> State:
     return jax.eval_shape(lambda: init_state(config))
 
 
+def block_bits(config: Config) -> tuple[float, float]:
+    """Bits that a weight of the block matrices takes, scales and padding included: in params, and as a remainder."""
+    m, state = config.model, abstract_state(config)
+    weights = m.L * sum(math.prod(shape) for shape in m.shapes.values())
+    stored, rest = (
+        8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / weights
+        for tree in (state.params["blocks"], state.opt.get("remainder"))
+    )
+    return stored, rest
+
+
 def _dtype(name: str) -> Any:
     return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 

@@ -70,11 +70,9 @@ def test_ladder_in_readme() -> None:
     assert [r[0] for r in rows] == ["d32_4070", "d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]
     total = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     for name, bits, remainder, state, peak, rate, days in rows:
-        m, arrays = configs.load(name).model, step.abstract_state(configs.load(name))
-        weights = m.L * sum(rows * columns for rows, columns in m.shapes.values())
-        assert float(bits) == pytest.approx(8 * total(arrays.params["blocks"]) / weights, abs=0.005), name
-        assert int(remainder or 0) == 8 * total(arrays.opt.get("remainder", ())) / weights, name
-        assert float(state) == pytest.approx(total(arrays) / 2**30, abs=0.005), name
+        stored, rest = step.block_bits(configs.load(name))
+        assert float(bits) == pytest.approx(stored, abs=0.005) and int(remainder or 0) == rest, name
+        assert float(state) == pytest.approx(total(step.abstract_state(configs.load(name))) / 2**30, abs=0.005), name
         assert f"peak {peak}, {rate} tok/s modelled, {days} days" in configs.find(name).read_text()
 
 

@@ -1,6 +1,7 @@
 """The memory bars, on XLA's own figures: every shipped config compiled for its card, which need not be there."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nanojax import config as configs
-from nanojax.plan import cards, compile, planner
+from nanojax.plan import cards, compile, planner, report
 from nanojax.plan.memory import GIB
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +28,7 @@ PLAN_LINE = re.compile(
     r"(?P<time>[\d.]+) (?P<unit>days|hours)"
 )
 MODELLED = 7500  # tokens/s of d32_4070, by our own roofline
-LADDER = [
-    "d32_4070_nf4",
-    "d32_4070_int3_adamw8",
-    "d32_4070_b2p67",
-]  # at most 10.5 GiB, at most 5 % slower than d32_4070
+LADDER = ["d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]  # at most 10.5 GiB, 5 % slower than d32_4070
 TRAFFIC = 300e3  # bytes a token and layer outside matmuls and attention, embedding, head and update included
 # A config's tests stay in one worker, which compiles it once. Those without a bar take minutes together: slow.
 GROUPS = {"d32_4070_15b": "d32_4070", "d32_4070_20b": "d32_4070"}  # the same step
@@ -178,6 +176,17 @@ def test_more_kept_needs_more_memory(small):
     kept = [p.memory.residuals for p in plans]
     assert kept[0] > kept[1] > kept[2]
     assert kept[2] == pytest.approx(small.model.L * small.model.T * small.model.D * 2, rel=0.01)  # bf16
+
+
+def test_bits_are_told(small):
+    """A plan shows and lists what a weight really takes, scales included: NF4 4.25 bits, and 2 of remainder."""
+    config = configs.override(small, {"stored.blocks": "nf4", "stored.remainder": 2})
+    plan, out = planner.make(config, cards.CARDS["rtx4070"]), io.StringIO()
+    report.show(plan, Console(file=out, width=160), {})
+    report.show_table([plan], Console(file=out, width=160), {})
+    assert re.search(r"block matrices +4\.25 +bits a weight, scales included, and 2 of remainders\n", out.getvalue())
+    assert re.search(r" 4\.25\+2 ", out.getvalue())
+    assert plan.as_json()["block_bits"] == 4.25 and plan.as_json()["remainder_bits"] == 2
 
 
 def test_auto_residuals_become_concrete(small, caplog):

@@ -27,6 +27,7 @@ class Plan:
     estimate: roofline.Estimate
     tokens_per_second: float
     bill: energy.Bill
+    block_bits: tuple[float, float]  # step.block_bits
     measured: bool = False
 
     @property
@@ -65,6 +66,8 @@ class Plan:
             "fits": self.fits,
             "params_bytes": m.params,
             "opt_bytes": m.opt,
+            "block_bits": self.block_bits[0],
+            "remainder_bits": self.block_bits[1],
             "accum_bytes": m.accum,
             "residual_bytes": m.residuals,
             "temporary_bytes": m.temporaries,
@@ -115,7 +118,7 @@ def make(
     estimate = roofline.estimate(program.hlo, card, efficiency)
     rate = config.train.tokens_per_step / estimate.seconds
     bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)
-    return Plan(config, card, program, measured, estimate, rate, bill)
+    return Plan(config, card, program, measured, estimate, rate, bill, step.block_bits(config))
 
 
 def _essence(config: Config) -> str:

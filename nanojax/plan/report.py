@@ -47,6 +47,9 @@ def _memory(plan: Plan) -> RenderableType:
         size = getattr(m, key)
         if size >= GIB * 0.0005:
             table.add_row(Text("█ ", style=colour) + Text(label), f"{size / GIB:.3f}", "GiB")
+    stored, rest = plan.block_bits
+    left = f", and {rest:g} of remainders" if rest else ""
+    table.add_row("block matrices", f"{stored:.2f}", f"bits a weight, scales included{left}")
     table.add_row("peak", f"{m.peak / GIB:.3f}", "GiB: XLA's arguments + outputs - aliased + temporaries")
     lines: list[RenderableType] = [bar(m, plan.card), table]
     style = "bold green" if plan.fits else "bold red"
@@ -151,18 +154,33 @@ def show_sweep(trials: Sequence[tuple[dict[str, str], Plan]], console: Console) 
 
 def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
     """All shipped configs, then the published claims beside what the arithmetic gives."""
-    head = ("config", "card", "parameters", "tokens", "peak GiB", "fits", "tok/s modelled", "days", "kWh", *prices)
-    table = Table(*head, title="shipped configs (modelled; GPU power at its limit)", title_justify="left")
+    head = (
+        "config",
+        "card",
+        "parameters",
+        "bits",
+        "tokens",
+        "peak GiB",
+        "fits",
+        "tok/s modelled",
+        "days",
+        "kWh",
+        *prices,
+    )
+    title = "shipped configs (modelled; GPU power at its limit; bits a block weight, + remainder)"
+    table = Table(*head, title=title, title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"
     for p in plans:
         tokens, b = f"{p.config.train.tokens / 1e9:.2f}B", p.bill
         peak, rate = f"{p.memory.peak / GIB:.2f}", f"{p.tokens_per_second:,.0f}"
         costs = [f"{b.cost[c]:,.0f}" for c in prices]
+        stored, rest = p.block_bits
         row = (
             p.config.name,
             p.card.key,
             f"{p.config.model.parameters:,}",
+            f"{stored:.2f}" + (f"+{rest:g}" if rest else ""),
             tokens,
             peak,
             "yes" if p.fits else "NO",

@@ -58,12 +58,6 @@ def words_of(form: str, K: int) -> tuple[int, type]:
     return (3 * K // 32, jnp.uint32) if form == "int3" else (K // 2, jnp.uint8)
 
 
-def bits(form: str, K: int) -> float:
-    """Bits a value takes in a row of K values, scale and padding included."""
-    count, dtype = words_of(form, K)
-    return (count * jnp.dtype(dtype).itemsize * 8 + K // BLOCK * 16) / K
-
-
 def pack(codes: jax.Array, form: str) -> jax.Array:
     """Codes (whole numbers from 0) [..., K] as words [..., W].
 
