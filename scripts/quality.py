@@ -2,7 +2,7 @@
 
   python -m nanojax.data prepare --input train.jsonl.xz valid.jsonl.xz --valid last --vocab 2048 --out data/quality
   python scripts/quality.py run main --data data/quality --out runs/quality
-  python scripts/quality.py run rates knobs ladder larger --data data/quality --out runs/quality
+  python scripts/quality.py run rates knobs ladder ladder-rates summed larger --data data/quality --out runs/quality
   python scripts/quality.py report --out runs/quality
 
 Arms of one seed share initialisation and data order. A run is one JSONL file; finished runs are skipped, so the same
@@ -41,40 +41,41 @@ SIZES = {"d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
 
 INT8 = {"compute.dtype": "bf16", "compute.forward": "int8", "compute.dx": "int8", "compute.dw": "int8"}
 BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
-FOLDED = {"accumulate.dtype": "momentum", "optim.nesterov": "false", "optim.clip": "0"}
-STATE8 = {"stored.momentum": "int8", "stored.adam": "int8"}
-ADAMW = {"optim.matrix": "adamw", "optim.matrix_lr": "0.0015"}
-ARMS: dict[str, tuple[str, dict[str, str]]] = {
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """What config `name` changes of how parameters and state are stored, computed and updated, whatever the model's size."""
+    given, usual = (configs.keys(c) for c in (configs.load_unresolved(name), Config()))
+    sections = ("stored.", "accumulate.", "optim.", "compute.")
+    sized = ("compute.residuals", "compute.loss_chunk")
+    found = {key: value for key, (_, value, _) in given.items() if key.startswith(sections) and key not in sized}
+    return {key: value for key, value in found.items() if value != usual[key][1]}
+
+
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "f32": ("f32 throughout", {}),
     "int8-bf16": ("int8 compute, bf16 stored", INT8 | BF16_EDGES | {"stored.blocks": "bf16"}),
     "int8-int8": ("int8 compute, int8 stored", INT8 | BF16_EDGES | {"stored.blocks": "int8"}),
-    "d32_4070": (
-        "int8 compute, all state as in d32_4070",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int8", "accumulate.dtype": "bf16", "accumulate.edges": "bf16"},
-    ),
+    "d32_4070": ("d32_4070: int8 compute, parameters, state; bf16 accumulators", shipped("d32_4070")),
     "int4": (
-        "int4 stored, remainders of 2 bits, int8 compute and state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int4", "stored.remainder": "2"},
+        "the same with int4, remainders of 2 bits",
+        shipped("d32_4070") | {"stored.blocks": "int4", "stored.remainder": 2},
     ),
-    "nf4": (
-        "NF4 stored, remainders of 2 bits, int8 compute and state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "nf4", "stored.remainder": "2"},
+    "nf4": ("d32_4070_nf4: the same with NF4, remainders of 2 bits", shipped("d32_4070_nf4")),
+    "int3": ("the same with int3, remainders of 4 bits", shipped("d32_4070") | {"stored.blocks": "int3"}),
+    "b2.67": ("d32_4070_b2p67: the same with b2.67, remainders of 4 bits", shipped("d32_4070_b2p67")),
+    "laptop": (
+        "d32_4070_laptop: int8, gradients of 16 microbatches summed into a bf16 heavy-ball momentum",
+        shipped("d32_4070_laptop") | {"train.microbatch": 1},
     ),
-    "int3": (
-        "int3 with remainders of 4 bits, int8 compute, state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "int3"},
+    "largest": (
+        "largest_4070: the same with b2.67, no remainders",
+        shipped("largest_4070") | {"train.microbatch": 1},
     ),
-    "b2.67": (
-        "b2.67 with remainders of 4 bits, int8 compute, state",
-        INT8 | BF16_EDGES | STATE8 | {"stored.blocks": "b2.67"},
-    ),
-    "adamw": ("f32, AdamW for all", ADAMW),
+    "adamw": ("f32, AdamW for all", {"optim.matrix": "adamw", "optim.matrix_lr": 0.0015}),
     "int3-adamw8": (
-        "int3 stored, remainders of 2 bits, int8 embedding and compute, 8-bit AdamW for all",
-        INT8
-        | STATE8
-        | ADAMW
-        | {"stored.blocks": "int3", "stored.remainder": "2", "stored.embed": "int8", "stored.head": "bf16"},
+        "d32_4070_int3_adamw8: int3, remainders of 2 bits, int8 embedding, 8-bit AdamW for all",
+        shipped("d32_4070_int3_adamw8"),
     ),
     "momentum16": ("f32, bf16 momentum", {"stored.momentum": "bf16"}),
     "momentum8": ("f32, int8 momentum", {"stored.momentum": "int8"}),
@@ -82,26 +83,28 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "adam8": ("f32, int8 AdamW moments", {"stored.adam": "int8"}),
     "accum16": (
         "f32, gradients of 16 microbatches summed in bf16",
-        {"accumulate.dtype": "bf16", "accumulate.edges": "bf16", "train.microbatch": "1"},
+        {"accumulate.dtype": "bf16", "accumulate.edges": "bf16", "train.microbatch": 1},
     ),
-    "heavy-ball": ("f32, heavy-ball momentum", {"optim.nesterov": "false"}),
+    "heavy-ball": ("f32, heavy-ball momentum", {"optim.nesterov": False}),
     "folded": (
         "f32, gradients of 16 microbatches summed into a bf16 heavy-ball momentum",
-        FOLDED | {"stored.momentum": "bf16", "train.microbatch": "1"},
+        {"accumulate.dtype": "momentum", "optim.nesterov": False, "optim.clip": 0}
+        | {"stored.momentum": "bf16", "train.microbatch": 1},
     ),
 }
 
 SEEDS = (0, 1, 2)
 LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
-KNOBS = ("d32_4070", "momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
+KNOBS = ("momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
     "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
     "rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("f32", "int8-bf16", "int8-int8")],
     "knobs": [("d3", arm, 1.0, 0) for arm in KNOBS],
-    "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("nf4", "b2.67", "int3", "int3-adamw8", "int4")],
-    "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in ("nf4", "b2.67", "int3", "int3-adamw8")],
-    "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-int8", "int8-bf16", "b2.67", "nf4", "int3-adamw8")],
+    "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in LADDER],
+    "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in LADDER],
+    "summed": [("d3", arm, 1.0, 0) for arm in ("laptop", "largest")],
+    "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-bf16", "int8-int8", *LADDER)],
 }
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from nanojax import config as configs
 from nanojax.config import Model, UserError
 from nanojax.data import loader
 from nanojax.data.__main__ import main as data_main
@@ -86,12 +87,18 @@ def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
 
 
 def test_arms_are_configs(script):
-    """Every arm of every plan of the real script resolves; the learning-rate factor reaches all three rates."""
+    """Every arm of every plan of the real script resolves; the learning-rate factor reaches all three rates; arms of a
+    shipped config store, compute and update as it does."""
     real = load_script()
     for plan in real.PLANS.values():
         for run in plan:
             real.make_config(run, "data", 300, 4096, 256, 2048)
     one, two = (real.make_config(("d3", "adamw", rate, 0), "data", 300, 4096, 256, 2048).optim for rate in (1.0, 2.0))
+    for arm, name in {"nf4": "d32_4070_nf4", "int3-adamw8": "d32_4070_int3_adamw8", "largest": "largest_4070"}.items():
+        ours, theirs = real.make_config(("d3", arm, 1.0, 0), "data", 300, 4096, 256, 2048), configs.load(name)
+        assert (ours.stored, ours.accumulate, ours.optim) == (theirs.stored, theirs.accumulate, theirs.optim), arm
+        same = {"residuals": "all", "loss_chunk": ours.compute.loss_chunk}
+        assert ours.compute == dataclasses.replace(theirs.compute, **same), arm
     assert [two.matrix_lr, two.embed_lr, two.head_lr] == [2 * x for x in (one.matrix_lr, one.embed_lr, one.head_lr)]
 
 
