@@ -95,6 +95,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 SEEDS = (0, 1, 2)
 LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
+SHOWN = ("f32", "int8-bf16", "int8-int8", *LADDER)  # in the figure; the table has all
 KNOBS = ("momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
@@ -288,8 +289,8 @@ def d32_state(arm: str) -> float:
 
 
 def figure(path: Path, results: list[Result]) -> None:
-    """Of the smallest size at rate 1, means of seeds: training loss, and validation difference to f32 by tokens and by
-    the memory that d32's state would take."""
+    """Of the arms SHOWN, smallest size, rate 1: training loss, and validation difference to f32 by tokens and by the memory
+    that d32's state would take."""
     try:
         import matplotlib
 
@@ -300,34 +301,38 @@ def figure(path: Path, results: list[Result]) -> None:
         return
     size = min(r.run[0] for r in results)
     found = {r.run: r for r in results if r.run[0] == size and r.run[2] == 1}
-    colors = [pyplot.colormaps["tab20"](i) for i in range(20)]
+    colors = pyplot.colormaps["tab10"]
     fig, (left, right, memory) = pyplot.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
-    for arm in dict.fromkeys(run[1] for run in sorted(found, key=lambda run: list(ARMS).index(run[1]))):
+    for color, arm in enumerate(SHOWN):
         runs = [r for run, r in found.items() if run[1] == arm]
-        tokens = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].curve]
-        color = colors[list(ARMS).index(arm) % len(colors)]
+        if not runs:
+            continue
+        style: Any = {"color": colors(color), "lw": 1}
+        million = lambda points, r=runs[0]: [x * r.config.train.tokens_per_step / 1e6 for x, _ in points]
         curve = [statistics.fmean(y) for y in zip(*[[y for _, y in r.curve] for r in runs])]
-        left.plot(tokens, curve, label=arm, lw=1, color=color)
+        left.plot(million(runs[0].curve), curve, label=arm, **style)
         pairs = [(r, found[(size, "f32", 1.0, r.run[3])]) for r in runs if (size, "f32", 1.0, r.run[3]) in found]
-        if pairs and arm != "f32":
-            at = [x * runs[0].config.train.tokens_per_step / 1e6 for x, _ in runs[0].valid]
-            gaps = [[a - b for (_, a), (_, b) in zip(r.valid, f.valid)] for r, f in pairs]
-            means = [statistics.fmean(g) for g in zip(*gaps)]
-            right.plot(at, means, marker="o", ms=3, lw=1, color=color)
-            if arm in LADDER:
-                memory.plot(d32_state(arm), means[-1], "o", color=color)
-                memory.annotate(f" {arm}", (d32_state(arm), means[-1]), fontsize=8)
-    left.set(title=f"{size}, mean of seeds", xlabel="million tokens", ylabel="training loss, nats", yscale="log")
-    right.axhline(0, color="black", lw=0.7)
+        if not pairs or arm == "f32":
+            continue
+        gaps = [[a - b for (_, a), (_, b) in zip(r.valid, f.valid)] for r, f in pairs]
+        right.plot(million(runs[0].valid), [statistics.fmean(g) for g in zip(*gaps)], marker="o", ms=3, **style)
+        if arm in LADDER:
+            ends = [g[-1] for g in gaps]
+            bar = statistics.stdev(ends) if len(ends) > 1 else 0
+            memory.errorbar(d32_state(arm), statistics.fmean(ends), bar, fmt="o", capsize=3, **style)
+            memory.annotate(f"  {arm}", (d32_state(arm), statistics.fmean(ends)), fontsize=8)
+    seeds = max(sum(run[1] == arm for run in found) for arm in {run[1] for run in found})
+    left.set(title=f"{size}, mean of seeds", xlabel="million tokens", ylabel="training loss, nats")
     right.set(title="against f32, same seeds", xlabel="million tokens", ylabel="Δ validation loss, nats")
-    memory.axhline(0, color="black", lw=0.7)
     memory.set(
-        title="against memory",
+        title=f"against memory: mean ± deviation of {seeds} seeds",
         xlabel="GiB of d32's state in these formats",
         ylabel="Δ validation loss at the end, nats",
     )
+    for axes in (right, memory):
+        axes.axhline(0, color="black", lw=0.7)
     memory.margins(x=0.2)
-    left.legend(fontsize=7, ncols=2)
+    left.legend(fontsize=8)
     fig.savefig(path, dpi=130)
     print(f"figure: {path}")
 
