@@ -69,7 +69,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         shipped("d32_4070_laptop") | {"train.microbatch": 1},
     ),
     "largest": (
-        "largest_4070: the same with b2.67, no remainders",
+        "largest_4070: the same with b2.67, remainders of 2 bits",
         shipped("largest_4070") | {"train.microbatch": 1},
     ),
     "adamw": ("f32, AdamW for all", {"optim.matrix": "adamw", "optim.matrix_lr": 0.0015}),
