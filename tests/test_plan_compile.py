@@ -1,5 +1,6 @@
 """The memory bars, on XLA's own figures: every shipped config compiled for its card, which need not be there."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -14,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax.plan import cards, compile, planner, report
+from nanojax import step
+from nanojax.plan import cards, compile, energy, planner, report
 from nanojax.plan.memory import GIB
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +189,24 @@ def test_bits_are_told(small):
     assert re.search(r"block matrices +4\.25 +bits a weight, scales included, and 2 of remainders *\n", out.getvalue())
     assert re.search(r" 4\.25\+2 ", out.getvalue())
     assert plan.as_json()["block_bits"] == 4.25 and plan.as_json()["remainder_bits"] == 2
+
+
+def test_table_shows_every_config_whole(small):
+    """132 columns, what `--table` takes when piped, hold each shipped config's name, card, size, bits and tokens uncut."""
+    plan, out = planner.make(small, cards.CARDS["rtx4070"]), io.StringIO()
+    plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
+    plans = []
+    for name in configs.available():
+        config, card = configs.load(name), cards.of_config(name)
+        bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
+        plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
+    report.show_table(plans, Console(file=out, width=132), energy.PRICES)
+    shown = [line.replace("│", " ").split()[:5] for line in out.getvalue().splitlines()]
+    for p in plans:
+        stored, rest = p.block_bits
+        bits = f"{stored:.2f}" + (f"+{rest:g}" if rest else "")
+        size, tokens = f"{p.config.model.parameters:,}", f"{p.config.train.tokens / 1e9:.2f}B"
+        assert [p.config.name, p.card.key, size, bits, tokens] in shown
 
 
 def test_auto_residuals_become_concrete(small, caplog):

@@ -154,7 +154,7 @@ def show_sweep(trials: Sequence[tuple[dict[str, str], Plan]], console: Console) 
 
 def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
     """All shipped configs, then the published claims beside what the arithmetic gives."""
-    head = ("config", "card", "parameters", "bits", "tokens", "peak GiB", "fits", "tok/s", "days", "kWh", *prices)
+    head = ("config", "card", "parameters", "bits", "tokens", "peak\nGiB", "fits", "tok/s", "days", "kWh", *prices)
     title = "shipped configs (modelled; GPU power at its limit; bits a block weight, + remainder)"
     table = Table(*head, title=title, title_justify="left")
     for column in table.columns[2:]:
