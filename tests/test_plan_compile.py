@@ -192,7 +192,7 @@ def test_bits_are_told(small):
 
 
 def test_table_shows_every_config_whole(small):
-    """132 columns, what `--table` takes when piped, hold each shipped config's name, card, size, bits and tokens uncut."""
+    """132 columns, what `--table` takes when piped, hold every cell of every shipped config uncut."""
     plan, out = planner.make(small, cards.CARDS["rtx4070"]), io.StringIO()
     plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
     plans = []
@@ -201,12 +201,8 @@ def test_table_shows_every_config_whole(small):
         bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
         plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
     report.show_table(plans, Console(file=out, width=132), energy.PRICES)
-    shown = [line.replace("│", " ").split()[:5] for line in out.getvalue().splitlines()]
-    for p in plans:
-        stored, rest = p.block_bits
-        bits = f"{stored:.2f}" + (f"+{rest:g}" if rest else "")
-        size, tokens = f"{p.config.model.parameters:,}", f"{p.config.train.tokens / 1e9:.2f}B"
-        assert [p.config.name, p.card.key, size, bits, tokens] in shown
+    assert "…" not in out.getvalue()  # rich's mark where it cut a cell
+    assert all(f" {p.config.name} " in out.getvalue() for p in plans)
 
 
 def test_auto_residuals_become_concrete(small, caplog):
