@@ -11,33 +11,16 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from nanojax.cli import UserError
 
 Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
 EdgeFormat = Literal["f32", "bf16", "int8"]
 Operands = Literal["float", "int8"]
-
-
-class UserError(ValueError):
-    """A mistake of the person at the keyboard, told in one line: what, where, what to do."""
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; UserError becomes `error: ...` on stderr, exit 2; a closed pipe and Ctrl-C are quiet."""
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _key(default: Any, doc: str) -> Any:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import checkpoint, model, runtime
-from nanojax.config import Config, UserError, run_main
+from nanojax import model, xla
+from nanojax.cli import UserError, run_main
+from nanojax.config import Config
+from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
 
 PREFILL = 256  # prompt tokens at one time: 64 MiB of logits at V = 65,536
@@ -154,7 +156,7 @@ def main() -> None:
     for name, good in checks.items():
         if not good:
             raise UserError(f"--{name}={getattr(a, name.replace('-', '_'))}: out of range; see --help")
-    runtime.configure()
+    xla.configure()
     dtype = a.dtype or ("f32" if jax.default_backend() == "cpu" else "stored")
     config, params, tokenizer = checkpoint.load_params(a.run, None if dtype == "stored" else dtype, a.step)
     ids = [tokenizer.bos, *tokenizer.encode(a.prompt)]

@@ -13,7 +13,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 
 # nanochat's GPT-4 style split, numbers in runs of at most two digits (karpathy/nanochat, nanochat/tokenizer.py).
 SPLIT_PATTERN = (

@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojax import bpb, checkpoint, core, metrics, model, runtime, sample, score
 from nanojax import config as configs
+from nanojax import model, sample, xla
 from nanojax import step as steps
-from nanojax.config import Config, UserError, run_main
+from nanojax.cli import UserError, run_main
+from nanojax.config import Config
 from nanojax.data import loader
+from nanojax.evaluate import bpb, core, likelihood
 from nanojax.plan import fit
+from nanojax.run import checkpoint, metrics
 from nanojax.tokenizer import Tokenizer
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
@@ -193,7 +196,7 @@ def _core(
     stop: threading.Event,
 ) -> None:
     """Logs CORE, in batches of a microbatch's size, which are known to fit. A signal ends it without a result."""
-    scorer = score.scorer(config, params, config.train.microbatch * config.model.T)
+    scorer = likelihood.scorer(config, params, config.train.microbatch * config.model.T)
     results = {}
     for event in core.run(tasks, tokenizer, scorer, config.eval.core_per_task):
         if "accuracy" in event:
@@ -309,7 +312,7 @@ def main() -> None:
     if config is None:
         return
     allocator = fit.set_allocator()
-    runtime.configure()
+    xla.configure()
     if allocator:
         print(allocator)
     try:
@@ -318,7 +321,7 @@ def main() -> None:
         print(f"error: {error}; {_left(Path(config.train.run))}", file=sys.stderr)
         sys.exit(1)
     except jax.errors.JaxRuntimeError as error:
-        if not runtime.is_out_of_memory(error):
+        if not xla.is_out_of_memory(error):
             raise
         hint = "lower train.microbatch, or set compute.residuals=inputs; python -m nanojax.plan shows what fits"
         raise UserError(f"out of device memory: {str(error).splitlines()[0][:200]}; {hint}") from None

@@ -33,7 +33,8 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from nanojax import config as configs
-from nanojax.config import Config, UserError, run_main
+from nanojax.cli import UserError, run_main
+from nanojax.config import Config
 from nanojax.plan import device as gpu
 
 PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the time may not suffice for all
@@ -256,12 +257,12 @@ def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
     """The part's results, computed in this process."""
     if a.tiny:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from nanojax import runtime
+    from nanojax import xla
     from nanojax.plan import fit
 
     if not a.tiny:
         fit.set_allocator()
-        runtime.configure()
+        xla.configure()
     import jax
 
     if not a.tiny and jax.default_backend() != "gpu":

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanojax import tokenizer as tokenizers
-from nanojax.config import run_main
+from nanojax.cli import run_main
 from nanojax.data import text
 from nanojax.data.loader import train_iterator
 from nanojax.data.packing import shard_plan

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
-from nanojax import loss, step
-from nanojax.config import Compute, Config, Data, Model, Train, UserError, run_main
+from nanojax import model, step
+from nanojax.cli import Bar, UserError, run_main
+from nanojax.config import Compute, Config, Data, Model, Train
 from nanojax.data import loader
-from nanojax.data.cli import Bar
 
 VALID_TOKENS = 131072  # of the validation text; paired differences of two arms vary by about 0.001 nats at this size
 CURVE = 10  # steps of which the mean training loss is one point
@@ -142,7 +142,7 @@ def train(config: Config, run: Run, path: Path) -> None:
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train_step = jax.jit(step.train_step(config), donate_argnums=0)
     whole = configs.override(config, {"compute.loss_chunk": min(2048, 8 * config.model.T)})
-    losses: Any = jax.jit(lambda params, tokens: jnp.mean(loss.token_losses(whole, step.stacked(params), tokens)))
+    losses: Any = jax.jit(lambda params, tokens: jnp.mean(model.token_losses(whole, step.stacked(params), tokens)))
 
     def valid(count: int) -> float:
         return statistics.fmean(float(losses(state.params, jnp.asarray(r))) for r in rows[:count])
@@ -175,7 +175,7 @@ def train(config: Config, run: Run, path: Path) -> None:
 
 def commit() -> str:
     """Commit of the code that runs, `+` if files differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(loss.__file__).parent)]
+    git = ["git", "-C", str(Path(step.__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], check=False).returncode

@@ -14,7 +14,7 @@ from jax.profiler import ProfileData
 from rich.console import Console
 from rich.table import Table
 
-from nanojax.config import UserError, run_main
+from nanojax.cli import UserError, run_main
 
 CONTAINERS = ("while", "call", "conditional")  # their time is that of the kernels inside them
 

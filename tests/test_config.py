@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 import pytest
-import tiny_run
+from helpers import tiny_run
 
+from nanojax import cli, quant, step, train
 from nanojax import config as configs
-from nanojax import quant, step, train
-from nanojax.config import Config, UserError
+from nanojax.cli import UserError
+from nanojax.config import Config
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_200_broken_configs(
 ) -> None:
     """200 random mistakes: exit 2, one line on stderr that names the culprit, nothing compiled, no run folder made."""
     rng = random.Random(0)
-    monkeypatch.setattr("nanojax.runtime.configure", lambda: None)
+    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     monkeypatch.chdir(tmp_path)
     for number in range(200):
         wrong, words = MISTAKES[number % len(MISTAKES)](rng)
@@ -220,7 +221,7 @@ def test_200_broken_configs(
         monkeypatch.setattr("sys.argv", ["train", *arguments])
         status = 0
         try:
-            configs.run_main(train.main)
+            cli.run_main(train.main)
         except SystemExit as stop:
             status = stop.code
         said = capsys.readouterr()

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojax import checkpoint, model, sample, step
-from nanojax.config import Config, UserError, run_main
+from nanojax import model, sample, step
+from nanojax.cli import UserError, run_main
+from nanojax.config import Config
+from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
 
 Make = Callable[..., Config]
@@ -131,7 +133,7 @@ def run(tiny: Make, tmp_path: Path) -> Path:
 
 def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", ["sample", *arguments])
-    monkeypatch.setattr("nanojax.runtime.configure", lambda: None)
+    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     run_main(sample.main)
 
 

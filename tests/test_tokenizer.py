@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanojax import tokenizer as tokenizers
-from nanojax.config import UserError
+from nanojax.cli import UserError
 from nanojax.tokenizer import MAX_SPACES, SPECIAL_TOKENS, Tokenizer
 
 TEXT = (

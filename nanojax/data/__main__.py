@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from nanojax.config import UserError, run_main
+from nanojax.cli import UserError, run_main
 
 SUBCOMMANDS = {
     "download": "fetch text shards from the Hugging Face hub",

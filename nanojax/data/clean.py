@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 from nanojax.data.text import Dropped, Source
 
 RULES = """\

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from nanojax.config import UserError
-from nanojax.data import cli
+from nanojax import cli
+from nanojax.cli import UserError
 from nanojax.data.shards import write_atomic
 from nanojax.data.text import SUFFIXES
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojax.config import UserError
-from nanojax.data import cli
+from nanojax import cli
+from nanojax.cli import UserError
 from nanojax.data.packing import read_row, shard_plan
 from nanojax.data.seen import Seen
 from nanojax.data.shards import Shard, find_shards

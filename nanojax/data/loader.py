@@ -13,8 +13,8 @@ from typing import Any, SupportsIndex
 import grain
 import numpy as np
 
-from nanojax.config import UserError
-from nanojax.data import cli
+from nanojax import cli
+from nanojax.cli import UserError
 from nanojax.data.packing import Plan, has_plan, packed_rows, read_row, shard_plan
 from nanojax.data.shards import Shard, find_shards
 from nanojax.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 from nanojax.data.shards import Shard, write_atomic
 
 MIN_REST = 16  # tokens; a shorter rest is mostly its repeated begin token: dropped, and counted

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from nanojax.config import UserError
-from nanojax.data import cli, text
+from nanojax import cli
+from nanojax.cli import UserError
+from nanojax.data import text
 from nanojax.data.tokenize import Options, add_arguments, place_tokenizer, report, tokenize
 from nanojax.data.tokenizer import CHARS, train_on
 from nanojax.tokenizer import FILE_NAME, Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 
 FORMAT = "nanojax-tokens-1"
 _NAME = re.compile(r"(train|valid)_(\d{5})\.json")

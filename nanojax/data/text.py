@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 PIECE_CHARS = 1_000_000  # a .txt file is read in pieces of this size, so a file of any size is one pass in flat memory

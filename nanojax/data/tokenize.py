@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from nanojax.config import UserError
-from nanojax.data import cli, text
+from nanojax import cli
+from nanojax.cli import UserError
+from nanojax.data import text
 from nanojax.data.clean import RULES, Split, clean, document_hash
 from nanojax.data.seen import Seen
 from nanojax.data.shards import Shard, Writer, find_shards, write_atomic

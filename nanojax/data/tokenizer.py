@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojax.config import UserError
-from nanojax.data import cli, text
+from nanojax import cli
+from nanojax.cli import UserError
+from nanojax.data import text
 from nanojax.data.clean import Split, clean, document_hash
 from nanojax.data.compare import print_comparison
 from nanojax.tokenizer import FILE_NAME, Tokenizer, train

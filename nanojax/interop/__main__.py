@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from nanojax import checkpoint, runtime
-from nanojax.config import UserError, run_main
+from nanojax import xla
+from nanojax.cli import UserError, run_main
 from nanojax.interop import convert
+from nanojax.run import checkpoint
 
 EXAMPLES = """examples:
   python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
@@ -74,7 +75,7 @@ def main() -> None:
     give.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
     give.set_defaults(do=_export)
     a = parser.parse_args()
-    runtime.configure()
+    xla.configure()
     try:
         a.do(a)
     except OSError as error:

@@ -20,11 +20,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanojax import checkpoint
-from nanojax.config import Compute, Config, Model, Stored, Train, UserError, resolve
-from nanojax.interop import tensors, tokenizers, torch_file
-from nanojax.interop.tensors import BF16
+from nanojax.cli import UserError
+from nanojax.config import Compute, Config, Model, Stored, Train, resolve
+from nanojax.interop import layouts, tokenizers, torch_file
+from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
+from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
@@ -113,7 +114,7 @@ def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Im
     m = _model(meta_path, V, L, D, N, heads, _whole(meta_path, c, "sequence_len"))
     found = {name.removeprefix("_orig_mod."): array for name, array in torch_file.read(path).items()}
     listed = {name: (array.shape, array.dtype) for name, array in found.items()}
-    params = tensors.join(tensors.NANOCHAT, m, listed, found.__getitem__, path)
+    params = layouts.join(layouts.NANOCHAT, m, listed, found.__getitem__, path)
     places = [tokenizer] if tokenizer else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
     name = folder.name if folder.name not in ("", ".") else "nanochat"
     return Imported(_config(name, m, params), params, _tokenizer(places, m), step)
@@ -158,7 +159,7 @@ def _load_transformers(folder: Path, tokenizer: Path | None) -> Imported:
                     owner[name] = path
         opened = {path: safe_open(path, "np") for path in files}
         read: Callable = lambda name: opened[owner[name]].get_tensor(name)
-        params = tensors.join(tensors.TRANSFORMERS, m, listed, read, folder)
+        params = layouts.join(layouts.TRANSFORMERS, m, listed, read, folder)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: damaged safetensors file ({error}); fetch it again") from None
     note = () if math.isclose(eps, NORM_EPS, rel_tol=1e-3) else (f"its rms_norm_eps is {eps:g}, ours 2^-23",)
@@ -245,9 +246,9 @@ def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer
             f"nanochat fixes softcap 15 and rope base 10000 in its code; this one has {m.softcap:g} and {m.rope_base:g}"
         )
     _fresh(out)
-    kinds = tensors.dtypes(tensors.NANOCHAT, params, m)
-    listed = {name: (shape, kinds[name]) for name, shape in tensors.shapes(tensors.NANOCHAT, m).items()}
-    torch_file.write(out / f"model_{step:06d}.pt", listed, tensors.split(tensors.NANOCHAT, params, m))
+    kinds = layouts.dtypes(layouts.NANOCHAT, params, m)
+    listed = {name: (shape, kinds[name]) for name, shape in layouts.shapes(layouts.NANOCHAT, m).items()}
+    torch_file.write(out / f"model_{step:06d}.pt", listed, layouts.split(layouts.NANOCHAT, params, m))
     sizes = {"sequence_len": m.T, "vocab_size": m.V, "n_layer": m.L, "n_head": m.N, "n_kv_head": m.N, "n_embd": m.D}
     meta = {"step": step, "model_config": sizes, "user_config": {}}
     (out / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -258,14 +259,14 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
     """Writes config.json, model.safetensors (or shards and an index), tokenizer files; `params` are numpy floats."""
     m = config.model
     _fresh(out)
-    kinds = tensors.dtypes(tensors.TRANSFORMERS, params, m)
-    listed = tensors.shapes(tensors.TRANSFORMERS, m)
+    kinds = layouts.dtypes(layouts.TRANSFORMERS, params, m)
+    listed = layouts.shapes(layouts.TRANSFORMERS, m)
     size = {n: math.prod(s) * kinds[n].itemsize for n, s in listed.items()}
     if sum(size.values()) <= SHARD_BYTES:
-        _save(out / "model.safetensors", dict(zip(listed, tensors.split(tensors.TRANSFORMERS, params, m))))
+        _save(out / "model.safetensors", dict(zip(listed, layouts.split(layouts.TRANSFORMERS, params, m))))
     else:
         groups = _groups(size)
-        arrays, weight_map = zip(listed, tensors.split(tensors.TRANSFORMERS, params, m)), {}
+        arrays, weight_map = zip(listed, layouts.split(layouts.TRANSFORMERS, params, m)), {}
         for i, group in enumerate(groups, 1):
             file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
             _save(out / file, dict(next(arrays) for _ in group))

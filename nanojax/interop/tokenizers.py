@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 from nanojax.interop import torch_file
 from nanojax.tokenizer import SPECIAL_TOKENS, Tokenizer
 

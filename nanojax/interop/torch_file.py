@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; d32's has 20 kB
 STORAGES = {

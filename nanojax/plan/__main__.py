@@ -10,7 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax.config import UserError, run_main
+from nanojax.cli import UserError, run_main
 from nanojax.plan import cards, device, energy, planner, report
 
 EXAMPLES = """examples:

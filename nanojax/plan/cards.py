@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from nanojax.config import UserError
+from nanojax.cli import UserError
 
 # Dense tensor-core operations per clock and SM (a multiply-add is two). They reproduce NVIDIA's whitepaper totals, and
 # tests hold them to it: GA102 v2.0 (RTX 3090: bf16 with f32 accumulate 71, tf32 35.6, int8 284), Ada v2.02 (RTX 4090:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from nanojax import silent_libraries, use_cuda_compiler
-from nanojax.config import Config, UserError, to_dict
+from nanojax.cli import UserError
+from nanojax.config import Config, to_dict
 from nanojax.plan.cards import CARDS, Card
 
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
 # The code that a step is compiled from, below nanojax/; the config's values are in the cache's key themselves.
-STEP_SOURCES = ("step.py", "model.py", "rope.py", "attention.py", "loss.py", "optim.py", "quant/*.py")
+STEP_SOURCES = ("step/*.py", "model/*.py", "ops/*.py", "quant/*.py")
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import os
 from typing import Any
 
-from nanojax.config import Config, UserError
+from nanojax.cli import UserError
+from nanojax.config import Config
 from nanojax.plan import cards, compile, device, planner
 from nanojax.plan.memory import GIB
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanojax import attention, step
-from nanojax.config import Config, UserError
+from nanojax import step
+from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.ops import attention
 from nanojax.plan import compile, energy, memory, planner, roofline
 from nanojax.plan.cards import Card
 

@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanojax.config import Config, UserError, override, resolve
+from nanojax.cli import UserError
+from nanojax.config import Config, override, resolve
 from nanojax.plan import compile, energy, memory, roofline
 from nanojax.plan.cards import Card
 

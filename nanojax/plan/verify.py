@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import attention, loss, rope, step
 from nanojax import config as configs
+from nanojax import step
 from nanojax.config import Compute, Config
-from nanojax.quant import Quantized, linear, quantize_rows, rounding
+from nanojax.ops import attention, cross_entropy, linear, rope
+from nanojax.quant import Quantized, quantize_rows, rounding
 
 INT8 = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", attention="chunked")
 BF16 = Compute(dtype="bf16", attention="chunked")
@@ -182,7 +183,7 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
 
     def lost(head: Any, x: Any, targets: Any) -> Any:
         total = jnp.zeros(head.shape, jnp.float32)
-        return loss.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
+        return cross_entropy.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
 
     weights = (_random(11, 4 * d, d) / d**0.5).astype(jnp.bfloat16)
     targets = np.random.default_rng(12).integers(0, 4 * d, m).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Scores of a trained model: bits per byte, CORE, lm-evaluation-harness."""

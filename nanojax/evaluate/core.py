@@ -1,0 +1,290 @@
+"""The CORE metric of DCLM (arXiv:2406.11794) as nanochat computes it: 22 in-context tasks.
+
+This file knows the tasks: the bundle on disk, prompts, few-shot sampling, which tokens are scored, who wins, and the
+resumable run over all of them. How log-likelihoods are computed (batched, bucketed, prefixes shared) is score.py.
+
+Rules, from nanochat's evaluation:
+* examples are shuffled by Random(1337), then cut to --max-per-task; shots of example i are drawn from the others by
+  Random(1234 + i);
+* multiple_choice: a prompt per choice; scored tokens start where the prompts first differ; lowest mean loss wins;
+* schema: one prompt per context; scored tokens are the prompts' common tail; lowest mean loss wins;
+* language_modeling: correct if every token of the continuation is the argmax given the tokens before it;
+* centred = (accuracy - baseline) / (1 - baseline); CORE is the mean of the centred accuracies.
+Prompts are never truncated: RoPE has no last position, and 10-shot prompts may pass the training length.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanojax.cli import UserError
+from nanojax.evaluate.likelihood import Answer, Request
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+BASELINES = {  # CORE of models that a reader knows, printed beside ours
+    "GPT-2 1.5B": 0.256525,
+    "nanochat d20": 0.2219,
+    "nanochat d32": 0.3168,
+    "nanochat d12 on an RTX 4070 (8.5 B tokens)": 0.1916,
+}
+WINDOW = 512  # examples scored and recorded together: what an interruption can lose
+EPSILON_PLACES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One line of core.yaml. `baseline` is the accuracy of guessing, a fraction."""
+
+    label: str
+    kind: str
+    path: Path
+    shots: int
+    delimiter: str
+    baseline: float
+
+
+Score = Callable[[Sequence[Request]], list[list[Answer]]]
+
+
+def load_tasks(bundle: Path, key: str = "bundle") -> list[Task]:
+    """The tasks of a bundle folder (core.yaml, eval_meta_data.csv, eval_data/), in its order.
+
+    UserError naming the argument `key` and what is missing or malformed there.
+    """
+    for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
+        if not (bundle / name).exists():
+            raise UserError(
+                f"--{key}={bundle}: {name} is missing; unpack nanochat's eval_bundle.zip and give its folder"
+            )
+    try:
+        listed = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        tasks = [
+            Task(
+                label=str(entry["label"]),
+                kind=str(entry["icl_task_type"]),
+                path=bundle / "eval_data" / entry["dataset_uri"],
+                shots=int(entry["num_fewshot"][0]),
+                delimiter=str(entry.get("continuation_delimiter", " ")),
+                baseline=baselines[entry["label"]],
+            )
+            for entry in listed
+        ]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError, UnicodeDecodeError) as error:
+        raise UserError(f"--{key}={bundle}: core.yaml or eval_meta_data.csv is malformed ({error!r})") from None
+    for task in tasks:
+        if task.kind not in KINDS:
+            raise UserError(f"--{key}={bundle}: {task.label} has type {task.kind}; known are {', '.join(KINDS)}")
+        if not task.path.is_file():
+            raise UserError(f"--{key}={bundle}: {task.label} needs {task.path}, which is missing")
+        if not 0 <= task.baseline < 1:
+            raise UserError(f"--{key}={bundle}: baseline of {task.label} is not in [0, 100)")
+    return tasks
+
+
+def load_examples(task: Task, max_per_task: int = 0, key: str = "max-per-task") -> list[dict[str, Any]]:
+    """All examples of a task in nanochat's shuffled order, or the first `max_per_task` of them (0 = all).
+
+    UserError naming file and line, or the argument `key` when it leaves too few for the task's shots.
+    """
+    examples = []
+    with open(task.path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                values = [item[field] for field in FIELDS[task.kind]]
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+                raise UserError(f"{task.path}:{number}: not a {task.kind} example ({error!r})") from None
+            options = values[1] if task.kind == "multiple_choice" else values[0]
+            if "gold" in FIELDS[task.kind] and not (
+                isinstance(options, list) and isinstance(item["gold"], int) and 0 <= item["gold"] < len(options)
+            ):
+                raise UserError(f"{task.path}:{number}: gold={item['gold']!r} does not name one of the options")
+            examples.append(item)
+    random.Random(1337).shuffle(examples)
+    examples = examples[:max_per_task] if max_per_task else examples
+    if len(examples) <= task.shots:
+        raise UserError(
+            f"{task.label}: {len(examples)} examples cannot give {task.shots} shots; --{key} must be above {task.shots}"
+        )
+    return examples
+
+
+def shots_of(index: int, count: int, shots: int) -> list[int]:
+    """Which examples stand before example `index` of `count`; the draw is over the others, in their order."""
+    if not shots:
+        return []
+    drawn = random.Random(1234 + index).sample(range(count - 1), shots)
+    return [i if i < index else i + 1 for i in drawn]
+
+
+def prompts_of(task: Task, examples: Sequence[dict[str, Any]], index: int) -> list[str]:
+    """The prompts whose tokens are compared: one per choice or context, or [without, with] the continuation."""
+    item, delimiter = examples[index], task.delimiter
+    shots = [examples[i] for i in shots_of(index, len(examples), task.shots)]
+    if task.kind == "multiple_choice":
+        head = "".join(f"{s['query']}{delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [f"{head}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        head = "".join(f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots)
+        return [f"{head}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
+    head = "".join(f"{s['context'].strip()}{delimiter}{s['continuation']}\n\n" for s in shots)
+    question = f"{head}{item['context'].strip()}{delimiter}"
+    return [question.strip(), f"{question}{item['continuation']}"]
+
+
+def _common(rows: Sequence[Sequence[int]], reverse: bool = False) -> int:
+    """Length of the longest common head (or tail) of the rows."""
+    for i, column in enumerate(zip(*(reversed(row) if reverse else row for row in rows))):
+        if any(token != column[0] for token in column):
+            return i
+    return min(map(len, rows))
+
+
+def requests_of(task: Task, rows: Sequence[list[int]]) -> list[Request]:
+    """What to score for one example, from its prompts' tokens (each beginning with BOS)."""
+    if task.kind == "multiple_choice":
+        start = _common(rows)
+        return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows))]
+    if task.kind == "schema":
+        shortest = min(map(len, rows))
+        tail = min(_common(rows, reverse=True), shortest - 1)  # BOS is never scored
+        start = min(_common(rows), shortest - tail)
+        return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows), tail)]
+    without, full = rows
+    # The prompt without its continuation is a token prefix of the full one, except where a tokenizer merges across
+    # the delimiter; then scoring starts at the first token that differs.
+    start = _common([without, full])
+    return [Request(tuple(full[:start]), (tuple(full[start:]),))]
+
+
+def is_correct(task: Task, item: dict[str, Any], answers: Sequence[Answer]) -> bool:
+    """Whether the scored branches answer the item rightly. Ties go to the first option, as in nanochat."""
+    if task.kind == "language_modeling":
+        return bool(answers[0].hits.all())
+    # Summed in f64: a mean of equal f32 losses is then the same number whatever their count, so ties stay ties.
+    losses = [float(a.nll.astype("f8").mean()) if a.nll.size else math.nan for a in answers]
+    return losses.index(min(losses)) == item["gold"]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """BOS and the prompt's tokens, for each prompt. Text that looks like a special token stays ordinary text."""
+    return [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
+
+
+def score_window(
+    task: Task, examples: Sequence[dict[str, Any]], indices: Sequence[int], tokenizer: Any, score: Score
+) -> list[bool]:
+    """Right or wrong for each of `indices`, all scored in one call of `score`."""
+    prompts = [prompts_of(task, examples, i) for i in indices]
+    rows = iter(tokenize(tokenizer, [p for group in prompts for p in group]))
+    requests = [requests_of(task, [next(rows) for _ in group]) for group in prompts]
+    answers = iter(score([r for group in requests for r in group]))
+    out = []
+    for index, group in zip(indices, requests):
+        flat = [a for _ in group for a in next(answers)]
+        out.append(is_correct(task, examples[index], flat))
+    return out
+
+
+def centred(accuracy: float, baseline: float) -> float:
+    return (accuracy - baseline) / (1 - baseline)
+
+
+class Ledger:
+    """The file of a CORE run in progress: a header line, then one line per finished window; survives kill -9.
+
+    `identity` says which model, bundle and options the outcomes belong to. A file of another identity is replaced.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self.path, self.done = path, {}
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # a torn last line is lost
+        try:
+            header, *entries = [json.loads(line) for line in lines] or [None]
+            if header == identity:
+                self.done = {(e["task"], e["start"]): [c == "1" for c in e["correct"]] for e in entries}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            self.done = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [self._line(task, start, correct) for (task, start), correct in self.done.items()]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(identity) + "\n" + "".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+    @staticmethod
+    def _line(task: str, start: int, correct: Sequence[bool]) -> str:
+        return json.dumps({"task": task, "start": start, "correct": "".join("01"[c] for c in correct)}) + "\n"
+
+    def add(self, task: str, start: int, correct: Sequence[bool]) -> None:
+        self.done[task, start] = list(correct)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self._line(task, start, correct))
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Hash of everything a task's outcome depends on but the model: texts, shots, delimiters."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(f"{task.label}|{task.kind}|{task.shots}|{task.delimiter!r}".encode())
+        digest.update(hashlib.sha256(task.path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def run(
+    tasks: Sequence[Task],
+    tokenizer: Any,
+    score: Score,
+    max_per_task: int = 0,
+    ledger: Ledger | None = None,
+    window: int = WINDOW,
+) -> Iterator[dict[str, Any]]:
+    """Evaluates every task; yields a dict per window of examples, at a task's end with its accuracy."""
+    for task in tasks:
+        began, examples = time.monotonic(), load_examples(task, max_per_task)
+        correct: list[bool] = []
+        for start in range(0, len(examples), window):
+            indices = range(start, min(start + window, len(examples)))
+            known = ledger.done.get((task.label, start)) if ledger else None
+            if known is None or len(known) != len(indices):
+                known = score_window(task, examples, indices, tokenizer, score)
+                if ledger:
+                    ledger.add(task.label, start, known)
+            correct += known
+            event = {"task": task.label, "done": len(correct), "total": len(examples)}
+            event["seconds"] = time.monotonic() - began
+            if len(correct) == len(examples):
+                accuracy = sum(correct) / len(correct)
+                event |= {"accuracy": accuracy, "centred": centred(accuracy, task.baseline), "correct": sum(correct)}
+            yield event
+
+
+def core_of(results: dict[str, dict[str, Any]]) -> float:
+    """The mean of the centred accuracies."""
+    return sum(r["centred"] for r in results.values()) / len(results)
+
+
+def write_csv(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """nanochat's table: Task, Accuracy, Centered, and a last row CORE."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Task", "Accuracy", "Centered"])
+        for label, r in results.items():
+            table.writerow([label, f"{r['accuracy']:.{EPSILON_PLACES}f}", f"{r['centred']:.{EPSILON_PLACES}f}"])
+        table.writerow(["CORE", "", f"{core_of(results):.{EPSILON_PLACES}f}"])

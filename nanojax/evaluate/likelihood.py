@@ -1,0 +1,314 @@
+"""Log-likelihood of continuations given contexts: batched, bucketed by length, shared contexts computed once.
+
+A Request is one context and the branches that may follow it. The four choices of a 10-shot question share 1,000 tokens
+and differ in 20: the context goes through the model once, and every layer lets the branches' tokens attend to it and to
+their own branch. Only the scored positions take part in the last layer's MLP and reach the head, so that logits [B,T,V]
+never exist; positions of several batches meet in the head, so that little of it is padding.
+Requests are sorted by length and padded to a few lengths (`bucket`), so that the number of compilations is bounded.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nanojax import model
+from nanojax.config import Config
+from nanojax.ops import attention
+
+F32 = jnp.float32
+TOKENS, CPU_TOKENS = 8192, 2048  # of a batch; on a CPU, larger ones fall out of its cache
+COMPILATION = 16_384  # tokens that go through a d4 on two CPU cores meanwhile: 2 to 4 s
+HEAD_CHUNK = 256  # positions whose logits exist at one time: 64 MiB at V = 65,536
+
+
+class Request(NamedTuple):
+    """Token ids: a context (not empty) that is not scored and branches that are, each by itself after the context.
+
+    `scored`: only the last so many tokens of every branch are scored; None = all.
+    """
+
+    context: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
+    scored: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """For each scored token of one branch: nats [n] f32, and whether it was the model's argmax [n] bool."""
+
+    nll: np.ndarray
+    hits: np.ndarray
+
+
+class _Row(NamedTuple):
+    """A request as the model eats it: trunk tokens, then tail tokens with their branch and position."""
+
+    trunk: Sequence[int]
+    tail: Sequence[int]
+    branch: Sequence[int]
+    position: Sequence[int]
+    needed: Sequence[int]  # places whose output the head sees: index into trunk (>= 0) or ~index into tail
+    scored_at: Sequence[int]  # index into `needed`, one per scored token
+    targets: Sequence[int]
+    counts: Sequence[int]  # scored tokens of each branch
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, T, P): padded lengths of tail, trunk and needed places."""
+        T = max(64, bucket(len(self.trunk), 32))  # shorter ones take XLA's CPU compiler 4 s longer
+        if self.tail:
+            S = bucket(len(self.tail), 16)
+            return S, T, S + 1
+        return 0, T, 1 << max(3, (len(self.needed) - 1).bit_length())
+
+
+def _row(request: Request) -> _Row:
+    context, branches, scored = request
+    alone = sum(len(b) > 1 for b in branches) <= 1  # no two branches have inner tokens: plain causal, no tail
+    trunk, tail, branch, position, places, targets, counts = [*context], [], [], [], [], [], []
+    for i, b in enumerate(branches):
+        counts.append(len(b) if scored is None else min(scored, len(b)))
+        inner = [len(trunk) + j if alone else ~(len(tail) + j) for j in range(len(b) - 1)]
+        places += [len(context) - 1, *inner][len(b) - counts[-1] : len(b)]
+        targets += b[len(b) - counts[-1] :]
+        if alone:
+            trunk += b[:-1]
+        else:
+            tail += b[:-1]
+            branch += [i] * len(inner)
+            position += range(len(context), len(context) + len(inner))
+    needed = list(dict.fromkeys(places))
+    index = {place: i for i, place in enumerate(needed)}
+    return _Row(trunk, tail, branch, position, needed, [index[place] for place in places], targets, counts)
+
+
+def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU):
+    """Attention [B,Q,N,H] of some queries over trunk and tail laid end to end, U = T+S."""
+    scores = jnp.einsum("bqnh,bknh->bnqk", q_BQNH, k_BUNH, preferred_element_type=F32) / math.sqrt(q_BQNH.shape[-1])
+    p = jax.nn.softmax(jnp.where(allowed_BQU[:, None], scores, -jnp.inf), -1).astype(v_BUNH.dtype)
+    return jnp.einsum("bnqk,bknh->bqnh", p, v_BUNH, preferred_element_type=F32).astype(q_BQNH.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_BS, length_B, at_BP) -> jax.Array:
+    """Last block's output [B,P,D] at places `at_BP` of trunk (`length_B` tokens) and tail laid end to end; S may be 0.
+
+    Of the last layer's other places only keys and values are computed: a fifth of a d4, a fiftieth of a d32.
+    """
+    (B, S), T, L = tail_BS.shape, trunk_BT.shape[1], config.model.L
+    if not S and 4 * at_BP.shape[1] > T:
+        return _pick(model.hidden(config, params, trunk_BT), at_BP)
+    implementation = attention.default_implementation(config.compute.attention)
+    apply: Any = model.Block(config, implementation).apply
+    offset = (position_BS - jnp.arange(B * S).reshape(B, S)).reshape(-1)
+    index_S = jnp.arange(S)
+    own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S)
+    to_trunk = jnp.broadcast_to((jnp.arange(T) < length_B[:, None])[:, None], (B, S, T))
+    tail_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
+    join = lambda trunk, tail: jnp.concatenate([trunk, tail], 1) if S else trunk
+
+    def qkv(x, p):
+        """q, k, v and x of the trunk, and of the tail: the tails' tokens as one row, each with its own position."""
+        trunk = apply({"params": p}, x[0], method="qkv")
+        if not S:
+            return tuple((a, None) for a in trunk)
+        tail = apply({"params": p}, x[1].reshape(1, B * S, -1), offset, method="qkv")
+        return tuple((a, b.reshape(B, S, *b.shape[2:])) for a, b in zip(trunk, tail))
+
+    def layer(i, x):
+        p = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), params["blocks"])
+        q, k, v, (trunk, tail) = qkv(x, p)
+        trunk = apply({"params": p}, trunk, attention.attention(q[0], k[0], v[0], implementation), method="rest")
+        if S:
+            tail = apply({"params": p}, tail, _attend(q[1], join(*k), join(*v), tail_BSU), method="rest")
+        return trunk, tail
+
+    embed: Any = model.Embed(config).apply
+    start = embed({"params": params}, trunk_BT), embed({"params": params}, tail_BS) if S else None
+    x = lax.fori_loop(0, L - 1, layer, start)
+
+    p = jax.tree.map(lambda a: a[L - 1], params["blocks"])
+    q, k, v, x = (join(*both) for both in qkv(x, p))
+    allowed_BPU = jnp.arange(T + S) <= at_BP[..., None]
+    if S:
+        allowed_BPU = jnp.where(at_BP[..., None] < T, allowed_BPU, _pick(tail_BSU, jnp.maximum(at_BP - T, 0)))
+    out = _attend(_pick(q, at_BP), k, v, allowed_BPU)
+    return apply({"params": p}, _pick(x, at_BP), out, method="rest")
+
+
+def _pick(x_BU: jax.Array, at_BP: jax.Array) -> jax.Array:
+    return x_BU[jnp.arange(len(x_BU))[:, None], at_BP]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _head(config: Config, head: Any, x_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """nats [C] f32 and argmax hits [C] bool of `targets_C` after the last block's outputs `x_CD`."""
+    logits = model.Head(config).apply({"params": {"head": head}}, x_CD[None])[0]  # pyright: ignore[reportIndexIssue]
+    picked = jnp.take_along_axis(logits, targets_C[:, None], -1)[:, 0]
+    return jax.nn.logsumexp(logits, -1) - picked, jnp.argmax(logits, -1).astype(jnp.int32) == targets_C
+
+
+def _heads(config: Config, head: Any, places: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """nats and hits of all targets of all `places` (outputs [n,D], targets [n]), in their order."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    pending: tuple[int, Any] | None = None
+
+    def flush(x_nD: np.ndarray, targets_n: np.ndarray) -> None:
+        nonlocal pending
+        n = len(x_nD)
+        C = min(HEAD_CHUNK, 1 << max(4, (n - 1).bit_length()))
+        result = _head(config, head, np.pad(x_nD, ((0, C - n), (0, 0))), np.pad(targets_n, (0, C - n)))
+        if pending is not None:  # read one chunk late, so that the device never waits
+            found.append(_read(*pending))
+        pending = n, result
+
+    xs, targets = np.zeros((0, config.model.D), np.float32), np.zeros(0, np.int32)
+    for x_nD, targets_n in places:
+        xs = np.concatenate([xs.astype(x_nD.dtype), x_nD])
+        targets = np.concatenate([targets, targets_n])
+        while len(xs) >= HEAD_CHUNK:
+            flush(xs[:HEAD_CHUNK], targets[:HEAD_CHUNK])
+            xs, targets = xs[HEAD_CHUNK:], targets[HEAD_CHUNK:]
+    if len(xs):
+        flush(xs, targets)
+    if pending is not None:
+        found.append(_read(*pending))
+    nll, hits = zip(*found) if found else ((np.zeros(0, np.float32),), (np.zeros(0, bool),))
+    return np.concatenate(nll), np.concatenate(hits)
+
+
+def _read(n: int, result: Any) -> tuple[np.ndarray, np.ndarray]:
+    nll, hits = (np.asarray(a)[:n] for a in result)
+    return nll, hits
+
+
+def bucket(length: int, least: int) -> int:
+    """The padded length: a multiple of `least`, and of an eighth of the power of two below it."""
+    step = max(least, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+class _Shape(NamedTuple):
+    """What a batch is padded to: rows, tail, trunk, needed places a row. One compilation each."""
+
+    B: int
+    S: int
+    T: int
+    P: int
+
+    @property
+    def tokens(self) -> int:
+        return self.B * (self.S + self.T)
+
+
+class _Batch(NamedTuple):
+    members: list[int]
+    arrays: tuple[np.ndarray, ...]
+
+
+def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape) -> _Batch:
+    B, S, T, P = shape
+    trunk, tail = np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
+    branch, position = np.full((B, S), -1, np.int32), np.zeros((B, S), np.int32)
+    length, at = np.ones(B, np.int32), np.zeros((B, P), np.int32)
+    for b, member in enumerate(members):
+        row = rows[member]
+        trunk[b, : len(row.trunk)], length[b] = row.trunk, len(row.trunk)
+        tail[b, : len(row.tail)] = row.tail
+        branch[b, : len(row.tail)], position[b, : len(row.tail)] = row.branch, row.position
+        at[b, : len(row.needed)] = [i if i >= 0 else T + ~i for i in row.needed]
+    return _Batch(members, (trunk, tail, branch, position, length, at))
+
+
+def batches(rows: Sequence[_Row], tokens: int, wasted: dict[_Shape, float]) -> Iterator[_Batch]:
+    """Rows sorted by length into padded batches of about `tokens` tokens (at least one row), the longest first.
+
+    `wasted`, kept from call to call, says which shapes are compiled and how many tokens their lack has cost.
+    """
+    shapes = [row.shape for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (shapes[i][0] > 0, shapes[i][1], shapes[i]), reverse=True)
+    while order:
+        n, (S, T, P) = 1, shapes[order[0]]
+        for i in order[1:]:
+            wider = max(S, shapes[i][0]), max(T, shapes[i][1]), max(P, shapes[i][2])
+            if bool(S) != bool(shapes[i][0]) or (n + 1) * sum(wider[:2]) > tokens:
+                break
+            n, (S, T, P) = n + 1, wider
+        members, order = order[:n], order[n:]
+        B = min(max(1, tokens // (S + T)), 1 << (n - 1).bit_length())
+        yield _batch(rows, members, _compiled(_Shape(B, S, T, P), wasted))
+
+
+@functools.cache
+def _wasted(config: Config, backend: str) -> dict[_Shape, float]:
+    """`batches`' memory, as long-lived as jit's: later scorers of other parameters find the same shapes compiled."""
+    return {}
+
+
+def _compiled(want: _Shape, wasted: dict[_Shape, float]) -> _Shape:
+    """`want`, or a larger shape that is compiled, until what that costs in padding has reached a compilation's price."""
+    if wasted.get(want) == math.inf:
+        return want
+    larger = [
+        s
+        for s, cost in wasted.items()
+        if cost == math.inf and all(a >= b for a, b in zip(s, want)) and bool(s.S) == bool(want.S)
+    ]
+    near = [s for s in larger if s.T <= 2 * want.T]  # beyond, attention makes the padding dearer than its tokens
+    if near:
+        best = min(near, key=lambda s: s.tokens)
+        cost = wasted.get(want, 0) + best.tokens - want.tokens
+        if cost <= COMPILATION:
+            wasted[want] = cost
+            return best
+    wasted[want] = math.inf
+    return want
+
+
+def default_tokens() -> int:
+    """Tokens of a batch where the user named none."""
+    return CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS
+
+
+def scorer(config: Config, params: Any, tokens: int | None = None) -> Callable[[Sequence[Request]], list[list[Answer]]]:
+    """The function requests -> one Answer per branch, in order, on these parameters; about `tokens` tokens a batch.
+
+    `tokens` None: `default_tokens`. Equal branches of a request are scored once, so that they tie exactly.
+    """
+    tokens = tokens or default_tokens()
+    wasted = _wasted(config, jax.default_backend())
+
+    def places(rows: Sequence[_Row], order: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What the head needs of each batch; `order` receives the rows in the same order."""
+        pending: tuple[_Batch, jax.Array] | None = None
+        for batch in [*batches(rows, tokens, wasted), None]:
+            ahead = (batch, _hidden(config, params, *batch.arrays)) if batch else None
+            if pending is not None:  # read one batch late, so that the device never waits
+                members, x_BPD = pending[0].members, np.asarray(pending[1])
+                order += members
+                at = [x_BPD[b, rows[m].scored_at] for b, m in enumerate(members)]
+                yield np.concatenate(at), np.array([t for m in members for t in rows[m].targets], np.int32)
+            pending = ahead
+
+    def score(requests: Sequence[Request]) -> list[list[Answer]]:
+        unique = [r._replace(branches=tuple(dict.fromkeys(r.branches))) for r in requests]
+        rows, order = [_row(r) for r in unique], []
+        nll, hits = _heads(config, params["head"], places(rows, order))
+        answers: list[list[Answer]] = [[] for _ in requests]
+        start = 0
+        for member in order:
+            found = {}
+            for branch, count in zip(unique[member].branches, rows[member].counts):
+                found[branch] = Answer(nll[start : start + count], hits[start : start + count])
+                start += count
+            answers[member] = [found[branch] for branch in requests[member].branches]
+        return answers
+
+    return score

@@ -1,0 +1,3 @@
+"""What is computed: the weights, their initialisation, and the one walk through the layers."""
+
+from nanojax.model.gpt import *  # noqa: F403

@@ -1,0 +1,257 @@
+"""Checkpoints of a run through orbax: train state, data position, config and tokenizer, saved and restored together.
+
+A run folder holds config.json (resolved), tokenizer/, metrics.jsonl and checkpoints/STEP/ with three parts: params, opt
+(optimizer state and step) and meta (JSON: step, data position, config, tokenizer fingerprint, checks); arrays as in
+step.State, so that below 8 bits params["blocks"] is a list of layers where else it is stacks of all. The run's only
+randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are zeros between steps.
+
+A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from nanojax import config as configs
+from nanojax import step as steps
+from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.quant import decode_tree
+from nanojax.tokenizer import Tokenizer
+from nanojax.xla import is_out_of_memory
+
+FOLDER = "checkpoints"
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+class NotFinite(Exception):
+    """The state holds NaN or Inf: it was not saved. The message names the first such leaf."""
+
+
+def write_config(run: Path, config: Config) -> None:
+    """config.json, whole or not at all."""
+    temporary = run / f"config.json.{os.getpid()}.tmp"
+    configs.save(config, temporary)
+    os.replace(temporary, run / "config.json")
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The resolved config of a run folder. UserError if there is none or it is damaged."""
+    path = Path(run) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run}: not a run folder (no config.json); train one with python -m nanojax.train") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); copy it again") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: unreadable (not a table of sections); copy it again")
+    return configs.from_dict(stored, str(path))
+
+
+def available(run: str | os.PathLike) -> list[int]:
+    """Steps of the run's checkpoints, oldest first; a save that was cut off is not among them."""
+    folder = Path(run) / FOLDER
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
+
+
+def open_for_saving(run: Path, config: Config) -> ocp.training.Checkpointer:
+    """The writer: asynchronous, atomic, keeps what checkpoint.keep_last and keep_every say. Removes cut-off saves."""
+    keep = config.checkpoint
+    policies = ocp.training.preservation_policies
+    policy: list[Any] = [policies.LatestN(keep.keep_last)]
+    if keep.keep_every:
+        policy.append(policies.EveryNSteps(keep.keep_every))
+    return ocp.training.Checkpointer(
+        str((run / FOLDER).absolute()),
+        context=_context(),
+        preservation_policy=policies.AnyPreservationPolicy(policy),  # pyright: ignore[reportArgumentType]
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(
+    writer: ocp.training.Checkpointer, config: Config, state: steps.State, data: dict[str, Any], fingerprint: str
+) -> None:
+    """Starts saving `state`; blocks only until it is copied to the host, so that it may be donated next.
+
+    Args:
+      data: the loader's get_state().
+      fingerprint: the tokenizer's.
+    Raises NotFinite before anything is written; UserError when an earlier or this save failed (disk full, ...).
+    """
+    parts = {"params": state.params, "opt": {"step": state.step, "opt": state.opt}}
+    sums, finite = jax.device_get(checks(parts))
+    for path, ok in finite.items():
+        if not ok:
+            raise NotFinite(path)
+    step = int(state.step)
+    meta = {
+        "step": step,
+        "data": data,
+        "config": configs.to_dict(config),
+        "tokenizer": fingerprint,
+        "checks": {path: int(value) for path, value in sums.items()},
+    }
+    try:
+        writer.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
+    except Exception as error:
+        raise UserError(_failed(writer, step, error)) from error
+
+
+def wait(writer: ocp.training.Checkpointer) -> None:
+    """Until the last save is on disk. UserError when it failed."""
+    try:
+        writer.wait()
+    except Exception as error:
+        raise UserError(_failed(writer, writer.latest.step if writer.latest else 0, error)) from error
+
+
+def _failed(writer: ocp.training.Checkpointer, step: int, error: Exception) -> str:
+    return f"{writer.directory}: saving step {step} failed: {_first_line(error)}; is the disk full or unplugged?"
+
+
+def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | None:
+    """The newest good checkpoint as (state on the default device, meta), or None where there is none.
+
+    Leaves are copied by jit one at a time: a donated buffer that orbax or device_put made is accepted but not reused,
+    and the first step would need the whole state twice. Damaged checkpoints newer than the good one are told on stderr
+    and moved aside to damaged/; UserError if none is good, and then nothing is moved.
+    """
+    shapes = steps.abstract_state(config)
+    wanted = {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
+    found = _newest_good(run, wanted, available(run))
+    if found is None:
+        return None
+    parts, meta = found
+    for step in available(run):
+        if step > meta["step"]:
+            (run / "damaged").mkdir(exist_ok=True)
+            number = sum(1 for p in (run / "damaged").glob(f"{step}*"))
+            os.rename(run / FOLDER / str(step), run / "damaged" / (f"{step}.{number}" if number else str(step)))
+    accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.accum))()
+    return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum), meta
+
+
+def load_params(
+    run: str | os.PathLike, dtype: str | None = None, step: int | None = None
+) -> tuple[Config, Any, Tokenizer]:
+    """(config, params, tokenizer) of a run folder, for inference on any device; needs nothing but the folder.
+
+    Args:
+      dtype: None = parameters as stored and compute as trained; "f32" or "bf16" = all parameters decoded to floats, and
+        the returned config computes with them.
+      step: a checkpoint's step; None = the newest good one.
+    Raises UserError when the folder or a checkpoint in it is missing or damaged.
+    """
+    folder = Path(run)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    config = read_config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    candidates = available(folder)
+    if step is not None:
+        if step not in candidates:
+            raise UserError(f"{folder / FOLDER}: no checkpoint of step {step}; there are {candidates or 'none'}")
+        candidates = [step]
+    found = _newest_good(folder, {"params": steps.abstract_state(config).params}, candidates)
+    if found is None:
+        raise UserError(f"{folder}: no checkpoint yet; train until the first one is saved")
+    params = steps.stacked(found[0]["params"])
+    if dtype is None:
+        return config, params, tokenizer
+    stored = dataclasses.replace(config.stored, blocks=dtype, embed=dtype, head=dtype)
+    floats: Any = dict(dtype=dtype, forward="float", dx="float", dw="float", head="float")
+    config = dataclasses.replace(config, stored=stored, compute=dataclasses.replace(config.compute, **floats))
+    return config, jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params), tokenizer
+
+
+def _newest_good(run: Path, wanted: dict[str, Any], candidates: list[int]) -> tuple[dict[str, Any], dict] | None:
+    """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
+    reasons = []
+    for step in reversed(candidates):
+        folder = run / FOLDER / str(step)
+        parts, reason = None, ""
+        with warnings.catch_warnings():
+            # when one part is damaged, orbax leaves coroutines of the others behind, which warn as they are collected
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                parts = _load(folder.absolute(), wanted)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = _first_line(error)
+            if parts is None:
+                gc.collect()
+        if parts is not None:
+            for bad, why in reasons:
+                print(f"warning: {bad}: damaged ({why}); using {folder}", file=sys.stderr)
+            return parts
+        reasons.append((folder, reason))
+    if reasons:
+        folder, why = reasons[0]
+        others = f"; nor is any of the {len(reasons) - 1} older ones whole" if len(reasons) > 1 else ", no older one"
+        raise UserError(f"{folder}: damaged checkpoint ({why}){others}; copy it again, or delete {run} to start anew")
+    return None
+
+
+def _load(folder: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), wanted)
+    # Orbax does not look: a folder that was being deleted, or copied in part, has no such mark.
+    for part in ("", *wanted, "meta"):
+        if not (folder / part / "commit_success.txt").is_file():
+            raise ValueError(f"{(Path(part) / 'commit_success.txt')} is missing")
+    with _context():
+        loaded = ocp.load_checkpointables(str(folder), {**abstract, "meta": None})
+    meta = loaded.pop("meta")
+    leaves, tree = jax.tree.flatten(loaded)
+    del loaded
+    copy = jax.jit(jnp.copy)
+    for i in range(len(leaves)):
+        leaves[i] = copy(leaves[i])
+    parts = jax.tree.unflatten(tree, leaves)
+    for path, value in jax.device_get(checks(parts)[0]).items():
+        if meta["checks"][path] != int(value):
+            raise ValueError(f"{path} is not what was saved")
+    return parts, meta
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # a dict of numbers would be saved as arrays
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+@jax.jit
+def checks(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """For each leaf by its path: a sum of its bits that depends on their places (uint32), and whether all is finite."""
+    sums, finite = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):  # iotas fuse into the sum; an index over all axes at once could overflow
+            odd = jnp.uint32(0x9E3779B1 * (axis + 1) % 2**32 | 1)
+            place = place * odd + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        sums[name] = jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
+        finite[name] = jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(True)
+    return sums, finite
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost cause's first words: orbax wraps the one sentence that helps in several that do not."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,190 @@
+"""What a run tells: metrics.jsonl (the source of truth), TensorBoard events, and one progress bar or plain lines.
+
+Each line of metrics.jsonl is one record with a `kind`:
+  start    {step, device, jax, time}                       written at every (re)start
+  train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
+  eval     {step, nll (nats a token), bpb (bits a byte), tokens, bytes, time}
+  core     {step, core, tasks {label: centred accuracy}, examples, time}
+  sample   {step, text}
+`step` counts finished updates. mfu is nanochat's FLOPs a token times tokens/s over the card's dense bf16 peak,
+whatever dtype computes; null on an unknown device. watts (mean since the last reading) and kwh (of the run) are null
+where there is no NVIDIA driver to ask.
+"""
+
+import collections
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.plan import cards
+from nanojax.plan.device import PowerMeter
+
+FILE = "metrics.jsonl"
+LINE_SECONDS = 10.0  # where there is no terminal, at most one line of training per this many seconds
+POWER_SECONDS = 10.0  # nvidia-smi takes 50 ms where NVML's Python module is missing
+WINDOW = 20  # log lines that tokens/s and ETA are averaged over
+
+
+def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run folder's metrics.jsonl, of one kind if given; without a last line cut off by a crash."""
+    path = Path(run) / FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if kind in (None, record["kind"]):
+            records.append(record)
+    return records
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drops the records of steps after `step`, which a resumed run will write again."""
+    if not (run / FILE).exists():
+        return
+    temporary = run / f"{FILE}.{os.getpid()}.tmp"
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in read(run) if r["step"] <= step))
+    os.replace(temporary, run / FILE)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOPs/s of the device as its driver names it, None if it is not in plan/cards.py."""
+    try:
+        return cards.find(device_kind).peak("bf16")
+    except UserError:
+        return None
+
+
+class Metrics:
+    """The open logs of a run. `step` is the step that was restored; everything logged later is forgotten first."""
+
+    def __init__(self, config: Config, run: Path, step: int, console: Console | None = None):
+        self.config = config
+        device = jax.devices()[0]
+        self.peak = peak_flops(device.device_kind)
+        forget_after(run, step)
+        earlier = [r["kwh"] for r in read(run, "train") if r.get("kwh")]
+        self.kwh = earlier[-1] if earlier else 0.0
+        self.power = PowerMeter()
+        self.power_read = time.monotonic()
+        try:
+            self.file = open(run / FILE, "a", buffering=1)  # noqa: SIM115  closed by close()
+            folder = str(run / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=step + 1) if config.train.tensorboard else None
+        except OSError as error:
+            raise UserError(f"{run}: cannot write there ({error.strerror}); choose another --train.run") from None
+        self.console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=config.train.steps, completed=step, text="")
+        self.bar.start()
+        self.bpb: float | None = None
+        self.line_time = -math.inf
+        self._write({"kind": "start", "step": step, "device": device.device_kind, "jax": jax.__version__})
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what happened since the last record (evaluation, saving) out of tokens/s. The device must be idle."""
+        self.marks = collections.deque([(time.monotonic(), step)], maxlen=WINDOW + 1)
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """Logs a finished step's metrics every train.log_every steps; other steps only move the bar."""
+        if step % self.config.train.log_every and step != self.config.train.steps:
+            self.bar.update(self.task, completed=step)
+            return
+        self.marks.append((time.monotonic(), step))
+        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        per_step = (end - begin) / max(1, last - first)
+        rate = self.config.train.tokens_per_step / max(per_step, 1e-9)
+        mfu = rate * self.config.model.flops_per_token / self.peak if self.peak else None
+        if self.power.available and end - self.power_read > POWER_SECONDS:
+            before, self.power_read = self.power.joules, end
+            self.power.update()
+            self.kwh += (self.power.joules - before) / 3.6e6
+        watts, kwh = (self.power.watts, self.kwh) if self.power.available else (None, None)
+        speed = {"tokens_per_s": rate, "mfu": mfu, "watts": watts, "kwh": kwh}
+        tokens = step * self.config.train.tokens_per_step
+        self._write({"kind": "train", "step": step, "tokens": tokens, **values, **speed})
+        for name, value in {**values, **speed}.items():
+            if self.board and value is not None:
+                self.board.add_scalar(f"train/{name}", value, step)
+        text = [f"loss {values['loss']:.4f}", f"{_short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
+        if self.bpb is not None:
+            text.insert(1, f"bpb {self.bpb:.4f}")
+        if watts is not None:
+            text.append(f"{watts:.0f} W")
+        text.append(f"ETA {_duration((self.config.train.steps - step) * per_step)}")
+        self.bar.update(self.task, completed=step, text=" · ".join(text))
+        if not self.console.is_terminal and (end - self.line_time > LINE_SECONDS or step == self.config.train.steps):
+            self.line_time = end
+            self.console.print(f"step {step}/{self.config.train.steps} · {' · '.join(text)}")
+
+    def evaluation(self, step: int, scores: dict[str, float], text: str | None) -> None:
+        """Logs bits per byte and, if there is one, the sample text."""
+        self.bpb = scores["bpb"]
+        self._write({"kind": "eval", "step": step, **scores})
+        line = f"step {step} · validation {scores['bpb']:.4f} bits/byte, {scores['nll']:.4f} nats/token"
+        self.say(line + (f" · {text!r}" if text else ""))
+        if text:
+            self._write({"kind": "sample", "step": step, "text": text})
+        if self.board:
+            self.board.add_scalar("eval/bpb", scores["bpb"], step)
+            self.board.add_scalar("eval/nll", scores["nll"], step)
+            if text:
+                self.board.add_text("sample", text, step)
+
+    def core(self, step: int, core: float, tasks: dict[str, float], examples: int) -> None:
+        """Logs CORE and its tasks' centred accuracies."""
+        self._write({"kind": "core", "step": step, "core": core, "tasks": tasks, "examples": examples})
+        self.say(f"step {step} · CORE {core:.4f} over {len(tasks)} tasks, {examples:,} examples")
+        if self.board:
+            for name, value in {"CORE": core, **tasks}.items():
+                self.board.add_scalar(f"core/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the bar where there is one."""
+        self.console.print(text)
+
+    def flush(self) -> None:
+        """To the disk: called before a checkpoint of the same step, so that a restored step is never missing here."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self.bar.stop()
+        self.flush()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+
+def _short(value: float) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.2f}k" if value >= 1e3 else f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """1d 02:03:04, without the days where there are none."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{h:02d}:{m:02d}:{s:02d}"

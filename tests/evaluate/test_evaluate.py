@@ -1,0 +1,198 @@
+"""The evaluate command on a real run folder: bits per byte by hand, independent of the batch, CORE files, errors."""
+
+import json
+import lzma
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from helpers.tiny_run import make_data
+from oracles import numpy_gpt
+
+from nanojax.cli import UserError
+from nanojax.config import Compute, Config, Data, Model, Train, resolve
+from nanojax.data import loader
+from nanojax.evaluate import __main__ as evaluate
+from nanojax.evaluate import bpb
+from nanojax.interop import Imported, convert, to_run
+from nanojax.run import checkpoint
+from nanojax.tokenizer import Tokenizer
+
+STEP = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """A run folder with random parameters, a checkpoint of step 3, and a bundle of two small tasks beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    m = Model(depth=1, width=64, head_dim=32, vocab=320, seq=32)
+    config = Config(model=m, data=Data(path=str(data)), compute=Compute(loss_chunk=32), train=Train(tokens_per_step=32))
+    config = resolve(config)
+    to_run(Imported(config, numpy_gpt.random_params(0, config), tokenizer, STEP), folder / "run")
+    (folder / "bundle" / "eval_data").mkdir(parents=True)
+    kinds = {"choice": "multiple_choice", "lm": "language_modeling"}
+    tasks = [
+        {"label": k, "dataset_uri": f"{k}.jsonl", "num_fewshot": [1], "icl_task_type": v} for k, v in kinds.items()
+    ]
+    (folder / "bundle" / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
+    (folder / "bundle" / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoice,50\nlm,0\n")
+    items = {
+        "choice": [{"query": f"the law {i}", "choices": ["peace", "honor"], "gold": i % 2} for i in range(9)],
+        "lm": [{"context": f"the people {i}", "continuation": "have met"} for i in range(9)],
+    }
+    for name, rows in items.items():
+        path = folder / "bundle" / "eval_data" / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / "run"
+
+
+def _bpb(run: Path, texts: dict[str, str], batch: int) -> dict:
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    names: list[str] = []
+    rows = bpb.text_rows(list(texts.items()), tokenizer, config.model.T, names)
+    *_, totals = bpb.measure(config, params, rows, tokenizer.bytes_per_token(), batch)
+    return bpb.summary(totals, names)
+
+
+TEXTS = {"a": "the people of this great nation " * 9, "b": "Fünf ünïté! 1837\n" * 20, "c": "x", "d": "peace " * 50}
+
+
+def test_bits_per_byte_by_hand(run):
+    """Against numpy to 1e-6, in total and per source: every token once; special tokens in neither sum."""
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    T, nats, size = config.model.T, dict.fromkeys(TEXTS, 0.0), dict.fromkeys(TEXTS, 0)
+    stream: list[tuple[int, str]] = []
+    for name, text in TEXTS.items():
+        stream += [(tokenizer.bos, "")] * bool(len(stream) % T) + [(i, name) for i in tokenizer.encode(text)]
+    for start in range(0, len(stream), T):
+        part = stream[start : start + T]
+        row = np.array([[tokenizer.bos, *(i for i, _ in part)]])
+        for nll, (_, name) in zip(numpy_gpt.token_losses(params, row[:, :-1], row[:, 1:], config)[0], part):
+            if name:
+                nats[name] += nll
+    for name, text in TEXTS.items():
+        size[name] = len(text.encode())
+    found = _bpb(run, TEXTS, 3)
+    assert found["bytes"] == sum(size.values()) == sum(len(t.encode()) for t in TEXTS.values())
+    assert found["bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / sum(size.values()), rel=1e-6)
+    for name, scores in found["sources"].items():
+        assert scores["bytes"] == size[name]
+        assert scores["bpb"] == pytest.approx(nats[name] / math.log(2) / size[name], rel=1e-6)
+        assert scores["tokens"] == len(tokenizer.encode(TEXTS[name]))
+
+
+def test_bits_per_byte_do_not_depend_on_the_batch(run):
+    """Batches of 1, 2, 5 and more rows than there are: equal to 1e-6, the counts exactly."""
+    first = _bpb(run, TEXTS, 1)
+    for batch in (2, 5, 64):
+        found = _bpb(run, TEXTS, batch)
+        assert found["bpb"] == pytest.approx(first["bpb"], rel=1e-6)
+        assert (found["tokens"], found["bytes"]) == (first["tokens"], first["bytes"])
+
+
+def test_validation_shards_equal_numpy(run, data):
+    """--data: all rows of the validation shards, special tokens left out, equal numpy's figure to 1e-6."""
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    bytes_V, T = tokenizer.bytes_per_token(), config.model.T
+    rows = np.concatenate(list(loader.valid_batches(data, 1, T)))
+    *_, totals = bpb.measure(config, params, bpb.shard_rows(loader.valid_batches(data, 1, T)), bytes_V, 7)
+    nll, size = numpy_gpt.token_losses(params, rows[:, :-1], rows[:, 1:], config), bytes_V[rows[:, 1:]]
+    found = bpb.summary(totals, ["validation"])
+    assert found["bpb"] == pytest.approx(nll[size > 0].sum() / math.log(2) / size.sum(), rel=1e-6)
+    assert found["bytes"] == size.sum() and found["tokens"] == (size > 0).sum() < size.size
+
+
+def test_files_and_sources(run, tmp_path):
+    """Compressed JSON lines by a key's value, text by file; a key that is not there is one line."""
+    lines = [{"source": "x", "text": "peace and law"}, {"source": "y", "text": "honor"}, {"source": "x", "text": "law"}]
+    with lzma.open(tmp_path / "m.jsonl.xz", "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "t.txt").write_text("the state")
+    by_key = list(bpb.text_documents([str(tmp_path / "m.jsonl.xz")], by="source"))
+    assert by_key == [("x", "peace and law"), ("y", "honor"), ("x", "law")]
+    by_file = dict(bpb.text_documents([str(tmp_path / "m.jsonl.xz"), str(tmp_path / "t.txt")]))
+    assert set(by_file) == {"m.jsonl.xz", "t.txt"}
+    with pytest.raises(UserError, match="'nope'"):
+        list(bpb.text_documents([str(tmp_path / "m.jsonl.xz")], by="nope"))
+    with pytest.raises(UserError, match="no text found"):
+        bpb.summary({}, [])
+
+
+def _command(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_the_command_writes_everything(run, tmp_path, monkeypatch, capsys):
+    """bpb, CORE and samples: JSON, CSV, text and TensorBoard in the run folder; the second time CORE resumes."""
+    _command(monkeypatch, f"--run={run}", "--eval=bpb,core,sample", f"--bundle={run.parent / 'bundle'}", "--tokens=4")
+    said = capsys.readouterr().out
+    assert "GPT-2" in said and "0.3168" in said and "choice" in said
+    found = json.loads((run / "evals" / "core_000003.json").read_text())
+    accuracy = {k: v["accuracy"] for k, v in found["tasks"].items()}
+    assert found["core"] == pytest.approx(((accuracy["choice"] - 0.5) / 0.5 + accuracy["lm"]) / 2)
+    assert found["step"] == STEP and found["tasks"]["choice"]["total"] == 9
+    csv = (run / "evals" / "core_000003.csv").read_text().splitlines()
+    assert csv[0] == "Task,Accuracy,Centered" and csv[-1] == f"CORE,,{found['core']:.6f}"
+    assert json.loads((run / "evals" / "bpb_000003.json").read_text())["bpb"] > 1
+    assert (run / "evals" / "sample_000003.txt").read_text().startswith("The capital of France is")
+    assert list((run / "tensorboard").glob("events*"))
+    _command(monkeypatch, f"--run={run}", "--eval=core", f"--bundle={run.parent / 'bundle'}")
+    assert "resuming: 18 examples" in capsys.readouterr().out
+
+
+def test_a_hugging_face_folder_scores_as_the_run(run, tmp_path, monkeypatch, capsys):
+    """--hf on the exported folder gives the run's CORE and bits per byte, without an import."""
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    convert.export_transformers(tmp_path / "hf", config, jax.tree.map(np.asarray, params), tokenizer)
+    (tmp_path / "t.txt").write_text("the people have met " * 30)
+    shared = ("--eval=bpb,core", f"--bundle={run.parent / 'bundle'}", f"--text={tmp_path / 't.txt'}")
+    _command(monkeypatch, f"--hf={tmp_path / 'hf'}", f"--out={tmp_path / 'a'}", *shared)
+    _command(monkeypatch, f"--run={run}", f"--out={tmp_path / 'b'}", *shared)
+    read = lambda path: json.loads(path.read_text())
+    for key, name in (("core", "core"), ("bpb", "bpb")):
+        a, b = (read(tmp_path / f) for f in (f"a/evals/{name}_000000.json", f"b/evals/{name}_000003.json"))
+        assert a[key] == b[key]
+
+
+def test_another_model_does_not_resume(run):
+    """The progress file's identity changes with a single parameter, the tokenizer stays: no outcome is taken over."""
+    subject = evaluate.load(str(run), None, "f32", None, None)
+    changed = {**subject.params, "head": subject.params["head"].at[0, 0].add(jnp.float32(1e-3))}
+    other = evaluate.Subject(subject.config, changed, subject.tokenizer, "x", STEP, subject.out)
+    assert evaluate.model_identity(subject) == evaluate.model_identity(subject) != evaluate.model_identity(other)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "--run=DIR"),
+        (("--run={run}", "--hf=x"), "--run=DIR"),
+        (("--run=nowhere",), "not a run folder"),
+        (("--hf=nowhere",), "no such folder"),
+        (("--run={run}", "--eval=perplexity"), "choose from"),
+        (("--run={run}", "--eval=,"), "empty"),
+        (("--run={run}", "--eval=core", "--bundle=nowhere"), "eval_bundle.zip"),
+        (("--run={run}", "--step=99"), "no checkpoint of step 99"),
+        (("--run={run}", "--text=nothing*"), "no such file"),
+        (("--run={run}", "--data=nothing"), "no data folder"),
+        (("--run={run}", "--batch-tokens=0"), "at least 1"),
+        (("--run={run}", "--nope"), "unrecognized"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, run, monkeypatch):
+    """Wrong or missing arguments: UserError in one line, before anything is written."""
+    with pytest.raises(UserError, match=message) as caught:
+        _command(monkeypatch, *(a.format(run=run) for a in arguments))
+    assert "\n" not in str(caught.value)

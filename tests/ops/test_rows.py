@@ -1,0 +1,159 @@
+"""Kernels of rows, run by Pallas' interpreter, against the same functions in XLA's form; and that they compile for a card."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanojax import quant
+from nanojax.config import Compute
+from nanojax.ops import linear, rope, rows
+from nanojax.plan import cards, compile
+
+XLA = Compute(dtype="bf16", rows="xla")
+KERNELS = dataclasses.replace(XLA, rows="pallas")
+INT8 = {"forward": "int8", "dx": "int8", "dw": "int8"}
+M = 16
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Kernels are interpreted; the list grows by one for each that is made."""
+    made, real = [], rows.pl.pallas_call
+
+    def interpreted(*arguments, **keywords):
+        made.append(1)
+        return real(*arguments, **keywords, interpret=True)
+
+    monkeypatch.setattr(rows.pl, "pallas_call", interpreted)
+    return made
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def close(got: Any, want: Any, tolerance: float) -> None:
+    """Root mean square of the difference within `tolerance` of that of the values, array by array."""
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    for a, b in zip(got, want, strict=True):
+        if a.dtype == jax.dtypes.float0:
+            continue
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.sqrt(np.mean((a - b) ** 2)) <= tolerance * np.sqrt(np.mean(b * b))
+
+
+def test_codes_are_rounded_to_nearest_even():
+    """x = k/2 for all k from -254 to 254, and their neighbours in f32: the codes are numpy's rint."""
+    x = np.arange(-254, 255, dtype=np.float32) / 2
+    x = np.concatenate([x, np.nextafter(x, np.float32(200)), np.nextafter(x, np.float32(-200))]).clip(-127, 127)
+    np.testing.assert_array_equal(rows.codes_of(jnp.asarray(x), jnp.float32(1)), np.rint(x).astype(np.int8))
+
+
+@pytest.mark.parametrize("K", [64, 768, 1408])
+def test_codes_and_scale_of_a_row(K, calls):
+    """A row with weights, its width a power of two or not: codes and scales of the kernel and of quantize_rows are equal; a
+    row of zeros has scale 1."""
+    x, weights = normal(0, M, K).at[3].set(0), jnp.abs(normal(1, 1, K, dtype=jnp.float32))
+    row = lambda x, w: rows.quantized([x.astype(jnp.float32) * w])
+    got = rows.by_rows(KERNELS, row, (x,), (weights,))
+    assert calls
+    want = quant.quantize_rows(x.astype(jnp.float32) * weights)
+    for a, b, c in zip(got, rows.by_rows(XLA, row, (x,), (weights,)), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    assert got[1][3] == 1
+
+
+def test_parts_lie_side_by_side(calls):
+    """Three arrays quantised with one scale a row: the codes of their concatenation, widths not powers of two."""
+    parts = [normal(i, M, K) * (i + 1) for i, K in enumerate((24, 40, 8))]
+    got = rows.by_rows(KERNELS, lambda *parts: rows.quantized([x.astype(jnp.float32) for x in parts]), parts)
+    assert calls
+    want = quant.quantize_rows(jnp.concatenate(parts, -1))
+    np.testing.assert_array_equal(got[0], want.codes)
+    np.testing.assert_array_equal(got[1], want.scale)
+
+
+@pytest.mark.parametrize(("N", "H"), [(4, 16), (3, 8), (5, 32)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rope_kernels(N, H, scaled, calls):
+    """Two rows of 8 tokens from position 3, heads a power of two or not: q, k and 1/rms are XLA's to f32 rounding, codes and
+    gradients to one rounding in a thousand values."""
+    rotation, start = rope.Rotation(M // 2, N, H, 1e4), jnp.int32(3)
+    q, k, *dys = (normal(i, M, N * H) for i in range(5))
+    scale = jnp.abs(normal(6, 1, 3 * N * H, dtype=jnp.float32)) if scaled else None
+    kept = rope.forward(KERNELS, rotation, q, k, start)
+    want = rope.forward(XLA, rotation, q, k, start)
+    close(kept, want, 1e-4)
+    gradients = [rope.backward(c, rotation, want, start, tuple(dys), scale) for c in (KERNELS, XLA)]
+    assert len(calls) == 2
+    for a, b in zip(*gradients, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert np.mean(np.asarray(a) != np.asarray(b)) <= 1e-3
+    close(*gradients, 3e-3)
+
+
+def test_heads_that_kernels_cannot_halve(calls):
+    """H = 24 has halves of 12, no power of two: XLA's form, whatever is configured."""
+    rotation = rope.Rotation(M, 2, 24, 1e4)
+    x = normal(0, M, 48)
+    kept = rope.forward(KERNELS, rotation, x, x, jnp.int32(0))
+    rope.backward(KERNELS, rotation, kept, jnp.int32(0), (x, x, x), None)
+    assert not calls
+
+
+@pytest.mark.parametrize("op", ["linear", "norm_linear", "relu2_linear", "qkv_linear"])
+@pytest.mark.parametrize("operands", [INT8, {}, {"forward": "int8", "dx": "int8"}, {"dw": "int8"}])
+def test_ops_in_kernels(op, operands, calls):
+    """Each linear op with its rows in kernels: y, dX and dW within 3e-3 of XLA's form (a value next to a boundary of bf16
+    or of the codes goes to the other side), in int8, in bf16 and mixed."""
+    D = 96
+    O, K = {"linear": (D, D), "norm_linear": (160, D), "relu2_linear": (D, 160), "qkv_linear": (3 * D, D)}[op]
+    weights = quant.encode(normal(0, O, K, dtype=jnp.float32) / K**0.5, "int8")
+    x, dy, other = normal(1, M, K), normal(2, M, O), normal(3, M, K if "norm" in op or "qkv" in op else O)
+
+    def gradients(c: Compute) -> Any:
+        tap = jnp.zeros((O, K), jnp.float32)
+        if op == "qkv_linear":
+            rotation = rope.Rotation(M // 2, 3, D // 3, 1e4)
+            run = lambda tap, x: linear.qkv_linear(c, ("", ""), rotation, weights, tap, x, jnp.int32(0))
+            cotangents = (*(a.reshape(2, M // 2, 3, D // 3) for a in jnp.split(dy, 3, -1)), other)
+        elif op == "norm_linear":
+            run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x)
+            cotangents = ((dy,), other)
+        else:
+            run, cotangents = lambda tap, x: getattr(linear, op)(c, "", weights, tap, x, other), dy
+        both: Any = jax.vjp(run, tap, x)
+        y, vjp = both
+        return y, vjp(cotangents)
+
+    want = jax.jit(lambda: gradients(dataclasses.replace(XLA, **operands)))()
+    assert not calls
+    got = jax.jit(lambda: gradients(dataclasses.replace(KERNELS, **operands)))()
+    assert calls or (op, operands) in [(o, f) for o in ("linear", "relu2_linear") for f in ({}, {"dw": "int8"})]
+    close(got, want, 3e-3)
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(compile.plugin_missing() is not None, reason=str(compile.plugin_missing()))
+@pytest.mark.parametrize(("N", "H"), [(11, 128), (4, 64)])
+def test_kernels_compile_for_a_card(N, H):
+    """Triton takes every kernel at d21's and at a small model's width: one custom call each in the compiled program."""
+    D, form = N * H, jax.ShapeDtypeStruct
+    x, w = form((256, D), jnp.bfloat16), form((1, 3 * D), jnp.float32)
+    rotation = rope.Rotation(128, N, H, 1e4)
+
+    def all_kernels(x: jax.Array, w: jax.Array) -> Any:
+        kept = rope.forward(KERNELS, rotation, x, x, jnp.int32(0))
+        codes = functools.partial(rope.backward, KERNELS, rotation, kept, jnp.int32(0), (x, x, x))
+        row = lambda x, w: rows.quantized([x.astype(jnp.float32) * w])
+        return kept, codes(w), codes(None), rows.by_rows(KERNELS, row, (x,), (w[:, :D],))
+
+    program = compile.compile_for(all_kernels, (x, w), cards.CARDS["rtx4070"])
+    assert program.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 4

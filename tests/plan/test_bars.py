@@ -1,0 +1,242 @@
+"""The memory bars, on XLA's own figures: every shipped config compiled for its card, which need not be there."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nanojax import config as configs
+from nanojax import step
+from nanojax.plan import cards, compile, energy, planner, report
+from nanojax.plan.memory import GIB
+
+ROOT = Path(__file__).parents[2]
+MISSING = compile.plugin_missing()
+pytestmark = [pytest.mark.plan, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+# GiB at the peak that a config may need, and the least rows of a microbatch (T = 2048)
+BARS = {"d32_4070_bf16": (10.5, 4), "d32_4070": (10.5, 1), "d32_4070_laptop": (6.8, 1), "d12_4070": (2.5, 1)}
+PLAN_LINE = re.compile(
+    r"plan \((?P<card>\w+)\): peak (?P<gib>[\d.]+) GiB, (?P<rate>[\d.]+)(?P<k>k?) tok/s modelled, "
+    r"(?P<time>[\d.]+) (?P<unit>days|hours)"
+)
+MODELLED = 7500  # tokens/s of d32_4070, by our own roofline
+LADDER = ["d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]  # at most 10.5 GiB, 5 % slower than d32_4070
+TRAFFIC = 300e3  # bytes a token and layer outside matmuls and attention, embedding, head and update included
+# A config's tests stay in one worker, which compiles it once. Those without a bar take minutes together: slow.
+GROUPS = {"d32_4070_15b": "d32_4070", "d32_4070_20b": "d32_4070"}  # the same step
+
+
+def each(names):
+    """Parametrizes a test by config."""
+    params = []
+    for name in names:
+        marks = [pytest.mark.xdist_group(GROUPS.get(name, name))] + [pytest.mark.slow] * (name not in BARS)
+        params.append(pytest.param(name, marks=marks))
+    return pytest.mark.parametrize("name", params)
+
+
+FOR_A_CARD = [name for name in configs.available() if re.search(r"_(rtx)?\d{4}|_h\d00", name)]
+
+
+@functools.cache
+def plan_of(name):
+    """The plan of a shipped config; compiled once, then from the cache."""
+    return planner.make(configs.load(name), cards.of_config(name))
+
+
+@pytest.mark.timed  # make bars runs it alone: another compilation beside it would be measured too
+def test_the_command_answers_in_two_minutes_with_every_key():
+    """d32_4070 compiled afresh, --json: one JSON object on stdout with the keys that scripts read, within 120 s."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "nanojax.plan", "--config=d32_4070", "--card=rtx4070", "--json", "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True)
+    took = time.monotonic() - begin
+    told = json.loads(done.stdout)
+    keys = {"parameters", "tokens_total", "tokens_per_step", "flops_per_token", "peak_bytes", "temp_bytes"}
+    keys |= {"residual_bytes", "alias_bytes", "modelled_tokens_per_second", "days", "kwh", "cost"}
+    assert keys <= set(told)
+    assert told["parameters"] == 1_879_048_192
+    assert told["flops_per_token"] == 12_079_595_520
+    assert told["days"] == pytest.approx(told["tokens_total"] / told["modelled_tokens_per_second"] / 86400)
+    assert told["kwh"] == pytest.approx(told["days"] * 24 * 0.2)
+    assert took < 120, f"{took:.0f} s"
+
+
+@each(["d32_4070"])
+def test_modelled_speed(name):
+    """What d32 on the RTX 4070 is for: no change may make the compiled step slower than the bar."""
+    assert plan_of(name).tokens_per_second >= MODELLED
+
+
+@each(LADDER)
+def test_below_8_bits(name):
+    """Fewer bits fit the bar too, and decoding them costs at most 5 % of int8 storage's speed."""
+    plan = plan_of(name)
+    assert plan.memory.peak / GIB <= 10.5, plan.summary
+    assert plan.tokens_per_second >= 0.95 * plan_of("d32_4070").tokens_per_second, plan.summary
+
+
+@each(["d32_4070"])
+def test_traffic(name):
+    """What kernels that are neither matmul nor attention read and write in d32's step, by the compiled program."""
+    plan = plan_of(name)
+    moved = sum(k.bytes for k in plan.estimate.kernels if "matmul" not in k.kind and k.kind != "attention")
+    assert moved / (plan.config.train.tokens_per_step * plan.config.model.L) <= TRAFFIC
+
+
+@each(BARS)
+def test_memory_bar(name):
+    """Peak as XLA's buffer assignment counts it, below the bar, at T = 2048 and the bar's microbatch."""
+    plan = plan_of(name)
+    gib, rows = BARS[name]
+    assert plan.config.model.seq == 2048
+    assert plan.config.train.microbatch >= rows
+    assert plan.memory.peak / GIB <= gib, plan.summary
+
+
+@each(FOR_A_CARD)
+def test_config_fits_its_card(name):
+    """Every config that names a card fits it, and the state is updated in place: all of it is aliased."""
+    plan = plan_of(name)
+    assert plan.fits, f"{plan.summary}: {plan.verdict}"
+    assert plan.memory.not_reused == 0
+
+
+@each(FOR_A_CARD)
+def test_no_parameter_sized_temporary(name):
+    """Temporaries that are not residuals stay below 0.15 of the parameters' bytes, as stored; of the ladder's lower rungs, in
+    bf16: Newton-Schulz needs the same floats whatever a weight is stored in."""
+    plan = plan_of(name)
+    allowed = 0.15 * (plan.memory.params if name in BARS else 2 * plan.config.model.parameters)
+    assert 0 < plan.memory.temporaries <= allowed, f"{plan.memory.largest}"
+
+
+@each(FOR_A_CARD)
+def test_docstring_tells_the_plan(name):
+    """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 %."""
+    text = configs.find(name).read_text()
+    told = PLAN_LINE.search(text)
+    plan = plan_of(name)
+    assert told, f"{name}: its docstring lacks the line\n{plan.summary}"
+    assert told["card"] == plan.card.key
+    assert float(told["gib"]) == pytest.approx(plan.memory.peak / GIB, rel=0.03, abs=0.05), plan.summary
+    rate, digit = float(told["rate"]) * (1000 if told["k"] else 1), 50 if told["k"] else 0.5
+    assert rate == pytest.approx(plan.tokens_per_second, rel=0.03, abs=digit), plan.summary
+    days = float(told["time"]) / (24 if told["unit"] == "hours" else 1)
+    assert days == pytest.approx(plan.bill.days, rel=0.03, abs=0.5), plan.summary
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A config that compiles in seconds, with the formats of the large ones."""
+    changes = [
+        "--model.depth=2",
+        "--model.width=384",
+        "--model.vocab=2048",
+        "--model.seq=512",
+        "--train.tokens_per_step=4096",
+    ]
+    changes += ["--train.microbatch=1", "--compute.loss_chunk=512"]
+    return configs.load("d32_4070", changes)
+
+
+@pytest.mark.parametrize("key", ["rtx3060", "rtx4070", "h100", "rtx5070"])
+def test_compiles_for_every_generation(small, key):
+    """XLA compiles the real step for Ampere, Ada, Hopper and Blackwell, flash attention and tensor cores included."""
+    plan = planner.make(small, cards.CARDS[key], cache=False)
+    assert "fmha" in plan.program.hlo
+    assert {"attention", "int8 matmul"} <= set(plan.estimate.by_kind())
+    assert plan.estimate.unknown == []
+    assert plan.memory.not_reused == 0
+
+
+def test_model_flops_are_within_the_compiled_ones(small):
+    """The roofline sees the FLOPs that the formula counts: at least the model's with causal attention counted half, at
+    most 1.6 of it (recomputation, Newton-Schulz at this small batch)."""
+    config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536}))
+    plan = planner.make(config, cards.CARDS["rtx4070"])
+    m = config.model
+    causal = m.flops_per_token - 6 * m.L * m.D * m.T
+    seen = sum(k.flops for k in plan.estimate.kernels) / config.train.tokens_per_step
+    assert causal <= seen <= 1.6 * causal
+
+
+def test_more_kept_needs_more_memory(small):
+    """From everything over the cheap ones to block inputs only, each keeps less; the last exactly the inputs, to 1 %."""
+    choices = ("all", "cheap", "inputs")
+    plans = [planner.make(configs.override(small, {"compute.residuals": r}), cards.CARDS["rtx4070"]) for r in choices]
+    kept = [p.memory.residuals for p in plans]
+    assert kept[0] > kept[1] > kept[2]
+    assert kept[2] == pytest.approx(small.model.L * small.model.T * small.model.D * 2, rel=0.01)  # bf16
+
+
+def test_bits_are_told(small):
+    """A plan shows and lists what a weight really takes, scales included: NF4 4.25 bits, and 2 of remainder."""
+    config = configs.override(small, {"stored.blocks": "nf4", "stored.remainder": 2})
+    plan, out = planner.make(config, cards.CARDS["rtx4070"]), io.StringIO()
+    report.show(plan, Console(file=out, width=160), {})
+    report.show_table([plan], Console(file=out, width=160), {})
+    assert re.search(r"block matrices +4\.25 +bits a weight, scales included, and 2 of remainders *\n", out.getvalue())
+    assert re.search(r" 4\.25\+2 ", out.getvalue())
+    assert plan.as_json()["block_bits"] == 4.25 and plan.as_json()["remainder_bits"] == 2
+
+
+def test_table_shows_every_config_whole(small):
+    """132 columns, what `--table` takes when piped, hold every cell of every shipped config uncut."""
+    plan, out = planner.make(small, cards.CARDS["rtx4070"]), io.StringIO()
+    plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
+    plans = []
+    for name in configs.available():
+        config, card = configs.load(name), cards.of_config(name)
+        bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
+        plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
+    report.show_table(plans, Console(file=out, width=132), energy.PRICES)
+    assert "…" not in out.getvalue()  # rich's mark where it cut a cell
+    assert all(f" {p.config.name} " in out.getvalue() for p in plans)
+
+
+def test_auto_residuals_become_concrete(small, caplog):
+    """`auto` on a card with room keeps what is fastest, and the plan's config says what that is."""
+    card = cards.CARDS["rtx4070"]
+    plan = planner.make(configs.override(small, {"compute.residuals": "auto"}), card)
+    assert plan.config.compute.residuals == planner.best_residuals(small, card) in planner.residual_ladder()
+    assert not caplog.records  # XLA and jax stay silent
+
+
+def test_changes_are_found_for_a_card_that_is_too_small(small):
+    """A budget just below the peak: what is offered was compiled, fits, and changes the config."""
+    import dataclasses
+
+    card = cards.CARDS["rtx4070"]
+    config = configs.resolve(configs.override(small, {"train.microbatch": 4}))
+    whole = planner.make(config, card)
+    tight = dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - 0.9 * whole.memory.peak / GIB)
+    plan = planner.make(config, tight)
+    assert not plan.fits
+    found = planner.try_changes(plan)
+    assert found and all(p.fits and p.memory.peak < plan.memory.peak for _, p in found)
+    assert {"train.microbatch": "1"} in [c for c, _ in found]
+
+
+def test_what_was_compiled_is_cached(small, tmp_path, monkeypatch):
+    """The second plan comes from the cache, is equal, and is fast; --no-cache keeps nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = cards.CARDS["rtx4070"]
+    planner.make(small, card, cache=False)
+    assert not list(tmp_path.rglob("*.gz"))
+    first = planner.make(small, card)
+    begin = time.monotonic()
+    second = planner.make(small, card)
+    assert time.monotonic() - begin < 5
+    assert (first.program.cached, second.program.cached) == (False, True)
+    assert first.as_json() | {"cached": 0} == second.as_json() | {"cached": 0}

@@ -1,0 +1,455 @@
+"""The planner without a compiler: cards, energy and money against published rows, power readings, errors, silence."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from nanojax import cli
+from nanojax import config as configs
+from nanojax.cli import UserError
+from nanojax.plan import __main__, cards, compile, device, energy, fit, planner
+
+ROOT = Path(__file__).parents[2]
+ITEM_9 = (
+    "RTX 4070",
+    "4070 Laptop",
+    "4070 Super",
+    "4070 Ti Super",
+    "4060 Ti 16 GB",
+    "3060",
+    "3090",
+    "4090",
+    "5070",
+    "5090",
+)
+
+
+def run(*arguments, **environment):
+    """The command as a user runs it, on a machine without a GPU."""
+    command = [sys.executable, "-m", "nanojax.plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tera"),
+    [
+        ("rtx4090", "bf16", 165.2), ("rtx4090", "fp8", 330.3), ("rtx4090", "tf32", 82.6), ("rtx4090", "int8", 660.6),
+        ("rtx3090", "bf16", 71.0), ("rtx3090", "tf32", 35.6), ("rtx3090", "int8", 284.0), ("rtx3090", "fp8", 0.0),
+        ("rtx5090", "bf16", 209.5), ("rtx5090", "fp8", 419.0), ("rtx5090", "tf32", 104.8), ("rtx5090", "int8", 838.0),
+        ("h100", "bf16", 989.4), ("h100", "fp8", 1978.9), ("h100", "int8", 1978.9), ("h100", "tf32", 494.7),
+        ("rtx4070", "bf16", 58.3), ("rtx4070", "int8", 233.2), ("rtx4070", "f32", 29.15),
+    ],
+)  # fmt: skip
+def test_peaks_are_nvidias(name, dtype, tera):
+    """SMs x clock x operations per clock give the whitepapers' dense totals to 1 %."""
+    assert cards.CARDS[name].peak(dtype) / 1e12 == pytest.approx(tera, rel=0.01)
+
+
+def test_budgets_of_the_design():
+    """10.5 GiB on the 12 GB desktop card, 6.8 on the 8 GB laptop, to 0.01; every budget is below the card's memory."""
+    assert cards.CARDS["rtx4070"].budget_bytes / 2**30 == pytest.approx(10.5, abs=0.01)
+    assert cards.CARDS["rtx4070_laptop"].budget_bytes / 2**30 == pytest.approx(6.8, abs=0.01)
+    assert all(0.8 < c.budget_bytes / (c.memory_mib * 2**20) < 1 for c in cards.CARDS.values())
+
+
+@pytest.mark.parametrize("name", [*ITEM_9, "H100", "H200", "rtx-4070", "rtx4070", "RTX4060Ti_16GB"])
+def test_cards_are_found_as_people_write_them(name):
+    """All twelve of the plan, by key and by everyday names."""
+    assert cards.find(name).key in cards.CARDS
+
+
+def test_cards_are_found_by_the_drivers_name():
+    """What nvidia-smi prints finds the card itself."""
+    assert all(cards.find(card.name) is card for card in cards.CARDS.values())
+    assert len(cards.CARDS) == 12
+
+
+@pytest.mark.parametrize("name", ["rtx4071", "", "NVIDIA H100 PCIe", "4070 Ti"])
+def test_unknown_card_names_the_known_ones(name):
+    """A near miss must not plan for another card."""
+    with pytest.raises(UserError, match=r"known are .*rtx4070.*to add one"):
+        cards.find(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "card"),
+    [("d32_4070", "rtx4070"), ("d32_4070_laptop", "rtx4070_laptop"), ("d32_4070_15b", "rtx4070"), ("demo", "rtx4070"),
+     ("d12_h100", "h100"), ("d20_rtx5090_fast", "rtx5090"), ("d12_40700", "rtx4070")],
+)  # fmt: skip
+def test_card_of_a_config_is_in_its_name(config, card):
+    """depth_hardware names: the longest match, whole words only."""
+    assert cards.of_config(config).key == card
+
+
+# -- energy and money --------------------------------------------------------------------------------------------------
+
+
+def test_d32_is_4_54e20_flop():
+    """1,879,048,192 parameters, 12.08 GFLOP a token, 37,580,963,840 tokens; the same as the config's own count."""
+    assert pytest.approx(4.5396e20, rel=1e-4) == energy.D32_FLOPS
+    model = configs.Model(depth=32)
+    assert (model.parameters, model.flops_per_token) == (1_879_048_192, energy.D32_FLOPS_PER_TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("row", "days", "needed"),
+    [(1, (239, 292), (117, 150)), (2, (219, 263), (138, 175)), (3, (202, 239), (150, 188))],
+)
+def test_the_notes_rows(row, days, needed):
+    """At the note's own TFLOP/s d32 takes 202-292 days; its days need 117-188 TFLOP/s. To one unit."""
+    claim = energy.NOTE[row]
+    assert claim.true_days == pytest.approx(days, abs=1)
+    assert claim.needed_tflops == pytest.approx(needed, abs=1)
+
+
+def test_energy_of_263_days_at_220_watts():
+    """The reference's arithmetic: 20 TFLOP/s is 263 days, and 220 W for them about 1,400 kWh (1 %)."""
+    bill = energy.bill(energy.D32_TOKENS, 20e12 / energy.D32_FLOPS_PER_TOKEN, 220, {"NT$": 3.5})
+    assert bill.days == pytest.approx(263, abs=1)
+    assert bill.kwh == pytest.approx(1400, rel=0.02)
+    assert bill.cost == {"NT$": pytest.approx(bill.kwh * 3.5)}
+
+
+def test_h100_node():
+    """8 x H100 at 477.6 TFLOP/s each take 33 hours and 185 kWh at 700 W; at 503.6 they take 31.3 hours. To 1 %."""
+    short, long = energy.H100_NODE.true_days
+    assert (short * 24, long * 24) == pytest.approx((31.3, 33.0), rel=0.01)
+    assert energy.H100_NODE.true_kwh[1] == pytest.approx(8 * 0.7 * 33, rel=0.01)
+
+
+# -- power readings ----------------------------------------------------------------------------------------------------
+
+
+def test_nvidia_smi_line():
+    """MiB become bytes; [N/A] becomes None; a line without memory, or an error text, is no reading."""
+    full = device.parse_smi("NVIDIA GeForce RTX 4070, 12282, 11500, 187.35, 200.00\n")
+    assert full == device.Reading("NVIDIA GeForce RTX 4070", 12282 << 20, 11500 << 20, 187.35, 200.0, None)
+    laptop = device.parse_smi("NVIDIA GeForce RTX 4070 Laptop GPU, 8188, 7900, [N/A], [N/A]")
+    assert laptop and laptop.watts is None and laptop.watts_limit is None
+    assert device.parse_smi("Unable to determine the device handle") is None
+    assert device.parse_smi("x, [N/A], 1, 2, 3") is None
+
+
+def meter_of(monkeypatch, readings, times):
+    """A PowerMeter that sees these readings at these times."""
+    clock = iter(times)
+    monkeypatch.setattr(device, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    queue = iter(readings)
+    monkeypatch.setattr(device, "read", lambda: next(queue))
+    return device.PowerMeter()
+
+
+def reading(watts, joules):
+    return device.Reading("g", 1, 1, watts, 200.0, joules)
+
+
+def test_power_meter_uses_the_counter(monkeypatch):
+    """Joules of NVML's counter; mean watts between two updates."""
+    meter = meter_of(monkeypatch, [reading(50, 1000), reading(180, 1900), reading(10, 2100)], [0, 10, 12])
+    meter.update()
+    assert (meter.joules, meter.watts) == (900, 90)
+    meter.update()
+    assert (meter.joules, meter.watts) == (1100, 100)
+
+
+def test_power_meter_integrates_where_there_is_no_counter(monkeypatch):
+    """Trapezoids between power readings; a driver that was reloaded (counter fell) is integrated too."""
+    meter = meter_of(monkeypatch, [reading(100, None), reading(200, None)], [0, 10])
+    meter.update()
+    assert meter.joules == 1500
+    meter = meter_of(monkeypatch, [reading(100, 5000), reading(100, 3)], [0, 10])
+    meter.update()
+    assert meter.joules == 1000
+
+
+def test_power_meter_without_gpu(monkeypatch):
+    """No driver: nothing is available, nothing fails."""
+    meter = meter_of(monkeypatch, [None], [0])
+    meter.update()
+    assert (meter.available, meter.watts, meter.joules) == (False, None, 0.0)
+
+
+def test_no_driver_no_reading(monkeypatch):
+    """Without a driver neither pynvml nor nvidia-smi is asked."""
+    monkeypatch.setattr(device, "nvidia_driver", lambda: False)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked"))
+    assert device.read() is None
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def compiled(gib):
+    """Something with the memory analysis of a step that needs so many GiB, half of it state."""
+    half = int(gib * 2**30 / 2)
+    stats = types.SimpleNamespace(
+        argument_size_in_bytes=half, output_size_in_bytes=half, alias_size_in_bytes=half, temp_size_in_bytes=half
+    )
+    return types.SimpleNamespace(memory_analysis=lambda: stats)
+
+
+def test_a_step_that_cannot_fit_is_refused_in_one_line():
+    """10.4 GiB in a pool of 10.0: UserError with both numbers and what to do; in 10.5: the memory line."""
+    config = configs.load("demo")
+    with pytest.raises(UserError, match=r"demo needs 10\.40 GiB .* XLA has 10\.00; .*nanojax\.plan"):
+        fit.check(compiled(10.4), config, 10 * 2**30)
+    assert fit.check(compiled(10.4), config, int(10.5 * 2**30)).endswith("peak 10.40 GiB of XLA's 10.50")
+    assert "of XLA's" not in fit.check(compiled(10.4), config, None)
+
+
+def test_allocator_leaves_room_for_the_context(monkeypatch):
+    """12 GB card with 0.6 GiB of desktop: XLA gets what is free less 0.7 GiB, enough for a 10.5 GiB plan."""
+    free = 11.4 * 2**30
+    card = device.Reading("NVIDIA GeForce RTX 4070", 12282 << 20, int(free), None, None, None)
+    share = fit.pool_fraction(card)
+    assert 10.5 < share * 12282 / 1024 <= (free / 2**30 - 0.7)
+    monkeypatch.setattr(device, "read", lambda: card)
+    for name in fit.FRACTION_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(os.environ, "XLA_CLIENT_MEM_FRACTION", "0.5")  # restored afterwards
+    assert "0.5" in (fit.set_allocator() or "")
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    assert f"XLA_CLIENT_MEM_FRACTION={share:.2f}" in (fit.set_allocator() or "")
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == f"{share:.2f}"
+    monkeypatch.setattr(device, "read", lambda: None)
+    assert fit.set_allocator() is None
+
+
+def test_auto_residuals_in_training_are_the_plans(monkeypatch):
+    """On a known GPU: the planner is asked with XLA's pool as the budget. Without GPU, compiler or card data: one line."""
+    asked = []
+    monkeypatch.setattr(planner, "best_residuals", lambda config, card, say: asked.append(card) or "cheap")
+    monkeypatch.setattr(compile, "plugin_missing", lambda: None)
+    reading = device.Reading("NVIDIA GeForce RTX 4070", 12282 << 20, 11 << 30, None, None, None)
+    monkeypatch.setattr(device, "read", lambda: reading)
+    config = configs.load("demo", ["--compute.residuals=auto"])
+    assert fit.best_residuals(config, 9 * 2**30, print) == "cheap"
+    assert fit.best_residuals(config, None, print) == "cheap"
+    budgets = [card.budget_bytes / 2**30 for card in asked]
+    assert budgets == pytest.approx([9.0, 10.5], abs=0.01)
+
+    monkeypatch.setattr(device, "read", lambda: dataclasses.replace(reading, name="NVIDIA Unheard Of"))
+    with pytest.raises(UserError, match=r"residuals=auto: NVIDIA Unheard Of is not in .*cards.py"):
+        fit.best_residuals(config, None, print)
+    monkeypatch.setattr(compile, "plugin_missing", lambda: "the plugin is missing; install it")
+    with pytest.raises(UserError, match=r"residuals=auto: the plugin is missing; .*choose inputs"):
+        fit.best_residuals(config, None, print)
+    monkeypatch.setattr(device, "read", lambda: None)
+    with pytest.raises(UserError, match="residuals=auto: there is no NVIDIA GPU"):
+        fit.best_residuals(config, None, print)
+
+
+def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
+    """The run folder's config has the choice, and a run that was begun keeps it without asking again."""
+    from nanojax import train
+    from nanojax.run import checkpoint
+
+    monkeypatch.setattr(fit, "best_residuals", lambda *_: "attn+mlp_in")
+    config = configs.load("demo", ["--compute.residuals=auto"])
+    concrete = train._with_residuals(config, tmp_path)
+    assert concrete.compute.residuals == "attn+mlp_in"
+    checkpoint.write_config(tmp_path, concrete)
+    monkeypatch.setattr(checkpoint, "available", lambda run: [3])
+    monkeypatch.setattr(fit, "best_residuals", lambda *_: pytest.fail("asked again"))
+    assert train._with_residuals(config, tmp_path) == concrete
+    train._compare_with_earlier(tmp_path, concrete)
+
+
+def test_the_caches_key_covers_the_code_of_the_step():
+    """Whatever nanojax.step imports, but for the config, is hashed into the name of a kept plan."""
+    code = "import sys, nanojax.step; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('nanojax')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    package = ROOT / "nanojax"
+    hashed = {str(file) for pattern in compile.STEP_SOURCES for file in package.glob(pattern)}
+    assert set(done.stdout.split()) - hashed == {str(package / "__init__.py"), str(package / "config.py")}
+
+
+# -- changes and automatic choices -------------------------------------------------------------------------------------
+
+
+def fake_make(peaks, rates):
+    """planner.make with peaks (GiB) and rates by compute.residuals."""
+
+    def make(config, card, **_):
+        choice = config.compute.residuals
+        return types.SimpleNamespace(
+            config=config, fits=peaks[choice] <= 10.5, tokens_per_second=rates[choice], verdict="does not fit"
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("peaks", "best"),
+    [((9, 8, 7, 5), "all"), ((12, 10, 7, 5), "cheap"), ((12, 11, 11, 9), "inputs")],
+)
+def test_best_residuals_fit_and_are_fastest(monkeypatch, peaks, best):
+    """The most kept that fits, given that less kept is slower."""
+    ladder = planner.residual_ladder()
+    rates = dict(zip(ladder, (50.0, 45.0, 42.0, 40.0)))
+    monkeypatch.setattr(planner, "make", fake_make(dict(zip(ladder, peaks)), rates))
+    assert planner.best_residuals(configs.load("demo"), cards.CARDS["rtx4070"]) == best
+
+
+def test_best_residuals_prefer_speed_to_what_is_kept(monkeypatch):
+    """Where keeping everything is slower than recomputing (traffic), the faster one wins."""
+    ladder = planner.residual_ladder()
+    rates = dict(zip(ladder, (50.0, 55.0, 42.0, 40.0)))
+    monkeypatch.setattr(planner, "make", fake_make(dict.fromkeys(ladder, 1), rates))
+    assert planner.best_residuals(configs.load("demo"), cards.CARDS["rtx4070"]) == "cheap"
+
+
+def test_no_residuals_fit(monkeypatch):
+    """One line that says so."""
+    ladder = planner.residual_ladder()
+    monkeypatch.setattr(planner, "make", fake_make(dict.fromkeys(ladder, 20), dict.fromkeys(ladder, 1.0)))
+    with pytest.raises(UserError, match="even with block inputs only"):
+        planner.best_residuals(configs.load("demo"), cards.CARDS["rtx4070"])
+
+
+def test_ladder_is_what_the_config_accepts():
+    """Every rung names residuals that the model knows, each rung a subset of the one before."""
+    from nanojax import model
+
+    rungs = [set(model.residual_names(configs.override(configs.load("demo"), {"compute.residuals": r})))
+             for r in planner.residual_ladder()]  # fmt: skip
+    assert all(lower < upper for upper, lower in itertools.pairwise(rungs))
+
+
+def test_changes_only_save():
+    """Fewer rows, fewer residuals, narrower formats; nothing that is already so."""
+    base = configs.load("demo", ["--train.microbatch=4", "--train.tokens_per_step=4096", "--compute.residuals=cheap"])
+    offered = [next(iter(c.items())) for c in planner.changes(base)]
+    assert ("train.microbatch", "2") in offered and ("train.microbatch", "1") in offered
+    assert ("compute.residuals", "inputs") in offered and ("compute.residuals", "all") not in offered
+    lean = {"train.microbatch": 1, "compute.residuals": "inputs", "compute.loss_chunk": 256, "accumulate.dtype": "bf16"}
+    lean |= {f"stored.{k}": "int8" for k in ("blocks", "embed", "head", "momentum", "adam")}
+    lean |= {"accumulate.edges": "bf16"}
+    assert planner.changes(configs.resolve(configs.override(base, lean))) == []
+
+
+def test_attention_is_chosen_as_on_the_card():
+    """cuDNN for bf16 with head_dim up to 128 although no GPU is here; the chunked form for f32; a choice stays."""
+    base = configs.load("demo")
+    for dtype, choice, expected in (
+        ("bf16", "auto", "cudnn"),
+        ("f32", "auto", "chunked"),
+        ("bf16", "chunked", "chunked"),
+    ):
+        changed = configs.override(base, {"compute.dtype": dtype, "compute.attention": choice})
+        assert compile.for_gpu(changed).compute.attention == expected
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+PROGRAM = compile.Program("HLO", 4, 3, 2, 1, {"params": 1, "other": 3}, (compile.Value("v", 1, 0, "f32[]"),), 0.5)
+
+
+def test_cache_gives_back_what_it_got_and_survives_damage(tmp_path):
+    """Equal but for the mark; a truncated, foreign or empty file is a miss, not an error."""
+    path = tmp_path / "deep" / "x.json.gz"
+    compile._store(path, PROGRAM)
+    assert compile._load(path) == dataclasses.replace(PROGRAM, cached=True)
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"not gzip", b"\x1f\x8b\x08\x00"):
+        path.write_bytes(damage)
+        assert compile._load(path) is None
+    assert [p.name for p in path.parent.iterdir()] == ["x.json.gz"]
+
+
+def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
+    """Same key for another prompt or run folder; another for another shape, format, schedule or card."""
+    card, base = cards.CARDS["rtx4070"], configs.load("demo")
+    key = compile._key(base, card)
+    same = configs.override(base, {"eval.prompt": "other", "train.run": "elsewhere", "checkpoint.every": 7})
+    assert compile._key(same, card) == key
+    for change in ({"model.depth": 2}, {"stored.blocks": "int8"}, {"optim.matrix_lr": 0.1}, {"train.microbatch": 1}):
+        assert compile._key(configs.resolve(configs.override(base, change)), card) != key
+    assert compile._key(base, cards.CARDS["h100"]) != key
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=d32_4071"], "no such config"),
+        (["--config=demo", "--card=rtx9999"], "unknown card; known are"),
+        ([], "--config: missing"),
+        (["--config=demo", "--model.dept=3"], "no such key"),
+        (["--config=demo", "--price=-1"], "--price=-1"),
+        (["--config=demo", "--watts=0"], "--watts=0"),
+        (["--config=demo", "--top=x"], "--top"),
+        (["--config=demo", "--try=train.microbatch"], "expected KEY=VALUE"),
+        (["--table", "--config=demo"], "--table"),
+        (["--config=demo", "extra"], "expected --section.key=value"),
+        (["--config=demo", "--measure"], "no NVIDIA GPU"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, message, monkeypatch, capsys):
+    """What is wrong and nothing else: one line on stderr, nothing on stdout."""
+    if "--measure" in arguments and device.nvidia_driver():
+        pytest.skip("this machine has an NVIDIA driver")
+    monkeypatch.setattr(sys, "argv", ["nanojax.plan", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(__main__.main)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1 and err.startswith("error: "), err
+
+
+def test_a_mistake_at_the_shell():
+    """The same through python -m: exit 2, one line, no traceback, nothing on stdout."""
+    done = run("--config=demo", "--card=rtx9999")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: --card=rtx9999: unknown card")
+
+
+def test_help_has_examples_and_all_cards():
+    """--help exits 0 and shows commands to copy and every card."""
+    done = run("--help")
+    assert done.returncode == 0
+    assert "python -m nanojax.plan --config=d32_4070" in done.stdout
+    assert all(key in done.stdout for key in cards.CARDS)
+
+
+def test_importing_nanojax_leaves_jax_quiet_and_on_the_cpu():
+    """Where the CUDA plugin is installed without a driver: no line on stderr, CPU devices, nothing set by hand."""
+    if device.nvidia_driver():
+        pytest.skip("this machine has an NVIDIA driver")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TF_CPP", "XLA_"))}
+    code = "import nanojax, jax; print(jax.devices()[0].platform, float(jax.numpy.ones(3).sum()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3.0\n", "")
+
+
+def test_table_of_published_figures():
+    """The anchors print the note's rows beside the arithmetic: 239-292 days where it says 35-45."""
+    import io
+
+    from rich.console import Console
+
+    from nanojax.plan import report
+
+    out = io.StringIO()
+    report.show_anchors(Console(file=out, width=160))
+    row = next(line for line in out.getvalue().splitlines() if "4-bit + gradient" in line)
+    assert re.search(r"18-22.*35-45.*150-200.*239-292.*117-150", row)
+
+
+def test_anchor_constants_are_json_numbers():
+    """Claims hold plain numbers, so that the table can be exported."""
+    json.dumps([dataclasses.asdict(c) for c in (*energy.NOTE, energy.H100_NODE)])

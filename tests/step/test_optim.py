@@ -1,0 +1,180 @@
+"""Muon, AdamW and the schedules: equal to optax where it has them, to the published formulas in numpy where not."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanojax import model, quant
+from nanojax.step import optim
+
+KEY = jax.random.key(7)
+
+
+def layer(seed: int, config):
+    """Random gradients of one layer's tree."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, config.model.shapes.items())}
+
+
+def numpy_newton_schulz(g, steps=5):
+    """Keller Jordan's quintic iteration in float64."""
+    x = g / (np.linalg.norm(g) + 1e-7)
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if flip else x
+
+
+def numpy_muon(grads, steps, nesterov=True):
+    """nanochat's Muon as published, one matrix [rows, columns], its rates and its momentum warm-up: the summed update."""
+    buf, total = np.zeros_like(grads[0]), 0.0
+    for step, g in enumerate(grads):
+        frac = min(step / 300, 1)
+        m = (1 - frac) * 0.85 + frac * 0.95
+        buf = buf + (g - buf) * (1 - m)
+        u = g + (buf - g) * m if nesterov else buf
+        left = min(1.0, (steps - step) / round(0.2 * steps))
+        total -= 0.02 * left * max(1, g.shape[0] / g.shape[1]) ** 0.5 * numpy_newton_schulz(u)
+    return total
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_equals_the_formula(tiny, nesterov):
+    """20 steps of f32 Muon equal float64 numpy to 2e-4 of the largest entry; q, k and v are three matrices."""
+    config = tiny(optim={"nesterov": nesterov})
+    tx = optim.muon(config)
+    grads = [layer(i, config) for i in range(20)]
+    state, total = tx.init(grads[0]), jax.tree.map(jnp.zeros_like, grads[0])
+    run = jax.jit(tx.update)
+    for g in grads:
+        updates, state = run(g, state, key=KEY)
+        total = jax.tree.map(jnp.add, total, updates)
+    assert int(state.count) == 20
+    for name, got in total.items():
+        parts = 3 if name == "qkv" else 1
+        each = [
+            [np.asarray(g[name], np.float64).reshape(parts, -1, got.shape[1])[i] for g in grads] for i in range(parts)
+        ]
+        want = np.concatenate([numpy_muon(part, 20, nesterov) for part in each])
+        np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+def test_muon_equals_optax_where_they_agree(tiny):
+    """Heavy ball at constant momentum: optax.contrib.muon gives the same 5 updates (it has no q/k/v split; rtol 1e-3)."""
+    config = tiny(optim={"nesterov": False, "momentum_start": 0.95, "warmdown": 0.0})
+    theirs = optax.contrib.muon(
+        0.02, beta=0.95, nesterov=False, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 0)
+    )
+    ours, names = optim.muon(config), ("o", "up", "down")
+    grads = [{n: layer(i, config)[n] for n in names} for i in range(5)]
+    params = jax.tree.map(jnp.zeros_like, grads[0])
+    a, b = ours.init(params), theirs.init(params)
+    mine, optaxs = jax.jit(ours.update), jax.jit(theirs.update)
+    for g in grads:
+        u, a = mine(g, a, key=KEY)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            v, b = optaxs(g, b, params)
+        chex.assert_trees_all_close(u, v, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_equals_optax(tiny, weight_decay):
+    """20 steps of f32 AdamW with the rate's schedule equal optax.adamw to 1e-6."""
+    config = tiny(optim={"weight_decay": weight_decay})
+    rate, _ = optim.schedules(config)
+    lr = 0.2 * (64 / 768) ** -0.5
+    theirs = optax.adamw(lambda t: lr * rate(t), b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+    ours = optim.adamw(config, 0.2)
+    p = q = jax.random.normal(KEY, (8, 64))
+    a, b = ours.init(p), theirs.init(q)
+    for i in range(20):
+        g = jax.random.normal(jax.random.key(i), p.shape)
+        u, a = ours.update(g, a, p, key=KEY)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            v, b = theirs.update(g, b, q)
+        p, q = p + u, q + v
+    chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_schedules_are_nanochats():
+    """Learning-rate factor: 1, then linear over the last 20% to 0; momentum 0.85 to 0.95 over 300 steps."""
+    from nanojax import config as c
+
+    config = c.resolve(c.Config(train=c.Train(steps=1000), optim=c.Optim(warmup=0.1, final_lr=0.1)))
+    rate, momentum = optim.schedules(config)
+    for step in (0, 50, 99, 100, 500, 800, 801, 900, 999):
+        left = (1000 - step) / 200
+        want = (step + 1) / 100 if step < 100 else 1.0 if step <= 800 else left + (1 - left) * 0.1
+        np.testing.assert_allclose(rate(step), want, rtol=1e-6)
+        np.testing.assert_allclose(momentum(step), 0.85 + 0.1 * min(step / 300, 1), rtol=1e-6)
+
+
+def test_every_leaf_has_exactly_one_rule(tiny):
+    """The rules' groups are the parameter tree's groups, no more, no fewer; blocks are matrices with a Muon schedule."""
+    config = tiny()
+    params = jax.eval_shape(lambda: model.init_params(config, KEY))
+    assert set(params) == set(optim.RULES)
+    assert set(params["blocks"]) == set(config.model.shapes)
+    assert all(leaf.ndim == 3 for leaf in jax.tree.leaves(params["blocks"]))
+
+
+def test_newton_schulz_flattens_singular_values():
+    """Singular values of tall, wide and batched Gaussians land in [0.6, 1.3] after five iterations."""
+    for shape in ((64, 64), (96, 32), (3, 32, 96)):
+        s = jnp.linalg.svd(optim.newton_schulz(jax.random.normal(KEY, shape), 5, jnp.float32), compute_uv=False)
+        assert float(jnp.min(s[..., : int(0.9 * s.shape[-1])])) > 0.6 and float(jnp.max(s)) < 1.3
+
+
+def test_int8_momentum_follows_f32(tiny):
+    """Over 100 steps of noisy gradients with a drift, int8 momentum stays within 4% of its f32 twin (relative norm).
+
+    Theory: a rounding adds at most (1/6)^0.5 steps of amax/127, a sum of them with m=0.95 is 10^0.5 times one, and the amax
+    of 64 normals is about 2.4 of their rms: 2.4*(10/6)^0.5/127 = 2.4%.
+    """
+    config8, config32 = tiny(stored={"momentum": "int8"}), tiny()
+    a, b = optim.muon(config8), optim.muon(config32)
+    g0 = layer(0, config32)
+    sa, sb = a.init(g0), b.init(g0)
+    step8, step32 = jax.jit(a.update), jax.jit(b.update)
+    for i in range(100):
+        g = jax.tree.map(lambda x, y: 0.3 * x + y, g0, layer(i + 1, config32))
+        _, sa = step8(g, sa, key=jax.random.fold_in(KEY, i))
+        _, sb = step32(g, sb, key=KEY)
+    for got, want in zip(jax.tree.leaves(quant.decode_tree(sa.momentum)), jax.tree.leaves(sb.momentum)):
+        assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.04
+
+
+def test_int8_adam_does_not_diverge(tiny):
+    """Gradients that are zero in most steps and span 10^6 within a block: no int8 update exceeds 3 times the f32 maximum."""
+    config8, config32 = tiny(stored={"adam": "int8"}, optim={"warmdown": 0.0}), tiny(optim={"warmdown": 0.0})
+    a, b = optim.adamw(config8, 0.2), optim.adamw(config32, 0.2)
+    p = jnp.zeros((16, 256))
+    scale = jnp.exp(jnp.linspace(-7, 7, 256))
+    sa, sb = a.init(p), b.init(p)
+    step8, step32 = jax.jit(a.update), jax.jit(b.update)
+    worst8 = worst32 = 0.0
+    for i in range(300):
+        g = scale * jax.random.normal(jax.random.key(i), p.shape) * float(i % 5 == 0)
+        u, sa = step8(g, sa, p, key=jax.random.fold_in(KEY, i))
+        v, sb = step32(g, sb, p, key=KEY)
+        worst8, worst32 = max(worst8, float(jnp.max(jnp.abs(u)))), max(worst32, float(jnp.max(jnp.abs(v))))
+    assert np.isfinite(worst8) and worst8 < 3 * worst32, (worst8, worst32)
+
+
+@pytest.mark.parametrize("form", ["f32", "bf16", "int8"])
+def test_apply_moves_the_mean(form):
+    """decode(apply(p, u)) averages to decode(p)+u over 500 keys: 5 sigma for each value (sigma of 5 events at least), and
+    for all of them together; f32 is exact."""
+    p = quant.encode(jax.random.normal(KEY, (4, 64)), form)
+    u = 1e-3 * jax.random.normal(jax.random.key(1), (4, 64))
+    many = jax.jit(jax.vmap(lambda k: quant.decode(optim.apply(p, u, form, k))))(jax.random.split(KEY, 500))
+    many, want = np.asarray(many, np.float64), np.asarray(quant.decode(p) + u, np.float64)
+    grid = np.ptp(many, 0).max(initial=1e-12)
+    floor = grid * np.sqrt(5) / 500 if form != "f32" else 1e-6
+    assert np.all(np.abs(many.mean(0) - want) <= 5 * np.maximum(many.std(0) / np.sqrt(500), floor))
+    assert abs((many.mean(0) - want).mean()) <= 5 * np.sqrt((many.var(0) / 500).mean() / want.size) + 1e-7

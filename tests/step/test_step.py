@@ -1,0 +1,263 @@
+"""The production step against the obvious one: whole-model jax.grad and the same optax update."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanojax import model, quant, step
+from nanojax.step import optim
+
+KEY = jax.random.key(3)
+
+
+def batch(config, seed=0):
+    A, B, T1 = config.batch_shape
+    return jax.random.randint(jax.random.key(seed), (A, B, T1), 0, config.model.V)
+
+
+def perturbed(state, stored):
+    """The state with every matrix non-zero (nanojax starts some at zero), as stored."""
+    f32 = quant.decode_tree(state.params)
+    keys = jax.random.split(KEY, 6)
+    leaves, tree = jax.tree.flatten(f32)
+    f32 = jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
+    forms = {"embed": stored.embed, "head": stored.head}
+    params = {n: quant.encode(f32[n], f) for n, f in forms.items()}
+    params["blocks"] = {n: quant.encode(w, stored.blocks) for n, w in f32["blocks"].items()}
+    return state._replace(params=params)
+
+
+def obvious(config, params, bufs, adam, count, tokens):
+    """(loss, norm, f32 params, momentum, adam) by jax.grad of the whole model, optax.adamw, and Muon on whole stacks."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    value, grads = jax.value_and_grad(lambda p: jnp.mean(model.token_losses(config, p, rows)))(params)
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(
+        lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads
+    )  # torch's clip_grad_norm_
+    tx = optim.muon(config)
+    per_layer = jax.vmap(lambda g, b: tx.update(g, optim.MuonState(count, b), key=KEY)[:2])
+    updates, state = per_layer(grads["blocks"], bufs)
+    new = {"blocks": optax.apply_updates(params["blocks"], updates)}
+    rate, _ = optim.schedules(config)
+    for name, lr in (("embed", config.optim.embed_lr), ("head", config.optim.head_lr)):
+        lr = lr * (config.model.D / 768) ** -0.5
+        o = config.optim
+        aw = optax.adamw(lambda t, lr=lr: lr * rate(t), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            u, adam[name] = aw.update(grads[name], adam.get(name) or aw.init(params[name]), params[name])
+        new[name] = params[name] + u
+    return value, norm, new, state.momentum, adam
+
+
+def stacked(accum):
+    """Accumulators with one array a layer as the gradient's stacks."""
+    return accum | {"blocks": {name: jnp.stack(layers) for name, layers in accum["blocks"].items()}}
+
+
+def relative(a, b):
+    return jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), a, b)
+
+
+@pytest.mark.parametrize(
+    "policy,depth,microbatch",
+    [("inputs", 2, 4), ("cheap", 2, 2), ("all", 4, 1), ("attn+mlp_in", 3, 2)],
+)
+def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
+    """Three f32 steps: loss, norm, parameters and momentum equal jax.grad + optax to 1e-6 relative (weights: 3e-6).
+
+    Newton-Schulz multiplies rounding differences of the gradient by up to 3.4^5 along small singular directions, hence
+    the parameters' bound; the gradient itself is held to 1e-6 below. Adam divides a gradient by its own size: of an embedding's
+    value whose gradients are a thousandth of the usual, rounding is seen in full (one with 2e-9 instead of 1e-4 moved
+    8% differently). These, under 1% of the values, are left out.
+    """
+    config = tiny(
+        model={"depth": depth}, train={"microbatch": microbatch, "tokens_per_step": 256}, compute={"residuals": policy}
+    )
+    state = perturbed(step.init_state(config), config.stored)
+    run = jax.jit(step.train_step(config))
+    want = jax.jit(obvious, static_argnums=0)
+    params, bufs, adam = state.params, state.opt["blocks"], {}
+    for i in range(3):
+        tokens = batch(config, i)
+        value, norm, params, bufs, adam = want(config, params, bufs, adam, jnp.int32(i), tokens)
+        state, metrics = run(state, tokens)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=3e-6)
+    assert int(state.step) == 3
+    for name in ("embed", "head"):
+        size = jnp.sqrt(adam[name][0].nu)
+        usual = (size == 0) | (size > 1e-3 * jnp.mean(size))
+        assert jnp.mean(usual) > 0.99
+        params[name] = jnp.where(usual, params[name], state.params[name])
+    assert max(jax.tree.leaves(relative(state.params, params))) < 3e-6
+    assert max(jax.tree.leaves(relative(state.opt["blocks"], bufs))) < 3e-6
+    assert all(not np.any(a) for a in jax.tree.leaves(state.accum))
+
+
+@pytest.mark.parametrize("stored", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("policy", ["inputs", "all"])
+def test_gradient_of_any_stored_format(tiny, stored, policy):
+    """With f32 compute, the accumulated gradient of parameters stored in any format equals jax.grad at their decoded values,
+    1e-6 relative."""
+    config = tiny(stored={"blocks": stored, "embed": stored, "head": stored}, compute={"residuals": policy})
+    state = perturbed(step.init_state(config), config.stored)
+    tokens, floats = batch(config), quant.decode_tree(state.params)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    want = jax.jit(jax.grad(lambda p: jnp.mean(model.token_losses(config, p, rows))))(floats)
+    got, one = state.accum, jnp.float32(1)
+    run = jax.jit(lambda accum, rows: step.forward_backward(config, state.params, accum, rows, one, one, KEY)[1])
+    for i in range(tokens.shape[0]):
+        got = run(got, tokens[i])
+    assert max(jax.tree.leaves(relative(stacked(got), want))) < 1e-6
+
+
+@pytest.mark.slow  # 256 steps a case
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
+    """One step with rounded parameters, averaged over 256 keys, is the unrounded step: bias below 0.05 grid-sized sigma.
+
+    z scores over all entries must look normal: at most 0.1% beyond 4.5 sigma, mean square below 1.5.
+    """
+    optim_keys = {"embed_lr": 0.02, "matrix_lr": 0.005} | ({"nesterov": False, "clip": 0.0} if folded else {})
+    same = {"optim": optim_keys, "accumulate": {"dtype": "momentum" if folded else "f32"}}
+    config = tiny(stored={"blocks": form, "embed": form, "head": form}, **same)
+    state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
+    floats = state._replace(params=quant.decode_tree(state.params))
+    want = jax.jit(step.keyed_step, static_argnums=0)(tiny(**same), floats, tokens, KEY)[0].params
+    once = lambda key: quant.decode_tree(step.keyed_step(config, state, tokens, key)[0].params)
+    many = jax.jit(lambda keys: jax.lax.map(once, keys))(jax.random.split(KEY, 256))
+    for got, target in zip(jax.tree.leaves(many), jax.tree.leaves(want)):
+        got = np.asarray(got, np.float64)
+        sigma = np.maximum(got.std(0), 0.3 * np.sqrt(got.var(0).mean())) / 16 + 2e-6  # seldom rounded: too few events
+        z = (got.mean(0) - np.asarray(target, np.float64)) / sigma
+        assert np.mean(np.abs(z) > 4.5) < 1e-3 and np.mean(z**2) < 1.5, (np.abs(z).max(), np.mean(z**2))
+
+
+@pytest.mark.slow  # 1,024 microbatches
+def test_bf16_accumulators_are_right_in_the_mean(tiny):
+    """16 microbatches summed in dithered bf16: off by under 0.8% of the f32 sum (1.6% for the head, to which each adds four
+    chunks: errors grow with the root), and averaged over 64 keys by under a quarter of that, or under what rounding to
+    nearest errs by: so the first sum is rounded, as its accumulator is zero."""
+    config = tiny(train={"tokens_per_step": 1024}, accumulate={"dtype": "bf16", "edges": "bf16"})
+    exact = tiny(train={"tokens_per_step": 1024})
+    state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
+
+    def total(c, accum, key):
+        def add(accum, inputs):
+            i, rows = inputs
+            one = jnp.float32(1)
+            return step.forward_backward(c, state.params, accum, rows, one, one, jax.random.fold_in(key, i))[1], None
+
+        return jax.lax.scan(add, accum, (jnp.arange(16), tokens))[0]
+
+    want = jax.jit(lambda: total(exact, step.init_state(exact).accum, KEY))()
+    many = jax.jit(lambda keys: jax.lax.map(lambda k: total(config, state.accum, k), keys))(jax.random.split(KEY, 64))
+    for (path, got), target in zip(jax.tree.leaves_with_path(many), jax.tree.leaves(want)):
+        got, target = np.asarray(got, np.float64), np.asarray(target, np.float64)
+        error = lambda x, target=target: np.linalg.norm(x - target) / np.linalg.norm(target)
+        assert error(got[0]) < (0.016 if path[0].key == "head" else 0.008)
+        # a row of the embedding is summed once or twice: 2^-7 of its power of two, uniform, against 1.5 times that
+        assert error(got.mean(0)) < max(error(got[0]) / 4, 2**-7 / 12**0.5 / 1.5)
+
+
+def test_folded_momentum_equals_heavy_ball(tiny):
+    """Gradients summed into the momentum give the parameters of a separate accumulator, five f32 steps, 1e-5 relative."""
+    folded = tiny(accumulate={"dtype": "momentum"}, optim={"nesterov": False, "clip": 0.0})
+    apart = tiny(optim={"nesterov": False, "clip": 0.0})
+    a, b = step.init_state(folded), step.init_state(apart)
+    run_a, run_b = jax.jit(step.train_step(folded)), jax.jit(step.train_step(apart))
+    for i in range(5):
+        a, _ = run_a(a, batch(apart, i))
+        b, _ = run_b(b, batch(apart, i))
+    assert "blocks" not in a.accum
+    assert max(jax.tree.leaves(relative(a.params, b.params))) < 1e-5
+    assert max(jax.tree.leaves(relative(stacked(a.opt)["blocks"], b.opt["blocks"]))) < 1e-5
+
+
+FORMATS = {
+    "f32": {},
+    "bf16": {
+        "stored": {"blocks": "bf16", "embed": "bf16", "head": "bf16", "momentum": "bf16", "adam": "bf16"},
+        "accumulate": {"dtype": "bf16", "edges": "bf16"},
+        "compute": {"dtype": "bf16"},
+    },
+    "int8": {
+        "stored": {"blocks": "int8", "embed": "int8", "head": "int8", "momentum": "int8", "adam": "int8"},
+        "accumulate": {"dtype": "bf16", "edges": "bf16"},
+        "compute": {"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8", "head": "int8", "residuals": "all"},
+    },
+    "folded": {
+        "stored": {"blocks": "int8", "embed": "bf16", "head": "bf16", "momentum": "bf16", "adam": "int8"},
+        "accumulate": {"dtype": "momentum", "edges": "bf16"},
+        "optim": {"nesterov": False, "clip": 0.0},
+        "compute": {"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8", "residuals": "all"},
+    },
+}
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_donated_completely_and_learns(tiny, formats):
+    """Every byte of the state is aliased by the compiled step; 20 steps on one batch bring the loss below a third."""
+    config = tiny(**FORMATS[formats])
+    state = jax.jit(lambda: step.init_state(config))()
+    bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    run = jax.jit(step.train_step(config), donate_argnums=0).lower(state, batch(config)).compile()
+    assert run.memory_analysis().alias_size_in_bytes == bytes_
+    losses = []
+    for _ in range(20):
+        state, metrics = run(state, batch(config))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] / 3, losses
+
+
+def test_residual_bytes_are_what_the_names_say(tiny):
+    """int8, everything kept: 12D + F bytes of codes, q, k, v and attention's output a token and layer, and f32 values a row:
+    four scales, two norms' and, a head, q's and k's norms and the log-sum-exp. Inputs only: 2D."""
+    config = tiny(**FORMATS["int8"])
+    m, tokens = config.model, config.train.microbatch * config.model.T * config.model.L
+    want = 3 * m.D + 6 * m.D + 2 * m.D + m.F + 4 * (4 + 2 + 3 * m.N)
+    assert step.residual_bytes(config) == pytest.approx(tokens * want, rel=0.01)
+    inputs = tiny(**FORMATS["int8"] | {"compute": FORMATS["int8"]["compute"] | {"residuals": "inputs"}})
+    assert step.residual_bytes(inputs) == pytest.approx(tokens * 2 * m.D, rel=0.01)
+
+
+def test_abstract_state_is_the_state(tiny):
+    """abstract_state has the tree, shapes and dtypes of init_state, for the format with most leaves."""
+    config = tiny(**FORMATS["int8"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(step.abstract_state(config), step.init_state(config))
+
+
+def test_same_seed_same_bits(tiny):
+    """Two runs of the int8 step from one seed agree bit for bit; another seed differs."""
+    config, other = tiny(**FORMATS["int8"]), tiny(**FORMATS["int8"], train={"seed": 1})
+    run = jax.jit(step.train_step(config))
+    once = lambda: run(run(step.init_state(config), batch(config))[0], batch(config, 1))[0]
+    a = once()
+    chex.assert_trees_all_equal(a, once())
+    b = step.init_state(other)
+    assert not np.array_equal(a.params["blocks"]["up"].codes, b.params["blocks"]["up"].codes)
+
+
+def test_embedding_and_head_rows_in_chunks(tiny, monkeypatch):
+    """Updating embedding and head in 8 chunks of rows gives the same f32 values as in one, 1e-6."""
+    config = tiny()
+    state, tokens = step.init_state(config), batch(config)
+    run = lambda: jax.jit(lambda: step.keyed_step(config, state, tokens, KEY)[0])()
+    whole = run()
+    monkeypatch.setattr(step, "ROWS_BYTES", config.model.V * config.model.D * 4 // 8)
+    parts = run()
+    chex.assert_trees_all_close(parts, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_init_follows_nanochat(tiny):
+    """Standard deviations of each tensor at initialisation, 3%: embedding 1, q/k/v and up as published, the rest zero."""
+    params = model.init_params(tiny(model={"width": 128}), KEY)
+    np.testing.assert_allclose(np.std(params["embed"]), 1.0, rtol=0.03)
+    np.testing.assert_allclose(np.std(params["blocks"]["qkv"]), 128**-0.5, rtol=0.03)
+    np.testing.assert_allclose(np.std(params["blocks"]["up"]), 128**-0.5, rtol=0.03)
+    assert not np.any(params["head"]) and not np.any(params["blocks"]["o"]) and not np.any(params["blocks"]["down"])
