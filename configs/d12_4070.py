@@ -12,7 +12,7 @@ def get_config() -> Config:
     return Config(
         model=Model(depth=12),
         stored=Stored(blocks="bf16", embed="bf16", head="bf16", momentum="bf16", adam="bf16"),
-        accumulate=Accumulate(dtype="f32", edges="f32"),
+        accumulate=Accumulate(blocks="f32", embed_head="f32"),
         compute=Compute(dtype="bf16", residuals="all", loss_chunk=512),
         train=Train(tokens_per_step=524288, microbatch=2),
     )

@@ -16,7 +16,7 @@ def get_config() -> Config:
         {
             "stored.blocks": "bf16",
             "stored.momentum": "bf16",
-            "accumulate.dtype": "momentum",
+            "accumulate.blocks": "momentum",
             "optim.nesterov": False,
             "optim.clip": 0.0,
             "compute.forward": "float",

@@ -18,7 +18,7 @@ def get_config() -> Config:
             "stored.embed": "int8",
             "stored.head": "int8",
             "stored.momentum": "bf16",
-            "accumulate.dtype": "momentum",
+            "accumulate.blocks": "momentum",
             "optim.nesterov": False,
             "optim.clip": 0.0,
             "compute.residuals": "attn_in+attn+proj_in+mlp_in",

@@ -103,10 +103,10 @@ class Stored:
 class Accumulate:
     """Where the gradients of a step's microbatches are summed."""
 
-    dtype: Literal["f32", "bf16", "momentum"] = _key(
+    blocks: Literal["f32", "bf16", "momentum"] = _key(
         "f32", "block matrices: a buffer in f32, in bf16 (stochastically rounded), or none: summed into Muon's momentum"
     )
-    edges: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (stochastically rounded)")
+    embed_head: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (stochastically rounded)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Optim:
     momentum: float = _key(0.95, "Muon")
     momentum_start: float = _key(0.85, "Muon's momentum at step 0")
     momentum_warmup: int = _key(300, "steps from momentum_start to momentum")
-    nesterov: bool = _key(True, "Nesterov momentum; false = heavy ball, which accumulate.dtype=momentum needs")
+    nesterov: bool = _key(True, "Nesterov momentum; false = heavy ball, which accumulate.blocks=momentum needs")
     ns_steps: int = _key(5, "Newton-Schulz iterations")
     beta1: float = _key(0.8, "AdamW")
     beta2: float = _key(0.95, "AdamW")
@@ -393,18 +393,18 @@ def _check_model(config: Config) -> None:
     packed = ("int4", "nf4", "int3", "b2.67")
     if m.D % 64 and {config.stored.blocks, config.stored.momentum} & set(packed):
         raise UserError(f"--model.width={m.D}: formats below 8 bits have 64 values to a scale; choose a multiple of 64")
-    if config.accumulate.dtype == "momentum":
+    if config.accumulate.blocks == "momentum":
         if o.matrix == "adamw":
-            raise UserError("--accumulate.dtype=momentum: AdamW needs the gradient alone; choose f32 or bf16")
+            raise UserError("--accumulate.blocks=momentum: AdamW needs the gradient alone; choose f32 or bf16")
         if o.nesterov:
             raise UserError(
-                "--accumulate.dtype=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false"
+                "--accumulate.blocks=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false"
             )
         if o.clip:
-            raise UserError("--accumulate.dtype=momentum: the gradient's norm is never seen alone; set --optim.clip=0")
+            raise UserError("--accumulate.blocks=momentum: the gradient's norm is never seen alone; set --optim.clip=0")
         if config.stored.momentum not in ("f32", "bf16"):
             raise UserError(
-                f"--accumulate.dtype=momentum: gradients cannot be summed in {config.stored.momentum}; "
+                f"--accumulate.blocks=momentum: gradients cannot be summed in {config.stored.momentum}; "
                 "set --stored.momentum to f32 or bf16"
             )
 

@@ -83,12 +83,12 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam8": ("f32, int8 AdamW moments", {"stored.adam": "int8"}),
     "accum16": (
         "f32, gradients of 16 microbatches summed in bf16",
-        {"accumulate.dtype": "bf16", "accumulate.edges": "bf16", "train.microbatch": 1},
+        {"accumulate.blocks": "bf16", "accumulate.embed_head": "bf16", "train.microbatch": 1},
     ),
     "heavy-ball": ("f32, heavy-ball momentum", {"optim.nesterov": False}),
     "folded": (
         "f32, gradients of 16 microbatches summed into a bf16 heavy-ball momentum",
-        {"accumulate.dtype": "momentum", "optim.nesterov": False, "optim.clip": 0}
+        {"accumulate.blocks": "momentum", "optim.nesterov": False, "optim.clip": 0}
         | {"stored.momentum": "bf16", "train.microbatch": 1},
     ),
 }

@@ -96,7 +96,7 @@ def _fraction(rng: random.Random) -> tuple[list[str], str]:
 
 def _choice(rng: random.Random) -> tuple[list[str], str]:
     others = ["f64", "int5", "", "F32", "fp8", "auto2"]
-    keys = ["stored.blocks", "stored.adam", "accumulate.dtype", "compute.forward", "compute.dw", "compute.attention"]
+    keys = ["stored.blocks", "stored.adam", "accumulate.blocks", "compute.forward", "compute.dw", "compute.attention"]
     return [f"--{rng.choice(keys)}={rng.choice(others)}"], "choose one of"
 
 
@@ -138,7 +138,7 @@ def _sizes(rng: random.Random) -> tuple[list[str], str]:
             (["--model.head_dim=1"], "even"),
             (["--train.steps=3000000000"], "2^31"),
             (["--optim.warmup=0.9", "--optim.warmdown=0.9"], "exceed"),
-            (["--accumulate.dtype=momentum"], "nesterov"),
+            (["--accumulate.blocks=momentum"], "nesterov"),
             (["--compute.residuals=everything"], "residuals"),
             (["--compute.residuals=qkv+nothing"], "residuals"),
         ]

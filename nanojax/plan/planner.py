@@ -193,10 +193,10 @@ def changes(config: Config) -> list[dict[str, str]]:
         out.append({"compute.loss_chunk": "512"})
     if s.adam != "int8":
         out.append({"stored.adam": "int8"})
-    if a.edges == "f32":
-        out.append({"accumulate.edges": "bf16"})
-    if a.dtype == "f32":
-        out.append({"accumulate.dtype": "bf16"})
+    if a.embed_head == "f32":
+        out.append({"accumulate.embed_head": "bf16"})
+    if a.blocks == "f32":
+        out.append({"accumulate.blocks": "bf16"})
     for part in ("momentum", "blocks", "embed", "head"):
         for form in {"f32": ("bf16", "int8"), "bf16": ("int8",)}.get(getattr(s, part), ()):
             out.append({f"stored.{part}": form})

@@ -66,13 +66,13 @@ class MuonState(NamedTuple):
 def muon(config: Config) -> optax.GradientTransformationExtraArgs:
     """Updates -lr*sqrt(max(1, rows/columns)) * newton_schulz(momentum of g); takes `key` for stochastic rounding.
 
-    nanochat's momentum: buf = m*buf + (1-m)*g; u = m*buf + (1-m)*g with Nesterov, else buf. With accumulate.dtype=momentum the
+    nanochat's momentum: buf = m*buf + (1-m)*g; u = m*buf + (1-m)*g with Nesterov, else buf. With accumulate.blocks=momentum the
     "gradients" are the finished buf (the step has summed m*buf + (1-m)*g while accumulating) and the state is not read.
     """
     o, form = config.optim, config.stored.momentum
     rate, momentum = schedules(config)
     dtype = jnp.float32 if config.compute.dtype == "f32" else jnp.bfloat16
-    folded = config.accumulate.dtype == "momentum"
+    folded = config.accumulate.blocks == "momentum"
 
     def init(params: Any) -> MuonState:
         return MuonState(jnp.int32(0), jax.tree.map(lambda p: zeros(p.shape, form, BLOCK), params, is_leaf=is_stored))

@@ -39,7 +39,7 @@ class State(NamedTuple):
     step int32; params (model.py, as `layered`); opt {"blocks": momentum, or (mu, nu) with optim.matrix=adamw, "embed": (mu,
     nu), "head": (mu, nu) as stored, and, with blocks below 8 bits and stored.remainder, "remainder": what rounding left of
     them (quant/packed.py)}; accum {"embed", "head": [V,D], "blocks": {name: one array a layer}}, zeros between steps. With
-    accumulate.dtype=momentum accum has no "blocks", and the momentum is one array a layer.
+    accumulate.blocks=momentum accum has no "blocks", and the momentum is one array a layer.
     """
 
     step: jax.Array
@@ -53,14 +53,14 @@ def init_state(config: Config) -> State:
     m, s, a = config.model, config.stored, config.accumulate
     stacks = {name: (m.L, *shape) for name, shape in m.shapes.items()}
     edge = lambda form: zeros((m.V, m.D), form, BLOCK)
-    accum: dict[str, Any] = {name: jnp.zeros((m.V, m.D), _dtype(a.edges)) for name in ("embed", "head")}
+    accum: dict[str, Any] = {name: jnp.zeros((m.V, m.D), _dtype(a.embed_head)) for name in ("embed", "head")}
     layers = lambda form: {
         name: tuple(jnp.zeros(shape, _dtype(form)) for _ in range(m.L)) for name, shape in m.shapes.items()
     }
-    if a.dtype != "momentum":
-        accum["blocks"] = layers(a.dtype)
+    if a.blocks != "momentum":
+        accum["blocks"] = layers(a.blocks)
     buffer = lambda form: {name: zeros(shape, form, BLOCK) for name, shape in stacks.items()}
-    momentum = layers if a.dtype == "momentum" else buffer
+    momentum = layers if a.blocks == "momentum" else buffer
     opt = {
         "blocks": (buffer(s.adam), buffer(s.adam)) if config.optim.matrix == "adamw" else momentum(s.momentum),
         "embed": (edge(s.adam), edge(s.adam)),
@@ -238,7 +238,7 @@ def _update_blocks(config: Config, state: State, totals: Any, clip: jax.Array, k
         opt["blocks"] = tuple({name: moments[i] for name, moments in opt["blocks"].items()} for i in range(2))
     if config.stored.blocks in LEVELS:
         blocks = tuple({name: layers[i] for name, layers in blocks.items()} for i in range(config.model.L))
-    if config.accumulate.dtype == "momentum":
+    if config.accumulate.blocks == "momentum":
         return blocks, {"blocks": cleared} | opt, None
     return blocks, opt, cleared
 
@@ -249,7 +249,7 @@ def _update_matrices(
     """_update_blocks for the matrices called `name`, the j-th of a layer, one layer at a time."""
     adamw, packed = config.optim.matrix == "adamw", config.stored.blocks in LEVELS
     tx: Any = optim.adamw(config, config.optim.matrix_lr) if adamw else optim.muon(config)
-    folded, key = config.accumulate.dtype == "momentum", jax.random.fold_in(key, j)
+    folded, key = config.accumulate.blocks == "momentum", jax.random.fold_in(key, j)
     opt: dict[str, Any] = {}
     if not folded:  # else the accumulators are the momentum and stay
         opt["blocks"] = tuple(m[name] for m in state.opt["blocks"]) if adamw else state.opt["blocks"][name]
@@ -327,7 +327,7 @@ def keyed_step(
     """
     A = tokens_ABT1.shape[0]
     rate, momentum = optim.schedules(config)
-    folded, m = config.accumulate.dtype == "momentum", momentum(state.step)
+    folded, m = config.accumulate.blocks == "momentum", momentum(state.step)
     accum = dict(state.accum)
     if folded:
         accum["blocks"] = state.opt["blocks"]

@@ -333,9 +333,14 @@ def test_changes_only_save():
     offered = [next(iter(c.items())) for c in planner.changes(base)]
     assert ("train.microbatch", "2") in offered and ("train.microbatch", "1") in offered
     assert ("compute.residuals", "inputs") in offered and ("compute.residuals", "all") not in offered
-    lean = {"train.microbatch": 1, "compute.residuals": "inputs", "compute.loss_chunk": 256, "accumulate.dtype": "bf16"}
+    lean = {
+        "train.microbatch": 1,
+        "compute.residuals": "inputs",
+        "compute.loss_chunk": 256,
+        "accumulate.blocks": "bf16",
+    }
     lean |= {f"stored.{k}": "int8" for k in ("blocks", "embed", "head", "momentum", "adam")}
-    lean |= {"accumulate.edges": "bf16"}
+    lean |= {"accumulate.embed_head": "bf16"}
     assert planner.changes(configs.resolve(configs.override(base, lean))) == []
 
 

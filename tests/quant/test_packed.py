@@ -292,6 +292,6 @@ def test_mistakes():
         configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
         configs.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))
-    folded = {"accumulate.dtype": "momentum", "optim.matrix": "adamw", "optim.clip": "0", "optim.nesterov": "false"}
+    folded = {"accumulate.blocks": "momentum", "optim.matrix": "adamw", "optim.clip": "0", "optim.nesterov": "false"}
     with pytest.raises(UserError, match="AdamW"):
         configs.resolve(configs.override(Config(), folded))

@@ -290,7 +290,7 @@ def test_int8_resume(home: Path, tmp_path: Path) -> None:
     """The same bit-exactness with everything stored in int8 and rounded stochastically: 4 + 4 steps equal 8."""
     low = dict(
         stored__blocks="int8", stored__embed="bf16", stored__head="bf16", stored__momentum="int8", stored__adam="int8",
-        accumulate__dtype="bf16", accumulate__edges="bf16", compute__dtype="bf16", compute__forward="int8",
+        accumulate__blocks="bf16", accumulate__embed_head="bf16", compute__dtype="bf16", compute__forward="int8",
         compute__dx="int8", compute__dw="int8", train__steps=6, checkpoint__every=0, eval__every=0, model__width=256,
         model__head_dim=64,
     )  # fmt: skip

@@ -124,7 +124,7 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
     z scores over all entries must look normal: at most 0.1% beyond 4.5 sigma, mean square below 1.5.
     """
     optim_keys = {"embed_lr": 0.02, "matrix_lr": 0.005} | ({"nesterov": False, "clip": 0.0} if folded else {})
-    same = {"optim": optim_keys, "accumulate": {"dtype": "momentum" if folded else "f32"}}
+    same = {"optim": optim_keys, "accumulate": {"blocks": "momentum" if folded else "f32"}}
     config = tiny(stored={"blocks": form, "embed": form, "head": form}, **same)
     state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
     floats = state._replace(params=quant.decode_tree(state.params))
@@ -143,7 +143,7 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
     """16 microbatches summed in dithered bf16: off by under 0.8% of the f32 sum (1.6% for the head, to which each adds four
     chunks: errors grow with the root), and averaged over 64 keys by under a quarter of that, or under what rounding to
     nearest errs by: so the first sum is rounded, as its accumulator is zero."""
-    config = tiny(train={"tokens_per_step": 1024}, accumulate={"dtype": "bf16", "edges": "bf16"})
+    config = tiny(train={"tokens_per_step": 1024}, accumulate={"blocks": "bf16", "embed_head": "bf16"})
     exact = tiny(train={"tokens_per_step": 1024})
     state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
 
@@ -167,7 +167,7 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
 
 def test_folded_momentum_equals_heavy_ball(tiny):
     """Gradients summed into the momentum give the parameters of a separate accumulator, five f32 steps, 1e-5 relative."""
-    folded = tiny(accumulate={"dtype": "momentum"}, optim={"nesterov": False, "clip": 0.0})
+    folded = tiny(accumulate={"blocks": "momentum"}, optim={"nesterov": False, "clip": 0.0})
     apart = tiny(optim={"nesterov": False, "clip": 0.0})
     a, b = step.init_state(folded), step.init_state(apart)
     run_a, run_b = jax.jit(step.train_step(folded)), jax.jit(step.train_step(apart))
@@ -183,17 +183,17 @@ FORMATS = {
     "f32": {},
     "bf16": {
         "stored": {"blocks": "bf16", "embed": "bf16", "head": "bf16", "momentum": "bf16", "adam": "bf16"},
-        "accumulate": {"dtype": "bf16", "edges": "bf16"},
+        "accumulate": {"blocks": "bf16", "embed_head": "bf16"},
         "compute": {"dtype": "bf16"},
     },
     "int8": {
         "stored": {"blocks": "int8", "embed": "int8", "head": "int8", "momentum": "int8", "adam": "int8"},
-        "accumulate": {"dtype": "bf16", "edges": "bf16"},
+        "accumulate": {"blocks": "bf16", "embed_head": "bf16"},
         "compute": {"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8", "head": "int8", "residuals": "all"},
     },
     "folded": {
         "stored": {"blocks": "int8", "embed": "bf16", "head": "bf16", "momentum": "bf16", "adam": "int8"},
-        "accumulate": {"dtype": "momentum", "edges": "bf16"},
+        "accumulate": {"blocks": "momentum", "embed_head": "bf16"},
         "optim": {"nesterov": False, "clip": 0.0},
         "compute": {"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8", "residuals": "all"},
     },
