@@ -38,8 +38,6 @@ examples:
   python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
   python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
 """
-# A run may be resumed with these changed: they do not touch what is computed. The loader compares the data itself.
-HARMLESS = ("eval.", "checkpoint.", "profile.", "train.log_every", "train.tensorboard", "train.run", "data.path")
 
 
 class Diverged(Exception):
@@ -228,10 +226,9 @@ def _compare_with_earlier(run: Path, config: Config) -> None:
     """UserError naming the keys in which this command differs from the run that the folder's checkpoints belong to."""
     if not checkpoint.available(run):
         return
-    earlier, now = configs.keys(checkpoint.read_config(run)), configs.keys(config)
-    changed = [k for k in now if now[k][1] != earlier[k][1] and not k.startswith(HARMLESS)]
+    changed = configs.harmful_changes(checkpoint.read_config(run), config)
     if changed:
-        list_of = ", ".join(f"{k} (was {earlier[k][1]}, now {now[k][1]})" for k in changed)
+        list_of = ", ".join(f"{key} (was {earlier}, now {now})" for key, (earlier, now) in changed.items())
         raise UserError(
             f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
         )

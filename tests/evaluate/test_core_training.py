@@ -104,7 +104,7 @@ def test_a_signal_cuts_core_off(home: Path) -> None:
     [
         ("core_bundle", "nowhere", "--eval.core_bundle=nowhere: core.yaml is missing"),
         ("core_per_task", 1, "--eval.core_per_task must be above 1"),
-        ("core_every", -1, "--eval.core_every=-1: must not be negative"),
+        ("core_every", -1, "--eval.core_every=-1: must be at least 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_compiles(
