@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from nanojax import files
 from nanojax.cli import UserError
 
 Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
@@ -104,15 +105,12 @@ class Stored:
     """The formats in which the training state is kept between uses."""
 
     blocks: Format = _key(
-        "f32",
-        "block matrices; bf16 and int8 (one f32 scale per row) round stochastically, formats below 8 bits with dither",
+        "f32", "block matrices; bf16, int8 (a scale per row) round stochastically, fewer bits with dither"
     )
     embed: EdgeFormat = _key("f32", "token embedding")
     head: EdgeFormat = _key("f32", "output head")
     momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below 8 bits one bf16 per 64")
-    adam: EdgeFormat = _key(
-        "f32", "AdamW moments; int8 has one f32 scale per 256 values, the second moment is stored as its root"
-    )
+    adam: EdgeFormat = _key("f32", "AdamW moments; int8 has one f32 scale per 256 values, of the second one's root")
     remainder: Literal[0, 2, 4] = _key(
         4, "with blocks below 8 bits: bits per weight that carry the rounding error to the next update"
     )
@@ -123,10 +121,9 @@ class Accumulate:
     """Where the gradients of a step's microbatches are summed."""
 
     blocks: Literal["f32", "bf16", "momentum"] = _key(
-        "f32",
-        "block matrices: a buffer in f32, one in bf16 (stochastically rounded), or none: Muon's momentum is the sum",
+        "f32", "block matrices: a buffer in f32 or bf16 (rounded stochastically), or Muon's momentum itself"
     )
-    embed_head: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (stochastically rounded)")
+    embed_head: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (rounded stochastically)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +134,15 @@ class Compute:
     forward: Operands = _key("float", "the blocks' matmuls in the forward pass: float, or int8 x int8 -> int32")
     dx: Operands = _key("float", "gradients of the blocks' matmuls with respect to their inputs")
     dw: Operands = _key("float", "gradients of the blocks' matmuls with respect to their weights")
-    head: Operands = _key(
-        "float", "the head's forward pass; its backward pass stays float, because int8 there costs 0.6 nats"
-    )
+    head: Operands = _key("float", "the head's forward pass; its backward stays float: int8 there costs 0.6 nats")
     residuals: str = _key(
         "cheap",
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "
         "names joined by + (see model.RESIDUALS), or auto (the fastest of these that fits the GPU)",
     )
-    attention: Literal["auto", "cudnn", "chunked"] = _key(
-        "auto", "auto = cuDNN flash on an NVIDIA GPU, chunked on other devices"
-    )
+    attention: Literal["auto", "cudnn", "chunked"] = _key("auto", "auto = cuDNN flash on NVIDIA GPUs, else chunked")
     rows: Literal["auto", "pallas", "xla"] = _key(
-        "auto",
-        "norms and quantised rows: pallas = one pass (kernels for NVIDIA GPUs), xla = two; auto = pallas on such a GPU",
+        "auto", "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas if it can"
     )
     loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0)
 
@@ -160,9 +152,7 @@ class Optim:
     """Muon for block matrices, AdamW for embedding and head, nanochat's rates."""
 
     matrix: Literal["muon", "adamw"] = _key("muon", "optimizer of the block matrices")
-    matrix_lr: float = _key(
-        0.02, "Muon, times sqrt(max(1, rows/columns)); or AdamW, times (width/768)^-0.5", at_least=0
-    )
+    matrix_lr: float = _key(0.02, "Muon: times sqrt(max(1, rows/columns)); AdamW: times (width/768)^-0.5", at_least=0)
     embed_lr: float = _key(0.2, "AdamW, times (width/768)^-0.5", at_least=0)
     head_lr: float = _key(0.004, "AdamW, times (width/768)^-0.5", at_least=0)
     momentum: float = _key(0.95, "Muon", at_least=0, below=1)
@@ -197,9 +187,7 @@ class Train:
     tokens_per_param: float = _key(20.0, "used when steps and tokens are 0", above=0)
     tokens_per_step: int = _key(524288, "tokens of one update", above=0)
     microbatch: int = _key(1, "rows of one forward and backward pass", above=0)
-    seed: int = _key(
-        0, "parameters, stochastic rounding and data order follow from it; below 2^32", at_least=0, below=2**32
-    )
+    seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
     log_every: int = _key(1, "steps between two lines of metrics", above=0, harmless=True)
     tensorboard: bool = _key(True, "also write TensorBoard events", harmless=True)
 
@@ -314,16 +302,12 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     convert, example = {bool: (_bool, "true"), str: (_str, "text"), float: (_float, "0.5"), int: (_int, "8")}[kind]
     try:
         return convert(value)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(f"--{key}={value}: expected {_type_name(kind)}, for example --{key}={example}") from None
 
 
 def _bool(value: Any) -> bool:
-    """ValueError for what is neither true nor false; numbers of JSON other than 0 and 1 are neither."""
-    text = str(value).lower()
-    if text not in ("true", "1", "yes", "false", "0", "no"):
-        raise ValueError
-    return text in ("true", "1", "yes")
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
 
 
 def _str(value: Any) -> str:
@@ -339,12 +323,10 @@ def _float(value: Any) -> float:
 
 
 def _int(value: Any) -> int:
-    """Also of text such as 1_000 or 2e9. ValueError for fractions and for what does not fit in 64 bits."""
+    """Also of text such as 1_000 or 2e9; not of fractions, nor of what 64 bits cannot hold."""
     number = _float(value)
-    try:
-        exact = int(value) if isinstance(value, (int, str)) else int(number)  # a float is inexact from 2^53 on
-    except ValueError:
-        exact = int(number)
+    whole = isinstance(value, int) or str(value).lstrip("+-").replace("_", "").isdigit()
+    exact = int(value) if whole else int(number)  # a float is inexact from 2^53 on
     if abs(exact - number) > abs(exact) * 1e-15 or abs(exact) >= 2**63:
         raise ValueError
     return exact
@@ -382,9 +364,7 @@ def resolve(config: Config) -> Config:
         (train.tokens or train.tokens_per_param * model.parameters) / train.tokens_per_step
     )
     if steps >= 2**31:
-        raise UserError(
-            f"--train.steps={steps}: more than 2^31 steps; lower train.tokens or raise train.tokens_per_step"
-        )
+        raise UserError(f"--train.steps={steps}: above 2^31; lower train.tokens or raise train.tokens_per_step")
     run = train.run or f"runs/{config.name or 'run'}"
     train = dataclasses.replace(train, steps=steps, tokens=steps * train.tokens_per_step, run=run)
     return dataclasses.replace(config, model=dataclasses.replace(model, width=model.D), train=train)
@@ -409,9 +389,7 @@ def _check_together(config: Config) -> None:
             f"try {max(1, round(train.tokens_per_step / rows)) * rows}"
         )
     if optim.warmup + optim.warmdown > 1:
-        raise UserError(
-            f"--optim.warmup={optim.warmup}: warmup and warmdown ({optim.warmdown}) together exceed the whole run"
-        )
+        raise UserError(f"--optim.warmup={optim.warmup}: with warmdown={optim.warmdown} they exceed the whole run")
     if model.head_dim % 2:
         raise UserError(f"--model.head_dim={model.head_dim}: rotary embedding needs an even head_dim")
     if model.D % model.head_dim:
@@ -422,14 +400,11 @@ def _check_together(config: Config) -> None:
         )
     if rows % compute.loss_chunk and compute.loss_chunk < rows:
         raise UserError(
-            f"--compute.loss_chunk={compute.loss_chunk}: must divide the microbatch's {rows} tokens "
-            "(train.microbatch*model.seq)"
+            f"--compute.loss_chunk={compute.loss_chunk}: must divide the {rows} tokens of train.microbatch*model.seq"
         )
     packed = ("int4", "nf4", "int3", "b2.67")
     if model.D % 64 and (config.stored.blocks in packed or config.stored.momentum in packed):
-        raise UserError(
-            f"--model.width={model.D}: formats below 8 bits have one scale per 64 values; choose a multiple of 64"
-        )
+        raise UserError(f"--model.width={model.D}: below 8 bits a scale serves 64 values; choose a multiple of 64")
     if config.accumulate.blocks == "momentum":
         _check_accumulating_into_momentum(config)
 
@@ -464,7 +439,9 @@ def from_dict(stored: dict[str, Any], where: str = "config") -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    """Writes the config as JSON, whole or not at all."""
+    with files.write_atomic(path) as file:
+        file.write((json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
 def find(name: str) -> Path:
