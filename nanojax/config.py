@@ -10,15 +10,14 @@ import difflib
 import importlib.util
 import json
 import math
-import operator
 import os
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nanojax import files
+from nanojax import fields, files
 from nanojax.cli import UserError
+from nanojax.fields import key as _key
 
 Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
 EdgeFormat = Literal["f32", "bf16", "int8"]
@@ -26,17 +25,6 @@ Operands = Literal["float", "int8"]
 
 # Keys that were renamed. A run's old config.json is read under the new name; a command line is told the new name.
 RENAMED = {"accumulate.dtype": "accumulate.blocks", "accumulate.edges": "accumulate.embed_head"}
-BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "above": (operator.gt, "greater than"),
-    "at_least": (operator.ge, "at least"),
-    "below": (operator.lt, "less than"),
-    "at_most": (operator.le, "at most"),
-}
-
-
-def _key(default: Any, doc: str, *, harmless: bool = False, **bounds: float) -> Any:
-    """A key. `bounds` are named as in BOUNDS; a run may be resumed with another value of a `harmless` key."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds, "harmless": harmless})
 
 
 def _harmless(section: Any) -> Any:
@@ -105,7 +93,8 @@ class Stored:
     """The formats in which the training state is kept between uses."""
 
     blocks: Format = _key(
-        "f32", "block matrices; bf16, int8 (a scale per row) round stochastically, fewer bits with dither"
+        "f32",
+        "block matrices; bf16 and int8 (one f32 scale per row) round stochastically, formats below 8 bits with dither",
     )
     embed: EdgeFormat = _key("f32", "token embedding")
     head: EdgeFormat = _key("f32", "output head")
@@ -140,9 +129,12 @@ class Compute:
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "
         "names joined by + (see model.RESIDUALS), or auto (the fastest of these that fits the GPU)",
     )
-    attention: Literal["auto", "cudnn", "chunked"] = _key("auto", "auto = cuDNN flash on NVIDIA GPUs, else chunked")
+    attention: Literal["auto", "cudnn", "chunked"] = _key(
+        "auto", "auto = cuDNN flash on NVIDIA GPUs, chunked elsewhere"
+    )
     rows: Literal["auto", "pallas", "xla"] = _key(
-        "auto", "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas if it can"
+        "auto",
+        "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas on NVIDIA GPUs",
     )
     loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0)
 
@@ -238,6 +230,12 @@ class Config:
     checkpoint: Checkpoint = _harmless(Checkpoint())
     profile: Profile = _harmless(Profile())
 
+    def in_floats(self, dtype: Literal["f32", "bf16"]) -> "Config":
+        """The same model with its parameters stored in `dtype` and every matmul computed in it."""
+        stored = dataclasses.replace(self.stored, blocks=dtype, embed=dtype, head=dtype)
+        compute = dataclasses.replace(self.compute, dtype=dtype, forward="float", dx="float", dw="float", head="float")
+        return dataclasses.replace(self, stored=stored, compute=compute)
+
     @property
     def microbatches(self) -> int:
         """A, the microbatches whose gradients one step sums."""
@@ -281,55 +279,11 @@ def harmful_changes(earlier: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _type_name(kind: Any) -> str:
-    return "|".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else kind.__name__
-
-
 def describe(config: Config) -> str:
     """The table of --help: key, type, value, meaning."""
     return "\n".join(
-        f"  {f'--{name}={key.value}':<36} {_type_name(key.type)}: {key.doc}" for name, key in keys(config).items()
+        f"  {f'--{name}={key.value}':<36} {fields.type_name(key.type)}: {key.doc}" for name, key in keys(config).items()
     )
-
-
-def _convert(key: str, kind: Any, value: Any) -> Any:
-    """`value` (text of the command line, or JSON) as `kind`, or a UserError that names the key."""
-    if typing.get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if str(value) not in choices:
-            raise UserError(f"--{key}={value}: choose one of {', '.join(choices)}")
-        return choices[str(value)]
-    convert, example = {bool: (_bool, "true"), str: (_str, "text"), float: (_float, "0.5"), int: (_int, "8")}[kind]
-    try:
-        return convert(value)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        raise UserError(f"--{key}={value}: expected {_type_name(kind)}, for example --{key}={example}") from None
-
-
-def _bool(value: Any) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-
-
-def _str(value: Any) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError
-    return value
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _int(value: Any) -> int:
-    """Also of text such as 1_000 or 2e9; not of fractions, nor of what 64 bits cannot hold."""
-    number = _float(value)
-    whole = isinstance(value, int) or str(value).lstrip("+-").replace("_", "").isdigit()
-    exact = int(value) if whole else int(number)  # a float is inexact from 2^53 on
-    if abs(exact - number) > abs(exact) * 1e-15 or abs(exact) >= 2**63:
-        raise ValueError
-    return exact
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
@@ -339,7 +293,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
         if key not in known:
             raise _unknown(key, known)
         section, name = key.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: _convert(key, known[key].type, value)})
+        part = dataclasses.replace(getattr(config, section), **{name: fields.convert(key, known[key].type, value)})
         config = dataclasses.replace(config, **{section: part})
     return config
 
@@ -357,26 +311,20 @@ def _unknown(key: str, known: dict[str, Key]) -> UserError:
 
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
-    _check_bounds(config)
+    for name, _, field, value in _fields(config):
+        fields.check(name, field, value)
     _check_together(config)
     model, train = config.model, config.train
     steps = train.steps or math.ceil(
         (train.tokens or train.tokens_per_param * model.parameters) / train.tokens_per_step
     )
     if steps >= 2**31:
-        raise UserError(f"--train.steps={steps}: above 2^31; lower train.tokens or raise train.tokens_per_step")
+        raise UserError(
+            f"--train.steps={steps}: more than 2^31 steps; lower train.tokens or raise train.tokens_per_step"
+        )
     run = train.run or f"runs/{config.name or 'run'}"
     train = dataclasses.replace(train, steps=steps, tokens=steps * train.tokens_per_step, run=run)
     return dataclasses.replace(config, model=dataclasses.replace(model, width=model.D), train=train)
-
-
-def _check_bounds(config: Config) -> None:
-    """UserError for the first value outside the bounds that its key declares."""
-    for name, _, field, value in _fields(config):
-        bounds = field.metadata["bounds"]
-        if not all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
-            allowed = " and ".join(f"{BOUNDS[bound][1]} {limit}" for bound, limit in bounds.items())
-            raise UserError(f"--{name}={value}: must be {allowed} ({field.metadata['doc']})")
 
 
 def _check_together(config: Config) -> None:
@@ -389,7 +337,9 @@ def _check_together(config: Config) -> None:
             f"try {max(1, round(train.tokens_per_step / rows)) * rows}"
         )
     if optim.warmup + optim.warmdown > 1:
-        raise UserError(f"--optim.warmup={optim.warmup}: with warmdown={optim.warmdown} they exceed the whole run")
+        raise UserError(
+            f"--optim.warmup={optim.warmup}: warmup and warmdown ({optim.warmdown}) together exceed the whole run"
+        )
     if model.head_dim % 2:
         raise UserError(f"--model.head_dim={model.head_dim}: rotary embedding needs an even head_dim")
     if model.D % model.head_dim:
@@ -400,11 +350,13 @@ def _check_together(config: Config) -> None:
         )
     if rows % compute.loss_chunk and compute.loss_chunk < rows:
         raise UserError(
-            f"--compute.loss_chunk={compute.loss_chunk}: must divide the {rows} tokens of train.microbatch*model.seq"
+            f"--compute.loss_chunk={compute.loss_chunk}: must divide the microbatch's {rows} tokens (train.microbatch*model.seq)"
         )
     packed = ("int4", "nf4", "int3", "b2.67")
     if model.D % 64 and (config.stored.blocks in packed or config.stored.momentum in packed):
-        raise UserError(f"--model.width={model.D}: below 8 bits a scale serves 64 values; choose a multiple of 64")
+        raise UserError(
+            f"--model.width={model.D}: formats below 8 bits have one scale per 64 values; choose a multiple of 64"
+        )
     if config.accumulate.blocks == "momentum":
         _check_accumulating_into_momentum(config)
 
