@@ -14,13 +14,7 @@ from nanojax import config as configs
 from nanojax.cli import UserError
 from nanojax.config import Config
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/ (tokenizer of 300 ids) and tiny.py."""
-    folder = tmp_path_factory.mktemp("config")
-    tiny_run.make_config(folder, tiny_run.make_data(folder))
-    return folder
+home = tiny_run.home
 
 
 def test_parameter_counts() -> None:
