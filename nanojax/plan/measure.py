@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanojax import step
+from nanojax import step, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
+from nanojax.hardware import GIB, Card
 from nanojax.ops import attention
-from nanojax.plan import compile, energy, memory, planner, roofline
-from nanojax.plan.cards import Card
+from nanojax.plan import compile, energy, planner, roofline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
         train = dataclasses.replace(config.train, tokens_per_step=count * B * (T1 - 1))
         short = dataclasses.replace(config, train=train)
         tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
-        with compile.no_remat_pass():  # before the state exists: autotuning wants scratch memory
+        with xla.no_remat_pass():  # before the state exists: autotuning wants scratch memory
             run = step.compiled(short)
         state = jax.jit(step.init_state, static_argnums=0)(short)
         state, _ = run(state, tokens)
@@ -157,8 +157,7 @@ def plan(
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         lines.append(
-            f"peak bytes measured {stats['peak_bytes_in_use'] / memory.GIB:.2f} GiB, "
-            f"planned {modelled.memory.peak / memory.GIB:.2f}"
+            f"peak bytes measured {stats['peak_bytes_in_use'] / GIB:.2f} GiB, planned {modelled.memory.peak / GIB:.2f}"
         )
     measured = dataclasses.replace(modelled, estimate=calibrated, tokens_per_second=n / spent, bill=bill, measured=True)
     return measured, lines

@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import re
 
+from nanojax.hardware import Card
 from nanojax.plan import hlo
-from nanojax.plan.cards import Card
 
 
 @dataclasses.dataclass(frozen=True)

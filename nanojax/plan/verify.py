@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
-from nanojax import step
+from nanojax import xla
 from nanojax.config import Compute, Config
 from nanojax.ops import attention, cross_entropy, linear, rope
 from nanojax.quant import Quantized, quantize_rows, rounding
@@ -59,7 +59,7 @@ def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> 
     """function(*arguments), jitted anew, on the jax device `place`; on a GPU with the options that training compiles with."""
     with jax.default_device(place):
         lowered = jax.jit(lambda *a: function(*a)).lower(*jax.device_put(arguments, place))
-        compiled = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
+        compiled = xla.compile_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
         return jax.block_until_ready(compiled(*jax.device_put(arguments, place)))
 
 
