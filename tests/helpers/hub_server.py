@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that speaks the part of the hub's protocol that downloads need, and misbehaves as told."""
+"""A server on 127.0.0.1 that speaks the part of the hub's protocol that downloads need, and fails on request."""
 
 import hashlib
 import json

@@ -43,9 +43,9 @@ def exported(request, transformers, tokenizer, tmp_path):
     """(config, params, transformers' model on the exported folder, the folder)."""
     config, params = _model(request.param, tokenizer)
     convert.export_transformers(tmp_path / "hf", config, params, tokenizer)
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.dtype == torch.float32
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return config, params, theirs.eval(), tmp_path / "hf"
 
 

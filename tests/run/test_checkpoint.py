@@ -194,7 +194,7 @@ def test_copied_elsewhere(tiny: Make, tmp_path: Path) -> None:
     state = _save(tmp_path / "run", tiny(model=dict(vocab=272)), [4])[4]
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.rmtree(tmp_path / "run")
-    code = "import sys, nanojax, numpy; from nanojax import checkpoint; "
+    code = "import sys, nanojax, numpy; from nanojax.run import checkpoint; "
     code += "numpy.save(sys.argv[2], checkpoint.load_params(sys.argv[1])[1]['head'])"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", code, str(tmp_path / "copy"), str(tmp_path / "head.npy")]
