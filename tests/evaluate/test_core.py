@@ -230,10 +230,10 @@ def test_the_official_layout_is_read(official):
 def test_official_tasks_batched_equal_and_faster(official, vocab, least):
     """On all 22 tasks, 3 examples each: scored as one example at a time, and 5 times faster at nanochat's vocabulary.
 
-    A d4 of width 256. One at a time is nanochat's way (reference_core.py), jitted, lengths rounded up to 64. Both are timed in one process, in
-    a second pass, after the first has compiled their shapes. The gain comes from computing the context of several choices
-    once, and logits and last layer at the scored positions only. It therefore depends on the vocabulary: the head is 84%
-    of a d4's multiplications at 65,536 and 25% at 4,096.
+    A d4 of width 256. One at a time is nanochat's way (reference_core.py), jitted, lengths rounded up to 64. Both are
+    timed in one process, in a second pass, after the first has compiled their shapes. The gain comes from computing the
+    context of several choices once, and logits and last layer at the scored positions only. It therefore depends on the
+    vocabulary: the head is 84% of a d4's multiplications at 65,536 and 25% at 4,096.
     """
     texts = (json.dumps(e, ensure_ascii=False) for t in official for e in core.load_examples(t))
     tokenizer = train(texts, vocab)
