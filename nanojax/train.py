@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from nanojax import config as configs
-from nanojax import model, sample, xla
+from nanojax import sample, xla
 from nanojax import step as steps
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.data import loader
 from nanojax.evaluate import bpb, core, likelihood
+from nanojax.model.forward import residual_names
 from nanojax.plan import fit
 from nanojax.run import checkpoint, metrics
 from nanojax.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def train(config: Config) -> None:
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
     if config.compute.residuals != "auto":
-        model.residual_names(config)
+        residual_names(config)
 
     # data
     A, B, _ = config.batch_shape
@@ -107,7 +108,7 @@ def train(config: Config) -> None:
                 jax.profiler.start_trace(run / "profile", profiler_options=options)
                 traced_until = min(done + config.profile.steps, t.steps)
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, new = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
+                state, new = train_step(state, steps.Batch(jnp.asarray(next(batches).reshape(config.batch_shape))))
             done += 1
             if late:  # the device is busy with the next step meanwhile
                 log.train(late[0], _read(*late))
@@ -128,10 +129,10 @@ def train(config: Config) -> None:
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
                 log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
-                scores = _evaluate(config, steps.stacked(state.params), tokenizer)
-                log.evaluation(done, scores, _sample(config, steps.stacked(state.params), tokenizer))
+                scores = _evaluate(config, state.params, tokenizer)
+                log.evaluation(done, scores, _sample(config, state.params, tokenizer))
             if run_core:
-                _core(config, steps.stacked(state.params), tokenizer, tasks, done, log, stop)
+                _core(config, state.params, tokenizer, tasks, done, log, stop)
             if save:
                 log.flush()
                 _save(writer, config, state, batches, tokenizer)

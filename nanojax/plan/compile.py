@@ -200,8 +200,6 @@ def read_temporaries(text: str) -> tuple[Value, ...]:
 
 def step_arguments(config: Config) -> tuple[Any, Any]:
     """The state's and the batch's shapes: what one step of `config` takes."""
-    import jax
-    import jax.numpy as jnp
 
     from nanojax import step
 

@@ -131,7 +131,7 @@ def _essence(config: Config) -> str:
 
 def residual_ladder() -> list[str]:
     """Values of compute.residuals from the most memory to the least: each step down recomputes something more."""
-    from nanojax.model import RESIDUALS
+    from nanojax.model.gpt import RESIDUALS
 
     names = [n for n in RESIDUALS if n != "mlp_hidden"]
     lean = [n for n in names if n != "qkv"]
