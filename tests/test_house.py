@@ -3,9 +3,10 @@
 import ast
 from pathlib import Path
 
-ORDER = "cli files < hardware < config tokenizer < xla quant < ops < model < step < run sample plan data < interop evaluate < train"
+ORDER = """cli files < hardware < config tokenizer < xla quant < ops < model < step
+    < run sample plan data < interop evaluate < train"""
 ONLY = {"data": {"cli", "files", "tokenizer"}}  # text to token shards, without jax or a config
-LEVEL = {room: level for level, rooms in enumerate(ORDER.split(" < ")) for room in rooms.split()}
+LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}
 PACKAGE = Path(__file__).parents[1] / "nanojax"
 EMPTY_NAMES = {"utils", "util", "helpers", "common", "misc", "base", "manager", "factory", "registry"}
 
