@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import tiny_run
 
-from nanojax import cli, step, train
+from nanojax import cli, files, step, train
 from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
@@ -262,8 +262,8 @@ def test_changed_config(whole: Path, home: Path, tmp_path: Path) -> None:
 
 def test_two_runs_in_one_folder(home: Path, tmp_path: Path) -> None:
     """The second process is refused."""
-    other = pytest.raises(cli.UserError, match="another process is training in it")
-    with train._locked(tmp_path / "run"), other:
+    other = pytest.raises(cli.UserError, match="another process is using it")
+    with files.locked(tmp_path / "run", "--train.run"), other:
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
 
 
