@@ -1,9 +1,11 @@
-"""Rules of all tests: on the CPU (unless the gpu marker is asked for), no implicit dtype promotion, a compile cache off."""
+"""Rules of all tests: on the CPU, of which there are two; no implicit promotion of dtypes or ranks.
+
+Two devices, so that nothing assumes that the first one is the only one. Processes that tests start see one.
+"""
 
 import os
 
-if "gpu" not in os.environ.get("PYTEST_ADDOPTS", ""):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import nanojax  # noqa: F401, I001  before jax, so that a CUDA plugin without a driver stays quiet
 
@@ -16,7 +18,9 @@ import pytest
 
 from nanojax import config as configs
 
+jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
