@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from orbax.checkpoint import v1 as ocp
 
 from nanojax import quant, step
@@ -67,7 +68,7 @@ def _same(a: step.State, b: step.State) -> bool:
     [{}, INT8, INT8 | {"blocks": "b2.67"}, INT8 | {"blocks": "nf4", "remainder": 0}],
     ids=["f32", "int8", "b2.67", "nf4-without-remainder"],
 )
-def test_round_trip(tiny: Make, tmp_path: Path, stored: dict) -> None:
+def test_round_trip(tiny: Make, tmp_path: Path, stored: dict[str, str | int]) -> None:
     """Every leaf comes back bit by bit with its dtype, the accumulators as zeros, and the meta data with it."""
     config = tiny(stored=stored, model=dict(width=256, vocab=272))
     state = _save(tmp_path / "run", config, [5])[5]
@@ -194,9 +195,9 @@ def test_copied_elsewhere(tiny: Make, tmp_path: Path) -> None:
     state = _save(tmp_path / "run", tiny(model=dict(vocab=272)), [4])[4]
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.rmtree(tmp_path / "run")
-    code = "import sys, nanojax, numpy; from nanojax import checkpoint; "
+    code = "import sys, nanojax, numpy; from nanojax.run import checkpoint; "
     code += "numpy.save(sys.argv[2], checkpoint.load_params(sys.argv[1])[1]['head'])"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "copy"), str(tmp_path / "head.npy")]
     subprocess.run(command, env=env, cwd=tmp_path, check=True)
     assert (np.load(tmp_path / "head.npy") == np.asarray(state.params["head"])).all()

@@ -4,12 +4,14 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import top_kernels
 from helpers import tiny_run
 
 from nanojax import cli, step, train
@@ -17,6 +19,7 @@ from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
 
+Step = Callable[[step.State, jax.Array], tuple[step.State, dict[str, jax.Array]]]
 compile_cache = tiny_run.compile_cache
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -65,16 +68,16 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     traced, compiled = [], []
     original = step.train_step
 
-    def counting(config: configs.Config):
+    def counting(config: configs.Config) -> Step:
         fn = original(config)
 
-        def step_traced(state, tokens):
+        def step_traced(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
             traced.append(1)
             return fn(state, tokens)
 
         return step_traced
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(len(metrics.read(tmp_path / "run", "train")))
 
@@ -96,7 +99,8 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     abstract, tokens = step.abstract_state(config), jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
     compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    assert compiled.memory_analysis().alias_size_in_bytes == size
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes == size
     restored = checkpoint.restore(tmp_path / "run", config)
     assert restored is not None
     state = restored[0]
@@ -186,11 +190,16 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
     assert checkpoint.available(run) == []
 
 
-def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> None:
-    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0."""
+def test_sigint_and_the_folder_it_holds(home: Path, tmp_path: Path, compile_cache: Path) -> None:
+    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0.
+
+    Until then the process holds the folder: another run in it is refused.
+    """
     run = tmp_path / "run"
     process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__steps=100000)
     tiny_run.wait_for(process, lambda: metrics.read(run, "train"))
+    with pytest.raises(cli.UserError, match="another process is training in it"):
+        train.train(tiny_run.load(home / "tiny.py", run, train__steps=100000))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 0
@@ -209,10 +218,10 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """A NaN loss at step 8 ends with exit 1, naming step and last good checkpoint; nothing of it is saved or logged."""
     original = step.train_step
 
-    def poisoned(config: configs.Config):
+    def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_seven(state, tokens):
+        def at_seven(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
             state, values = fn(state, tokens)
             return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
 
@@ -234,10 +243,10 @@ def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.
     """Parameters that overflow while the loss still looks fine are refused by the save itself."""
     original = step.train_step
 
-    def poisoned(config: configs.Config):
+    def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_three(state, tokens):
+        def at_three(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
             state, values = fn(state, tokens)
             head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
             return state._replace(params={**state.params, "head": head}), values
@@ -260,20 +269,8 @@ def test_changed_config(whole: Path, home: Path, tmp_path: Path) -> None:
     train.train(tiny_run.load(home / "tiny.py", whole, **harmless))
 
 
-def test_two_runs_in_one_folder(home: Path, tmp_path: Path) -> None:
-    """The second process is refused."""
-    other = pytest.raises(cli.UserError, match="another process is training in it")
-    with train._locked(tmp_path / "run"), other:
-        train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
-
-
 def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A trace of 2 steps names the steps and the layers, and the command prints its top kernels."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    import top_kernels
-
     run = tmp_path / "run"
     train.train(tiny_run.load(home / "tiny.py", run, train__steps=5, profile__start=2, profile__steps=2))
     found, traced = top_kernels.kernels(top_kernels.newest_trace(run))
@@ -326,7 +323,19 @@ def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_read_finite() -> None:
-    """Every metric is checked, not only the loss."""
-    with pytest.raises(train.Diverged, match="step 3: grad_norm is inf"):
-        train._read(3, {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)})
+def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite gradient norm stops the run as a NaN loss does, though the loss is finite."""
+    original = step.train_step
+
+    def poisoned(config: configs.Config) -> Step:
+        fn = original(config)
+
+        def at_two(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, tokens)
+            return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
+
+        return at_two
+
+    monkeypatch.setattr(step, "train_step", poisoned)
+    with pytest.raises(train.Diverged, match="step 2: grad_norm is inf"):
+        train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
