@@ -1,3 +1,6 @@
-"""What is computed: the weights, their initialisation, and the one walk through the layers."""
+"""What is computed: initialisation, the layers of each model, and the one walk through them."""
 
-from nanojax.model.gpt import *  # noqa: F403
+from nanojax.model.forward import empty_cache, forward, forward_cached, hidden, token_losses
+from nanojax.model.params import Params, init_params
+
+__all__ = ["Params", "empty_cache", "forward", "forward_cached", "hidden", "init_params", "token_losses"]

@@ -25,7 +25,7 @@ from nanojax.plan.cards import CARDS, Card
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
 # The code that a step is compiled from, below nanojax/; the config's values are in the cache's key themselves.
-STEP_SOURCES = ("step/*.py", "model/*.py", "ops/*.py", "quant/*.py")
+STEP_SOURCES = ("weights.py", "step/*.py", "model/*.py", "ops/*.py", "quant/*.py")
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -205,7 +205,7 @@ def step_arguments(config: Config) -> tuple[Any, Any]:
 
     from nanojax import step
 
-    return step.abstract_state(config), jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
+    return step.abstract_state(config), step.abstract_batch(config)
 
 
 def for_gpu(config: Config) -> Config:
