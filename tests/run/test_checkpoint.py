@@ -101,10 +101,10 @@ def test_nan_is_not_saved(tiny: Make, tmp_path: Path) -> None:
     config = tiny()
     _save(tmp_path / "run", config, [1])
     state = _fresh(config)
-    momentum = {**state.opt["blocks"], "up": state.opt["blocks"]["up"].at[1, 2, 3].set(jnp.nan)}
+    up = {**state.opt["up"], "momentum": state.opt["up"]["momentum"].at[1, 2, 3].set(jnp.nan)}
     writer = checkpoint.open_for_saving(tmp_path / "run", config)
-    with pytest.raises(checkpoint.NotFinite, match="opt/opt/blocks/up"):
-        checkpoint.save(writer, config, state._replace(opt={**state.opt, "blocks": momentum}), {}, "abc")
+    with pytest.raises(checkpoint.NotFinite, match="up/momentum"):
+        checkpoint.save(writer, config, state._replace(opt={**state.opt, "up": up}), {}, "abc")
     writer.close()
     assert checkpoint.available(tmp_path / "run") == [1]
 
@@ -210,12 +210,12 @@ def test_state_may_be_donated_at_once(tiny: Make, tmp_path: Path) -> None:
     state = _noise(_fresh(config), 1)
     expected = jax.tree.map(np.asarray, state)
     advance = jax.jit(step.train_step(config), donate_argnums=0)
-    advance(_noise(_fresh(config), 2), jnp.zeros(config.batch_shape, jnp.int32))
+    advance(_noise(_fresh(config), 2), step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     state = jax.tree.map(jax.jit(jnp.copy), state)
     writer = checkpoint.open_for_saving(tmp_path / "run", config)
     checkpoint.save(writer, config, state, {}, "abc")
     for _ in range(3):
-        state, _ = advance(state, jnp.zeros(config.batch_shape, jnp.int32))
+        state, _ = advance(state, step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     checkpoint.wait(writer)
     writer.close()
     restored = checkpoint.restore(tmp_path / "run", config)

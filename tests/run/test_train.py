@@ -19,7 +19,7 @@ from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
 
-Step = Callable[[step.State, jax.Array], tuple[step.State, dict[str, jax.Array]]]
+Step = Callable[[step.State, step.Batch], tuple[step.State, dict[str, jax.Array]]]
 compile_cache = tiny_run.compile_cache
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -71,9 +71,9 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def counting(config: configs.Config) -> Step:
         fn = original(config)
 
-        def step_traced(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
+        def step_traced(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
             traced.append(1)
-            return fn(state, tokens)
+            return fn(state, batch)
 
         return step_traced
 
@@ -81,7 +81,7 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(len(metrics.read(tmp_path / "run", "train")))
 
-    monkeypatch.setattr(step, "train_step", counting)
+    monkeypatch.setattr("nanojax.step.step.train_step", counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         never = dict(eval__every=0, eval__prompt="", checkpoint__every=0)
@@ -96,8 +96,8 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     """All of the state's bytes are aliased to the step's output, and the buffers of a restored state are reused."""
     config = tiny_run.load(home / "tiny.py", tmp_path / "run", train__steps=2)
     train.train(config)
-    abstract, tokens = step.abstract_state(config), jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
-    compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
+    abstract, batch = step.abstract_state(config), step.abstract_batch(config)
+    compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, batch).compile()
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     memory = compiled.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == size
@@ -105,7 +105,7 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     assert restored is not None
     state = restored[0]
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size > 1}
-    new, _ = compiled(state, jnp.zeros(config.batch_shape, jnp.int32))
+    new, _ = compiled(state, step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     reused = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new) if leaf.size > 1}
     assert len(pointers & reused) == len(pointers)
 
@@ -221,13 +221,13 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_seven(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, tokens)
+        def at_seven(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
             return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
 
         return at_seven
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
     monkeypatch.setattr("sys.argv", ["train", *tiny_run.arguments(home / "tiny.py", tmp_path / "run")])
     monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     with pytest.raises(SystemExit) as stop:
@@ -246,14 +246,14 @@ def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.
     def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_three(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, tokens)
+        def at_three(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
             head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
             return state._replace(params={**state.params, "head": head}), values
 
         return at_three
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
     with pytest.raises(train.Diverged, match=r"step 3: params/head holds NaN or Inf, not saved"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
     assert checkpoint.available(tmp_path / "run") == []
@@ -330,12 +330,12 @@ def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest
     def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_two(state: step.State, tokens: jax.Array) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, tokens)
+        def at_two(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
             return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
 
         return at_two
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
     with pytest.raises(train.Diverged, match="step 2: grad_norm is inf"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))

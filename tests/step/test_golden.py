@@ -40,7 +40,7 @@ def losses(config: Config, steps: int) -> list[float]:
     out = []
     for _ in range(steps):
         tokens = rng.choice(config.model.V, config.batch_shape, p=frequency / frequency.sum())
-        state, metrics = train_step(state, jnp.asarray(tokens, jnp.int32))
+        state, metrics = train_step(state, step.Batch(jnp.asarray(tokens, jnp.int32)))
         out.append(float(metrics["loss"]))
     return out
 
