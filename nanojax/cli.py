@@ -1,4 +1,4 @@
-"""What all data subcommands' command lines share: one-line argument errors, numbers like 2e9, a progress line."""
+"""What every command shares: one-line errors, an argument parser, number formats, a progress bar."""
 
 import argparse
 import os
@@ -12,15 +12,15 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LOG_SECONDS = 10.0  # on a terminal the bar is live; in a log file one line per this many seconds
+LOG_SECONDS = 10.0  # without a terminal, at most one progress line per this many seconds
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard, told in one line: what, where, what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; UserError becomes `error: ...` on stderr, exit 2; a closed pipe and Ctrl-C are quiet."""
+    """Runs a command. UserError becomes `error: ...` on stderr and exit code 2; a closed pipe and Ctrl-C are silent."""
     try:
         main()
         sys.stdout.flush()
@@ -34,15 +34,22 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line; `examples` end the help text."""
+    """argparse with one-line errors, layout kept in its texts, and no abbreviated options.
 
-    def __init__(self, prog: str, description: str, examples: str):
+    Args:
+      prog: the command as it is typed: "python -m nanojax.sample".
+      description: what the command does.
+      examples: commands to copy, one per line; they end the help text.
+    """
+
+    def __init__(self, prog: str, description: str = "", examples: str = "", **options: Any):
         super().__init__(
-            prog=f"python -m nanojax.data {prog}",
+            prog=prog,
             description=description,
-            epilog=f"examples:\n{examples}",
+            epilog=f"examples:\n{examples}" if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -50,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """A positive whole number, also as 2e9 or 100_000."""
+    """An argument that is a positive whole number, also written as 2e9 or 100_000."""
     try:
         value = float(text.replace("_", ""))
         if value != int(value) or value < 1:
@@ -61,7 +68,7 @@ def count(text: str) -> int:
 
 
 def output_folder(path: str | os.PathLike) -> Path:
-    """Makes the folder and sees that it can be written, before hours of work; UserError when not."""
+    """Makes the folder and checks that files can be written there. UserError if not, before hours of work."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -70,16 +77,42 @@ def output_folder(path: str | os.PathLike) -> Path:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-class Bar:
-    """A progress line on stderr: done/total, rate and remaining time; periodic plain lines where stderr is a file.
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 200 characters; its type if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
-    `unit` is what is counted; `total` may be None when it cannot be known.
+
+def short(value: float) -> str:
+    """A number in three to five characters and a unit prefix: 12, 2.90k, 3.40M, 1.50G, 2.00T."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.2f}{letter}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """01:02:03, or 1d 02:03:04 from one day on."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{h:02d}:{m:02d}:{s:02d}"
+
+
+class Bar:
+    """Progress on stderr: amount, rate, time left. A live bar on a terminal, otherwise a line every LOG_SECONDS.
+
+    Args:
+      title: what is being done.
+      total: the amount at the end; None if it is not known.
+      unit: what is counted: "tokens", "B".
+      quiet: shows nothing.
     """
 
     def __init__(self, title: str, total: float | None, unit: str, quiet: bool = False):
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        self.done, self.start, self.logged = 0.0, time.monotonic(), time.monotonic()
-        self.note = ""
+        self.done, self.note = 0.0, ""
+        self.start = self.logged = time.monotonic()
         console = Console(stderr=True)
         self.live = console.is_terminal and not quiet
         self.progress = Progress(
@@ -95,10 +128,10 @@ class Bar:
     def __exit__(self, failed: type | None, *_: Any) -> None:
         self.progress.stop()
         if not self.live and not self.quiet and not failed:
-            print(f"{self.title}: {self._text()}, {time.monotonic() - self.start:.0f} s", file=sys.stderr)
+            print(f"{self.title}: {self._text()}, {duration(time.monotonic() - self.start)}", file=sys.stderr)
 
     def reach(self, done: float, note: str = "") -> None:
-        """Says that `done` units are done by now."""
+        """Sets the amount that is done; `note`, once given, stays behind the rate."""
         self.done = done
         self.note = note or self.note
         if self.live:
@@ -106,19 +139,11 @@ class Bar:
         elif not self.quiet and time.monotonic() - self.logged > LOG_SECONDS:
             self.logged = time.monotonic()
             spent = self.logged - self.start
-            left = f", {spent * (self.total / self.done - 1):.0f} s left" if self.total and self.done else ""
-            print(f"{self.title}: {self._text()}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
+            left = f", {duration(spent * (self.total / self.done - 1))} left" if self.total and self.done else ""
+            print(f"{self.title}: {self._text()}, {duration(spent)}{left}", file=sys.stderr, flush=True)
 
     def _text(self) -> str:
         rate = self.done / max(1e-9, time.monotonic() - self.start)
-        of = f"/{_short(self.total)}" if self.total else ""
-        return (
-            f"{_short(self.done)}{of} {self.unit}, {_short(rate)} {self.unit}/s{', ' + self.note if self.note else ''}"
-        )
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2f}{letter}"
-    return f"{value:.0f}"
+        of = f"/{short(self.total)}" if self.total else ""
+        note = f", {self.note}" if self.note else ""
+        return f"{short(self.done)}{of} {self.unit}, {short(rate)} {self.unit}/s{note}"

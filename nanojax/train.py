@@ -1,7 +1,6 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
 import contextlib
-import fcntl
 import itertools
 import math
 import os
@@ -17,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from nanojax import config as configs
-from nanojax import model, sample, xla
+from nanojax import files, model, sample, xla
 from nanojax import step as steps
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.data import loader
 from nanojax.evaluate import bpb, core, likelihood
-from nanojax.plan import fit
+from nanojax.plan import planner
 from nanojax.run import checkpoint, metrics
 from nanojax.tokenizer import Tokenizer
 
@@ -66,7 +65,7 @@ def train(config: Config) -> None:
 
     with contextlib.ExitStack() as open_until_the_end:
         # run folder
-        open_until_the_end.enter_context(_locked(run))
+        open_until_the_end.enter_context(files.locked(run, "--train.run"))
         stop, in_loop = open_until_the_end.enter_context(_signals())
         _compare_with_earlier(run, config)
         tokenizer.save(run / "tokenizer")
@@ -77,7 +76,7 @@ def train(config: Config) -> None:
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
         train_step = steps.compiled(config)
-        print(f"compiled in {time.monotonic() - begin:.0f} s; {fit.check(train_step, config, fit.pool_bytes())}")
+        print(f"compiled in {time.monotonic() - begin:.0f} s; {planner.check(train_step, config, xla.pool_bytes())}")
 
         # state, restored or fresh
         restored = checkpoint.restore(run, config)
@@ -219,7 +218,9 @@ def _with_residuals(config: Config, run: Path) -> Config:
     if checkpoint.available(run):
         choice = checkpoint.read_config(run).compute.residuals
     else:
-        choice = fit.best_residuals(config, fit.pool_bytes(), lambda message: print(message, flush=True))
+        say = lambda message: print(message, flush=True)
+        plan = planner.best_residuals(config, planner.card_here(xla.pool_bytes()), say=say)
+        choice = plan.config.compute.residuals
     print(f"compute.residuals={choice} chosen by auto")
     return configs.override(config, {"compute.residuals": choice})
 
@@ -235,22 +236,6 @@ def _compare_with_earlier(run: Path, config: Config) -> None:
         raise UserError(
             f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
         )
-
-
-@contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Makes the run folder and holds it: two runs in one folder would destroy each other's checkpoints."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / "lock", "w")  # noqa: SIM115  held until the run ends; the kernel lets go of it after kill -9
-    except OSError as error:
-        raise UserError(f"{run}: cannot write there ({error.strerror}); choose another --train.run") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run}: another process is training in it; stop that one first") from None
-        yield
 
 
 @contextlib.contextmanager
@@ -311,10 +296,9 @@ def main() -> None:
     config = parse(sys.argv[1:])
     if config is None:
         return
-    allocator = fit.set_allocator()
-    xla.configure()
-    if allocator:
-        print(allocator)
+    memory = xla.configure()
+    if memory:
+        print(memory)
     try:
         train(config)
     except Diverged as error:

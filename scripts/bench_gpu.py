@@ -28,14 +28,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from nanojax import config as configs
-from nanojax.cli import UserError, run_main
+from nanojax import hardware, xla
+from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
-from nanojax.plan import device as gpu
+from nanojax.hardware import GIB
 
 PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the time may not suffice for all
 DEFAULTS = ("d32_4070", "d32_4070_bf16")
@@ -120,7 +121,7 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
         draw = lambda i: np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
         tokens = jax.device_put(draw(0).astype(np.int32), place)
         lowered = jax.jit(step.train_step(config), donate_argnums=0).lower(state, tokens)
-        run = step.compiled_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
+        run = xla.compile_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
         out = []
         for i in range(steps):
             state, metrics = run(state, jax.device_put(draw(i).astype(np.int32), place))
@@ -158,7 +159,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     import jax
 
     from nanojax import step
-    from nanojax.plan import compile, fit, measure
+    from nanojax.plan import measure
 
     m, train = config.model, config.train
     out: dict[str, Any] = {"parameters": m.parameters, "depth": m.depth, "microbatch": train.microbatch, "ok": True}
@@ -168,17 +169,17 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     )
     clock.say(f"{config.name}: compiling {m.depth} layers, microbatch {train.microbatch}")
     begin = time.monotonic()
-    with compile.no_remat_pass():
+    with xla.no_remat_pass():
         compiled = step.compiled(short)
-    out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": fit.peak_bytes(compiled)}
+    out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": xla.peak_bytes(compiled)}
     clock.say(
-        f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / 2**30:.2f} GiB"
+        f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / GIB:.2f} GiB"
     )
-    limit = fit.pool_bytes()
+    limit = xla.pool_bytes()
     out["limit_bytes"] = limit
     keep(out)
     if limit is not None and out["planned_peak_bytes"] > limit:
-        out["skipped"] = f"needs {out['planned_peak_bytes'] / 2**30:.2f} GiB, XLA has {limit / 2**30:.2f}"
+        out["skipped"] = f"needs {out['planned_peak_bytes'] / GIB:.2f} GiB, XLA has {limit / GIB:.2f}"
         clock.say(f"skipped: {config.name} {out['skipped']}; --depth=8 measures fewer layers")
         return out
     if clock.left < out["compile_seconds"]:
@@ -192,7 +193,7 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     out["tokens_per_second"] = train.tokens_per_step / seconds
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     out["used_peak_bytes"] = used
-    memory = f"; memory used {used / 2**30:.2f} GiB" if used else ""
+    memory = f"; memory used {used / GIB:.2f} GiB" if used else ""
     clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s a step{memory}")
     return out
 
@@ -212,14 +213,9 @@ def rates(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> di
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python scripts/bench_gpu.py --help shows the usage")
-
-
 def arguments() -> argparse.Namespace:
     """The command line, checked. `overrides`: what is left, --section.key=value."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python scripts/bench_gpu.py", __doc__ or "")
     parser.add_argument(
         "--config", default=",".join(DEFAULTS), help="configs of step; ops and rates have the first's shapes"
     )
@@ -240,7 +236,7 @@ def arguments() -> argparse.Namespace:
             raise UserError(f"--parts={part}: choose from {', '.join(PARTS)}")
     if a.out and not a.out.absolute().parent.is_dir():
         raise UserError(f"--out={a.out}: its folder does not exist")
-    if not a.tiny and gpu.read() is None:
+    if not a.tiny and hardware.read_gpu() is None:
         raise UserError("no NVIDIA GPU with a driver in this machine; --device=cpu tests the script at tiny sizes")
     return a
 
@@ -257,11 +253,7 @@ def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
     """The part's results, computed in this process."""
     if a.tiny:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from nanojax import xla
-    from nanojax.plan import fit
-
     if not a.tiny:
-        fit.set_allocator()
         xla.configure()
     import jax
 
@@ -309,7 +301,7 @@ def machine(a: argparse.Namespace) -> dict[str, Any]:
     """Where the numbers come from."""
     from importlib.metadata import version
 
-    reading = None if a.tiny else gpu.read()
+    reading = None if a.tiny else hardware.read_gpu()
     return {
         "device": "cpu" if reading is None else reading.name,
         "memory_bytes": None if reading is None else reading.memory_total,

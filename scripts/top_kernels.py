@@ -4,7 +4,6 @@ python -m nanojax.train --config=demo --profile.start=10 --profile.steps=3
 python scripts/top_kernels.py runs/demo
 """
 
-import argparse
 import collections
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from jax.profiler import ProfileData
 from rich.console import Console
 from rich.table import Table
 
-from nanojax.cli import UserError, run_main
+from nanojax.cli import Parser, UserError, run_main
 
 CONTAINERS = ("while", "call", "conditional")  # their time is that of the kernels inside them
 
@@ -78,7 +77,7 @@ def _plain(source: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python scripts/top_kernels.py", __doc__ or "")
     parser.add_argument("run", type=Path, help="run folder, or a trace file")
     parser.add_argument("--top", type=int, default=25, help="kernels printed (25)")
     args = parser.parse_args()

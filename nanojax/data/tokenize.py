@@ -418,7 +418,7 @@ def report(manifest: dict[str, Any], out: str) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenize`."""
     parser = cli.Parser(
-        "tokenize",
+        "python -m nanojax.data tokenize",
         "Text files -> token shards. Stopped, it goes on where it was; run again with more inputs, it adds shards.\n\n"
         f"Rules for documents, counted in manifest.json:\n{RULES}",
         "  python -m nanojax.data tokenize --input texts/ --tokenizer data/tok --out data/mine\n"

@@ -54,7 +54,7 @@ def train_on(
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenizer`."""
     parser = cli.Parser(
-        "tokenizer",
+        "python -m nanojax.data tokenizer",
         "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on text files, and compares its\n"
         "bytes per token with GPT-2's and GPT-4's where these are in tiktoken's cache.",
         "  python -m nanojax.data tokenizer --input 'fw/*.parquet' --valid last --out data/tok\n"

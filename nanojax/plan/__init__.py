@@ -1,1 +1,1 @@
-"""Says before a run what it needs: memory on a card that may be absent, days, kilowatt hours, money."""
+"""Plans a run: memory on a GPU that may be absent, days, kilowatt hours, money."""

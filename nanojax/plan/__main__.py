@@ -1,47 +1,39 @@
-"""python -m nanojax.plan: what a config needs on a card that may be absent; memory, days, kilowatt hours, money."""
+"""The command that plans a run.        python -m nanojax.plan"""
 
 import argparse
 import json
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax.cli import UserError, run_main
-from nanojax.plan import cards, device, energy, planner, report
+from nanojax import hardware
+from nanojax.cli import Parser, UserError, run_main
+from nanojax.plan import energy, planner, report
 
-EXAMPLES = """examples:
+DESCRIPTION = """What a config needs on a GPU that may be absent: memory, days, kilowatt hours, money.
+
+Compiles the real training step for the GPU; no GPU and no driver are needed. Times are modelled unless --measure."""
+EXAMPLES = """\
   python -m nanojax.plan --config=d32_4070
   python -m nanojax.plan --config=d32_4070 --card=rtx3060 --json
   python -m nanojax.plan --config=d32_4070 --train.microbatch=2 --compute.residuals=cheap
   python -m nanojax.plan --config=d32_4070 --try=train.microbatch=1,2,4 --try=compute.residuals=cheap,all
   python -m nanojax.plan --config=d12_4070 --measure          (needs the GPU: measures instead of modelling)
-  python -m nanojax.plan --table                              (all shipped configs, and published figures)
+  python -m nanojax.plan --table                              (all shipped configs)
 
 Cards: """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python -m nanojax.plan --help shows the usage")
-
-
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
-        prog="python -m nanojax.plan",
-        description=__doc__,
-        epilog=EXAMPLES + ", ".join(cards.CARDS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m nanojax.plan", DESCRIPTION, EXAMPLES + ", ".join(hardware.CARDS))
     parser.add_argument("--config", help="name or path of a config; any --section.key=value overrides it")
-    parser.add_argument("--card", help="the GPU to plan for; default: the one in the config's name, else rtx4070")
+    parser.add_argument("--card", help="the GPU to plan for; default: the one in the config's name, or rtx4070")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--hlo", metavar="FILE", type=Path, help="also write the optimised HLO of the step to FILE")
-    parser.add_argument("--table", action="store_true", help="plan every shipped config, beside published figures")
+    parser.add_argument("--table", action="store_true", help="plan every shipped config")
     parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
     parser.add_argument("--try", dest="axes", metavar="KEY=A,B", action="append", default=[], help="compare values")
     parser.add_argument("--top", type=int, default=10, help="slowest kernels shown (default 10)")
@@ -62,7 +54,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _say(message: str) -> None:
-    """Progress on stderr, so that stdout stays clean."""
+    """Prints progress to stderr, which leaves stdout to the plan."""
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
 
 
@@ -80,7 +72,7 @@ def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) ->
     names = configs.available()
     plans = []
     for i, name in enumerate(names, 1):
-        card = cards.find(a.card) if a.card else cards.of_config(name)
+        card = hardware.find_card(a.card) if a.card else hardware.card_of_config(name)
         _say(f"{i} of {len(names)}: {name}")
         plans.append(planner.make(configs.load(name), card, cache=a.cache, watts=a.watts, prices=prices, say=_say))
     if a.json:
@@ -96,8 +88,10 @@ def main() -> None:
     if a.table:
         return _table(a, prices, out)
     config = configs.load(a.config, overrides)
-    reading = device.read()
-    card = cards.find(a.card or (reading.name if reading and a.measure else cards.of_config(config.name).key))
+    reading = hardware.read_gpu()
+    card = hardware.find_card(
+        a.card or (reading.name if reading and a.measure else hardware.card_of_config(config.name).key)
+    )
     if a.measure:
         from nanojax.plan import measure
 

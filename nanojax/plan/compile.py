@@ -1,37 +1,35 @@
-"""Compiles a config's real train step for a card, present or not, and keeps the result in the user's cache folder."""
+"""Compiles a config's real train step for a card, present or not, and says what its memory is made of."""
 
 import contextlib
 import dataclasses
-import functools
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanojax import silent_libraries, use_cuda_compiler
-from nanojax.cli import UserError
+from nanojax import files, hardware, xla
+from nanojax.cli import UserError, first_line
 from nanojax.config import Config, to_dict
-from nanojax.plan.cards import CARDS, Card
+from nanojax.hardware import CARDS, GIB, Card
+from nanojax.plan import hlo
 
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
-# The code that a step is compiled from, below nanojax/; the config's values are in the cache's key themselves.
-STEP_SOURCES = ("weights.py", "step/*.py", "model/*.py", "ops/*.py", "quant/*.py")
-_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# The code from which a step is compiled, relative to nanojax/. The cache key has the config's values, not its code.
+STEP_SOURCES = ("weights.py", "step/*.py", "model/*.py", "ops/*.py", "quant/*.py", "xla.py")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu12")
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value in XLA's temporary allocation: the instruction that defines it, its bytes and where they lie."""
+    """A value in XLA's temporary allocation: the instruction that defines it, its size and offset in bytes."""
 
     name: str
     bytes: int
@@ -41,7 +39,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step: XLA's own memory figures, its optimised HLO, and what shares the temporary allocation."""
+    """A compiled step: its optimised HLO, XLA's memory figures in bytes, and what shares the temporary allocation."""
 
     hlo: str
     argument_bytes: int
@@ -59,63 +57,28 @@ class Program:
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
-@functools.cache
 def start_compiler() -> None:
-    """Loads XLA's CUDA compiler, without a GPU if there is none. UserError if it is not installed or does not start."""
-    reason = plugin_missing()
-    if reason:
-        raise UserError(reason)
-    # The plugin would refuse to load because no driver answers its version checks.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with silent_libraries():
-        try:
-            use_cuda_compiler()
-            from jax.experimental import topologies
-
-            card = CARDS["rtx4070"]
-            topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.target_config())
-        except Exception as error:  # a missing or mismatched library shows as several types
-            raise UserError(
-                f"XLA's CUDA compiler does not start ({_first_line(error)}); reinstall the plan extra: "
-                "pip install 'nanojax[plan]'"
-            ) from None
-
-
-def plugin_missing() -> str | None:
-    """Why no compile for an NVIDIA card is possible in this environment; None if it is."""
-    if not any(importlib.util.find_spec(name) for name in _PLUGINS):
-        return "the CUDA compiler plugin is not installed; install the plan extra: pip install 'nanojax[plan]'"
-    return None
+    """Loads XLA's CUDA compiler. UserError if it is not installed or does not start. Call it before importing jax."""
+    xla.start_cuda_compiler(CARDS["rtx4070"].target_config())
 
 
 def _sharding(card: Card) -> Any:
     import jax
-    from jax.experimental import topologies
 
-    from nanojax.plan import device
-
-    reading = device.read()
+    reading = hardware.read_gpu()
     if reading is not None and reading.name == card.name and jax.default_backend() == "gpu":
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with silent_libraries():
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.target_config())
-    mesh = jax.sharding.Mesh(topology.devices, ("x",))
+    mesh = jax.sharding.Mesh([xla.absent_gpu(card.target_config())], ("x",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _named(sharding: Any) -> contextlib.AbstractContextManager[Any]:
-    """While lowering: Pallas asks (from jax 0.11 on) what GPU it is for, and finds an absent one in the mesh only."""
+    """A context for lowering: from jax 0.11 on Pallas asks which GPU it compiles for, and finds an absent one in the mesh."""
     import jax
 
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
     return contextlib.nullcontext()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
 
 
 def _tree_bytes(tree: Any) -> int:
@@ -124,43 +87,28 @@ def _tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@contextlib.contextmanager
-def no_remat_pass() -> Iterator[None]:
-    """XLA's own rematerialisation duplicates matmuls when it believes memory is short; here `residuals` decides."""
-    import jax
-
-    before: Any = getattr(jax.config, "jax_compiler_enable_remat_pass")  # noqa: B009  unknown to type checkers
-    jax.config.update("jax_compiler_enable_remat_pass", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compiler_enable_remat_pass", before)
-
-
 def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0) -> Program:
-    """Compiles `function(*arguments)` for `card`; the arguments are trees of shapes and dtypes.
+    """Compiles `function(*arguments)` for `card`. UserError if XLA cannot.
 
     Args:
-      arguments: pytrees of anything with shape and dtype; the first may be a State whose fields give the groups.
+      arguments: pytrees of anything with a shape and a dtype. If the first is a State, its fields are the groups.
       donate: index of the donated argument.
     """
     start_compiler()
     import jax
 
-    from nanojax import step
-
     sharding = _sharding(card)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, no_remat_pass():
+    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, xla.no_remat_pass():
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
             with _named(sharding):
                 lowered = jitted.lower(*specs)
-            compiled = step.compiled_for_gpu(lowered, options)
+            compiled = xla.compile_for_gpu(lowered, options)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"XLA cannot compile this step for {card.key}: {_first_line(error)}") from None
+            raise UserError(f"XLA cannot compile this step for {card.key}: {first_line(error)}") from None
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)
         temporaries = read_temporaries(dumps[-1].read_text()) if dumps else ()
     stats: Any = compiled.memory_analysis()
@@ -180,7 +128,10 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
 
 
 def read_temporaries(text: str) -> tuple[Value, ...]:
-    """Values of the temporary allocation in XLA's buffer assignment dump, largest first, one per name, place, size."""
+    """The values of the temporary allocation in XLA's buffer-assignment dump, largest first.
+
+    A value that is listed several times with one name, offset and size is returned once.
+    """
     out: dict[tuple[str, int, int], Value] = {}
     inside = False
     for line in text.splitlines():
@@ -189,7 +140,7 @@ def read_temporaries(text: str) -> tuple[Value, ...]:
             inside = "preallocated-temp" in allocation.group(2)
         elif inside:
             value = _VALUE.match(line)
-            if value and int(value.group(2)) > 4096:  # loop counters and tuple tables are not worth a name
+            if value and int(value.group(2)) > 4096:  # not loop counters and tuple tables
                 name = re.sub(r"\{[\d,]*\}$", "", value.group(1))
                 key = (name, int(value.group(3)), int(value.group(2)))
                 out[key] = Value(name, int(value.group(2)), int(value.group(3)), value.group(4))
@@ -199,7 +150,7 @@ def read_temporaries(text: str) -> tuple[Value, ...]:
 
 
 def step_arguments(config: Config) -> tuple[Any, Any]:
-    """The state's and the batch's shapes: what one step of `config` takes."""
+    """The shapes of the state and the batch that one step of `config` takes."""
     import jax
     import jax.numpy as jnp
 
@@ -209,8 +160,10 @@ def step_arguments(config: Config) -> tuple[Any, Any]:
 
 
 def for_gpu(config: Config) -> Config:
-    """`config` with automatic choices made as on the card, not as on the machine that compiles: kernels for rows, and cuDNN
-    flash attention where its kernels exist (bf16, head_dim a multiple of 8 up to 128)."""
+    """`config` with its "auto" choices made for a GPU rather than for the machine that compiles.
+
+    Rows run as Pallas kernels. Attention is cuDNN's where it has kernels: bf16, head_dim a multiple of 8 up to 128.
+    """
     c = config.compute
     flash = c.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 128
     attention = ("cudnn" if flash else "chunked") if c.attention == "auto" else c.attention
@@ -219,7 +172,7 @@ def for_gpu(config: Config) -> Config:
 
 
 def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
-    """The train step of a resolved config, compiled for `card`. From the cache if neither code nor versions changed."""
+    """The train step of a resolved config, compiled for `card`; from the cache if neither code nor versions changed."""
     start_compiler()
     from nanojax import step
 
@@ -235,20 +188,104 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
     return program
 
 
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Temporary:
+    """A part of the temporary allocation, named after the largest value in it."""
+
+    bytes: int  # not counting what a larger Temporary covers
+    name: str
+    shape: str
+    op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Where the bytes of one compiled step go."""
+
+    params: int
+    opt: int
+    accum: int
+    other: int  # step counter, tokens, outputs that reuse no argument
+    residuals: int  # what the forward pass keeps for the backward pass
+    temporaries: int  # all else that exists only within the step
+    peak: int  # Program.peak_bytes
+    not_reused: int  # state whose buffers the new state does not reuse; 0 if donation is complete
+    largest: tuple[Temporary, ...]  # parts of the temporary allocation, largest first
+
+
+def memory_of(program: Program, residuals: int) -> Memory:
+    """The Memory of `program`, whose forward pass keeps `residuals` bytes (step.residual_bytes)."""
+    module = hlo.parse(program.hlo)
+    residuals = min(residuals, program.temp_bytes)
+    groups = program.groups
+    state = groups.get("params", 0) + groups.get("opt", 0) + groups.get("accum", 0)
+    return Memory(
+        params=groups.get("params", 0),
+        opt=groups.get("opt", 0),
+        accum=groups.get("accum", 0),
+        other=groups["other"] + program.output_bytes - program.alias_bytes,
+        residuals=residuals,
+        temporaries=program.temp_bytes - residuals,
+        peak=program.peak_bytes,
+        not_reused=max(0, state - program.alias_bytes),
+        largest=tuple(_coverage(module, program.temporaries)),
+    )
+
+
+def verdict(memory: Memory, card: Card) -> tuple[bool, str]:
+    """Whether the step fits the card's budget, and a sentence that says so."""
+    left = card.budget_bytes - memory.peak
+    budget = f"{card.budget_bytes / GIB:.1f} GiB that {card.key} leaves to XLA"
+    if left >= 0:
+        return True, f"fits: {left / GIB:.1f} GiB of the {budget} stay free"
+    return False, f"does not fit: {-left / GIB:.1f} GiB more than the {budget}"
+
+
+def _coverage(module: hlo.Module, values: tuple[Value, ...], most: int = 8) -> list[Temporary]:
+    """The values that fill the temporary allocation, largest first; each counts only bytes that no larger one covers."""
+    names = {i.name: i for c in module.computations.values() for i in c.instructions.values()}
+    covered: list[tuple[int, int]] = []
+    out = []
+    for value in values:
+        start, end = value.offset, value.offset + value.bytes
+        free = value.bytes - sum(max(0, min(end, b) - max(start, a)) for a, b in covered)
+        if free < value.bytes / 2:
+            continue
+        covered = _union([*covered, (start, end)])
+        instruction = names.get(value.name)
+        out.append(Temporary(free, value.name, value.shape.split("{")[0], instruction.op_name if instruction else ""))
+        if len(out) == most:
+            break
+    return out
+
+
+def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], end))
+        else:
+            out.append((start, end))
+    return out
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/nanojax/plan, or ~/.cache/nanojax/plan."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanojax" / "plan"
+    """Where compiled steps are kept."""
+    return xla.user_cache() / "plan"
 
 
 def _key(config: Config, card: Card) -> str:
-    """What memory and time of the step depend on: shapes, formats, the card, versions, the code that builds the step."""
+    """A hash of all that the step's memory and time depend on: shapes, formats, card, versions, the code of the step."""
     kept = to_dict(config)
     parts: list[Any] = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
-    parts += [config.batch_shape, card.target_config()]  # the number of steps is only a constant of the schedules
-    for package in ("jax", "jaxlib", *(name.replace("_", "-") for name in _PLUGINS), "nvidia-cudnn-cu12"):
+    parts += [config.batch_shape, card.target_config()]  # not the number of steps, a constant in the schedules
+    for package in _PACKAGES:
         try:
             parts.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -264,16 +301,14 @@ def _load(path: Path) -> Program | None:
         kept = json.loads(gzip.decompress(path.read_bytes()))
         kept["temporaries"] = tuple(Value(**v) for v in kept["temporaries"])
         return Program(**{**kept, "cached": True})
-    except (OSError, ValueError, TypeError, KeyError, EOFError):  # absent, cut short, or of another version
+    except (OSError, ValueError, TypeError, KeyError, EOFError):  # absent, truncated, or of another version
         return None
 
 
 def _store(path: Path, program: Program) -> None:
+    kept = json.dumps(dataclasses.asdict(program)).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.dumps(dataclasses.asdict(program)).encode()
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with files.write_atomic(path) as file:  # a second planner never sees half a file
             file.write(gzip.compress(kept, 3))
-        os.replace(file.name, path)  # atomic: a second planner never sees half a file
-    except OSError as error:
+    except UserError as error:
         print(f"plan: not cached ({error})", file=sys.stderr)

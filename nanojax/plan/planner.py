@@ -1,14 +1,15 @@
-"""Puts a plan together: compiled step, memory, modelled time, energy, money; and finds what would make a config fit."""
+"""Makes a plan: compiled step, memory, modelled time, energy, money. Finds what fits a card, and what would."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nanojax import hardware, xla
 from nanojax.cli import UserError
 from nanojax.config import Config, override, resolve
-from nanojax.plan import compile, energy, memory, roofline
-from nanojax.plan.cards import Card
+from nanojax.hardware import GIB, Card
+from nanojax.plan import compile, energy, roofline
 
 Say = Callable[[str], None]
 
@@ -19,12 +20,12 @@ def _quiet(_: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run of `config` takes on `card`. Times are modelled unless `measured`."""
+    """What a run of `config` needs on `card`. Times are modelled unless `measured`."""
 
     config: Config
     card: Card
     program: compile.Program
-    memory: memory.Memory
+    memory: compile.Memory
     estimate: roofline.Estimate
     tokens_per_second: float
     bill: energy.Bill
@@ -37,19 +38,19 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        return memory.verdict(self.memory, self.card)[1]
+        return compile.verdict(self.memory, self.card)[1]
 
     @property
     def summary(self) -> str:
-        """One line, as the configs' docstrings carry it."""
+        """One line, the form in the configs' docstrings."""
         rate, days = self.tokens_per_second, self.bill.days
         speed = f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
         length = f"{days:.0f} days" if days >= 10 else f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
         word = "measured" if self.measured else "modelled"
-        return f"plan ({self.card.key}): peak {self.memory.peak / memory.GIB:.1f} GiB, {speed} tok/s {word}, {length}"
+        return f"plan ({self.card.key}): peak {self.memory.peak / GIB:.1f} GiB, {speed} tok/s {word}, {length}"
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, tokens, FLOPs, seconds; the keys that scripts read."""
+        """The plan for scripts: bytes, tokens, FLOPs, seconds."""
         model, train, m = self.config.model, self.config.train, self.memory
         rate = "measured_tokens_per_second" if self.measured else "modelled_tokens_per_second"
         return {
@@ -101,21 +102,24 @@ def make(
     efficiency: roofline.Efficiency | None = None,
     say: Say = _quiet,
 ) -> Plan:
-    """The Plan of a resolved config on `card`; residuals "auto" become the best that fits.
+    """The Plan of a resolved config on `card`; compute.residuals=auto becomes the best that fits.
 
     Args:
-      watts: power while training; None = the card's limit.
-      prices: money per kWh by currency; None = energy.PRICES.
-      efficiency: measured shares of the card's peaks; None = the model's defaults.
-      say: told what is being compiled.
+      cache: take a compiled step from the user's cache folder, and keep it there.
+      watts: power while training; None: the card's limit.
+      prices: money per kWh by currency; None: energy.PRICES.
+      efficiency: measured shares of the card's peaks; None: the model's defaults.
+      say: called with a line before each compilation.
     """
+    compile.start_compiler()
     if config.compute.residuals == "auto":
-        return best_residuals_plan(config, card, cache, watts, prices, efficiency, say)
+        options: dict[str, Any] = dict(cache=cache, watts=watts, prices=prices, efficiency=efficiency, say=say)
+        return best_residuals(config, card, **options)
     say(f"compiling {config.name or 'the step'} for {card.key}: {_essence(config)}")
     program = compile.compile_step(config, card, cache)
-    from nanojax import step  # imports jax, which must find the compiler set up
+    from nanojax import step  # imports jax, after the compiler is set up
 
-    measured = memory.measure(program, step.residual_bytes(config))
+    measured = compile.memory_of(program, step.residual_bytes(config))
     estimate = roofline.estimate(program.hlo, card, efficiency)
     rate = config.train.tokens_per_step / estimate.seconds
     bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)
@@ -130,7 +134,7 @@ def _essence(config: Config) -> str:
 
 
 def residual_ladder() -> list[str]:
-    """Values of compute.residuals from the most memory to the least: each step down recomputes something more."""
+    """Values of compute.residuals, the most memory first; each recomputes something that the one before keeps."""
     from nanojax.model import RESIDUALS
 
     names = [n for n in RESIDUALS if n != "mlp_hidden"]
@@ -138,33 +142,25 @@ def residual_ladder() -> list[str]:
     return ["all", "cheap", "+".join(lean), "inputs"]
 
 
-def best_residuals(config: Config, card: Card, *, cache: bool = True, say: Say = _quiet) -> str:
-    """The concrete compute.residuals with the most modelled tokens/s among those that fit `card`.
+def best_residuals(config: Config, card: Card, **options: Any) -> Plan:
+    """The Plan with the compute.residuals that give the most modelled tokens/s among those that fit `card`.
 
-    UserError if none fits. Store the answer in the resolved config, so that a restart keeps it.
+    A run stores the choice (`.config.compute.residuals`) in its config, so that a restart keeps it.
+
+    Args:
+      options: as for `make`.
+
+    Raises:
+      UserError: none fits.
     """
-    return best_residuals_plan(config, card, cache, None, None, None, say).config.compute.residuals
-
-
-def best_residuals_plan(
-    config: Config,
-    card: Card,
-    cache: bool,
-    watts: float | None,
-    prices: dict[str, float] | None,
-    efficiency: roofline.Efficiency | None,
-    say: Say,
-) -> Plan:
-    """The Plan of the best residuals. UserError if not even the leanest fit."""
     best: Plan | None = None
     last: Plan | None = None
     for choice in residual_ladder():
-        trial = override(config, {"compute.residuals": choice})
-        last = make(trial, card, cache=cache, watts=watts, prices=prices, efficiency=efficiency, say=say)
+        last = make(override(config, {"compute.residuals": choice}), card, **options)
         if not last.fits:
             continue
         if best is not None and last.tokens_per_second <= best.tokens_per_second:
-            break  # further down the ladder more is recomputed still
+            break  # the choices below recompute even more
         best = last
     if best is None:
         assert last is not None
@@ -175,11 +171,61 @@ def best_residuals_plan(
     return best
 
 
+# -- training on this machine ------------------------------------------------------------------------------------------
+
+
+def card_here(limit_bytes: int | None) -> Card:
+    """The Card of this machine's GPU, for compute.residuals=auto.
+
+    Args:
+      limit_bytes: XLA's pool, which becomes the card's budget; None: the budget in hardware.py.
+
+    Raises:
+      UserError: there is no NVIDIA GPU or no CUDA compiler here, or hardware.py does not know the GPU.
+    """
+    reading = hardware.read_gpu()
+    if reading is None:
+        raise UserError("--compute.residuals=auto: there is no NVIDIA GPU here to fit; choose inputs, cheap or all")
+    if not xla.cuda_compiler_installed():
+        raise UserError("--compute.residuals=auto: jax's CUDA plugin is not installed; choose inputs, cheap or all")
+    for card in hardware.CARDS.values():
+        if card.name == reading.name:
+            if limit_bytes is None:
+                return card
+            return dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - limit_bytes / GIB)
+    raise UserError(
+        f"--compute.residuals=auto: {reading.name} is not in {hardware.__file__}; add it, or choose inputs, cheap or all"
+    )
+
+
+def check(compiled: Any, config: Config, limit_bytes: int | None) -> str:
+    """The memory line of a compiled train step.
+
+    Args:
+      compiled: jax.stages.Compiled of a step that donates its state.
+      limit_bytes: xla.pool_bytes().
+
+    Raises:
+      UserError: it needs more than `limit_bytes`. To be called before a state exists.
+    """
+    state, peak = compiled.memory_analysis().alias_size_in_bytes, xla.peak_bytes(compiled)
+    line = f"memory: state {state / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
+    if limit_bytes is None:
+        return line
+    if peak > limit_bytes:
+        raise UserError(
+            f"{config.name or 'this config'} needs {peak / GIB:.2f} GiB on the GPU, XLA has {limit_bytes / GIB:.2f}; "
+            "close other programs that use the GPU, lower train.microbatch, or choose --compute.residuals=inputs; "
+            f"python -m nanojax.plan --config={config.name or 'NAME'} tries what fits"
+        )
+    return f"{line} of XLA's {limit_bytes / GIB:.2f}"
+
+
 # -- changes -----------------------------------------------------------------------------------------------------------
 
 
 def changes(config: Config) -> list[dict[str, str]]:
-    """Single changes that save memory, mildest first. Only those that differ from `config`."""
+    """Single changes to `config` that save memory, mildest first."""
     rows, c, s, a = config.train.microbatch, config.compute, config.stored, config.accumulate
     out: list[dict[str, str]] = []
     while rows > 1:
@@ -206,15 +252,15 @@ def changes(config: Config) -> list[dict[str, str]]:
 def try_changes(
     plan: Plan, *, cache: bool = True, most: int = 4, say: Say = _quiet
 ) -> list[tuple[dict[str, str], Plan]]:
-    """Changes that make a config fit that does not, each compiled to be sure, fastest first; [] if there is none.
+    """Changes that make the plan's config fit, each compiled, the fastest first; [] if there is none.
 
-    Single changes first, until `most` are found; where none is enough, the mildest combination, one change at a time.
+    Tries single changes until `most` of them fit. If none does, adds one change after another, mildest first.
     """
 
     def attempt(change: dict[str, str]) -> Plan | None:
         try:
             trial = resolve(override(plan.config, change))
-        except UserError:  # a combination that the config's own rules forbid
+        except UserError:  # the config's rules forbid it
             return None
         say(f"trying {' '.join(f'--{key}={value}' for key, value in change.items())}")
         return make(trial, plan.card, cache=cache, watts=plan.bill.watts)
@@ -241,7 +287,7 @@ def try_changes(
 def sweep(
     config: Config, card: Card, axes: Sequence[tuple[str, Sequence[str]]], *, cache: bool = True, say: Say = _quiet
 ) -> list[tuple[dict[str, str], Plan]]:
-    """A Plan for every combination of `axes` (key, values), fitting ones first, fastest first."""
+    """A Plan for every combination of `axes` (key, values): those that fit first, then by speed."""
     out = []
     for values in itertools.product(*(v for _, v in axes)):
         change = {key: value for (key, _), value in zip(axes, values)}

@@ -1,4 +1,4 @@
-"""Draws a plan in the terminal: memory bar, time by kernel, days, energy and money; and the tables of all configs."""
+"""Draws plans in the terminal: memory bar, time by kernel, days, energy and money; a table of several plans."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nanojax.hardware import GIB, Card
 from nanojax.plan import energy
-from nanojax.plan.cards import Card
-from nanojax.plan.memory import GIB, Memory
+from nanojax.plan.compile import Memory
 from nanojax.plan.planner import Plan
 
 _PARTS = (
@@ -22,7 +22,7 @@ _PARTS = (
 
 
 def bar(memory: Memory, card: Card, width: int = 72) -> Text:
-    """The card's memory as one line of blocks: what the step needs, what is free, what XLA cannot have."""
+    """The card's memory as one line: what the step needs (█), what stays free (·), what XLA cannot use (▒)."""
     total = max(card.memory_mib * 2**20, memory.peak)
     text, cells = Text(), 0
     spent = 0
@@ -49,7 +49,7 @@ def _memory(plan: Plan) -> RenderableType:
             table.add_row(Text("█ ", style=colour) + Text(label), f"{size / GIB:.3f}", "GiB")
     stored, rest = plan.block_bits
     left = f", and {rest:g} of remainders" if rest else ""
-    table.add_row("block matrices", f"{stored:.2f}", f"bits a weight, scales included{left}")
+    table.add_row("block matrices", f"{stored:.2f}", f"bits per weight, scales included{left}")
     table.add_row("peak", f"{m.peak / GIB:.3f}", "GiB: XLA's arguments + outputs - aliased + temporaries")
     lines: list[RenderableType] = [bar(m, plan.card), table]
     style = "bold green" if plan.fits else "bold red"
@@ -61,13 +61,13 @@ def _memory(plan: Plan) -> RenderableType:
         Text(f"temporaries are {share:.2f} of the parameters' bytes; the largest of the temporary allocation:")
     )
     lines += [
-        Text(f"  {t.bytes / GIB:6.3f} GiB  {t.shape:26} {t.name:36} {_short(t.op_name)}", no_wrap=True, overflow="crop")
+        Text(f"  {t.bytes / GIB:6.3f} GiB  {t.shape:26} {t.name:36} {_tail(t.op_name)}", no_wrap=True, overflow="crop")
         for t in m.largest[:5]
     ]
     return Group(*lines)
 
 
-def _short(op_name: str, most: int = 48) -> str:
+def _tail(op_name: str, most: int = 48) -> str:
     name = "/".join(p for p in op_name.split("/") if p not in ("while", "body", "closed_call", "jit(step)"))
     return name if len(name) <= most else "…" + name[-most:]
 
@@ -84,7 +84,7 @@ def _time(plan: Plan, top: int) -> RenderableType:
     kernels = Table("slowest kernels (modelled)", "bound", "ms/step", "share", "from", box=None, pad_edge=False)
     for k in plan.estimate.kernels[:top]:
         kernels.add_row(
-            k.name, k.bound, f"{k.seconds * 1e3:.1f}", f"{k.seconds / step:.1%}", Text(_short(k.op_name, 40))
+            k.name, k.bound, f"{k.seconds * 1e3:.1f}", f"{k.seconds / step:.1%}", Text(_tail(k.op_name, 40))
         )
     rate = plan.tokens_per_second
     word = "measured" if plan.measured else "modelled"
@@ -92,14 +92,14 @@ def _time(plan: Plan, top: int) -> RenderableType:
     lines: list[RenderableType] = [
         Text(
             f"{model.parameters:,} parameters, {train.tokens:,} tokens in {train.steps:,} steps of "
-            f"{train.tokens_per_step:,} ({train.microbatch} rows a microbatch)"
+            f"{train.tokens_per_step:,} ({train.microbatch} rows per microbatch)"
         ),
         Text(
-            f"{model.flops_per_token / 1e9:.3f} GFLOP a token, {model.flops_per_token * train.tokens:.3g} FLOP in all "
+            f"{model.flops_per_token / 1e9:.3f} GFLOP per token, {model.flops_per_token * train.tokens:.3g} FLOP in total "
             "(6(N - embedding) + 12 L N H T)"
         ),
         Text(
-            f"{rate:,.0f} tokens/s {word}, {train.tokens_per_step / rate:.1f} s a step, "
+            f"{rate:,.0f} tokens/s {word}, {train.tokens_per_step / rate:.1f} s per step, "
             f"{flops / 1e12:.1f} model TFLOP/s ({flops / plan.card.peak('bf16'):.0%} of the card's bf16 peak)",
             style="bold",
         ),
@@ -127,7 +127,7 @@ def show(plan: Plan, console: Console, prices: dict[str, float], top: int = 10) 
 
 
 def show_changes(found: Sequence[tuple[dict[str, str], Plan]], console: Console) -> None:
-    """What would make it fit, as tried."""
+    """The changes that would make a plan fit."""
     if not found:
         console.print(
             "no change of microbatch, residuals or formats makes it fit; a smaller model.depth or model.seq would"
@@ -153,9 +153,9 @@ def show_sweep(trials: Sequence[tuple[dict[str, str], Plan]], console: Console) 
 
 
 def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
-    """All shipped configs, then the published claims beside what the arithmetic gives."""
+    """One row per plan."""
     head = ("config", "card", "parameters", "bits", "tokens", "peak\nGiB", "fits", "tok/s", "days", "kWh", *prices)
-    title = "shipped configs (modelled; GPU power at its limit; bits a block weight, + remainder)"
+    title = "shipped configs (modelled; GPU power at its limit; bits per block weight + remainder)"
     table = Table(*head, title=title, title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -176,40 +176,3 @@ def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]
         )
         table.add_row(*row, f"{b.days:,.1f}", f"{b.kwh:,.0f}", *costs)
     console.print(table)
-    show_anchors(console)
-
-
-def _span(pair: tuple[float, float] | None, form: str = ",.0f") -> str:
-    if pair is None:
-        return "-"
-    low, high = (format(v, form) for v in pair)
-    return low if low == high else f"{low}-{high}"
-
-
-def show_anchors(console: Console) -> None:
-    """d32's published figures: 4.54e20 FLOP at the stated rate, and the rate that the stated days would need."""
-    title = f"d32 as published, {energy.D32_FLOPS:.3g} FLOP; right: what the stated TFLOP/s really give"
-    head = (
-        "claim",
-        "TFLOP/s each",
-        "days",
-        "kWh",
-        "days by arithmetic",
-        "kWh by arithmetic",
-        "TFLOP/s those days need",
-    )
-    table = Table(*head, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for claim in (*energy.NOTE, energy.H100_NODE):
-        form = ",.1f" if claim is energy.H100_NODE else ",.0f"
-        days = "impossible" if claim.days is None else _span(claim.days, form)
-        true = (_span(claim.true_days, form), _span(claim.true_kwh))
-        table.add_row(claim.label, _span(claim.tflops), days, _span(claim.kwh), *true, _span(claim.needed_tflops))
-    console.print(table)
-    rate, flops = energy.MEASURED_4070
-    console.print(
-        f"measured by a reader on an RTX 4070 (nanochat's torch code, d12, bf16): {rate:,.0f} tokens/s x "
-        f"{flops / 1e6:,.1f} MFLOP = {rate * flops / 1e12:.1f} TFLOP/s; d32 at that rate takes "
-        f"{energy.D32_FLOPS / (rate * flops) / energy.DAY:,.0f} days. This card peaks at 58 in bf16, 233 in int8."
-    )

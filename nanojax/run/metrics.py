@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
-from nanojax.cli import UserError
+from nanojax import files, hardware
+from nanojax.cli import UserError, duration, short
 from nanojax.config import Config
-from nanojax.plan import cards
-from nanojax.plan.device import PowerMeter
 
 FILE = "metrics.jsonl"
 LINE_SECONDS = 10.0  # where there is no terminal, at most one line of training per this many seconds
@@ -53,15 +52,15 @@ def forget_after(run: Path, step: int) -> None:
     """Drops the records of steps after `step`, which a resumed run will write again."""
     if not (run / FILE).exists():
         return
-    temporary = run / f"{FILE}.{os.getpid()}.tmp"
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in read(run) if r["step"] <= step))
-    os.replace(temporary, run / FILE)
+    kept = "".join(json.dumps(r) + "\n" for r in read(run) if r["step"] <= step)
+    with files.write_atomic(run / FILE) as file:
+        file.write(kept.encode())
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOPs/s of the device as its driver names it, None if it is not in plan/cards.py."""
+    """Dense bf16 FLOPs per second of the device with this driver name; None if hardware.py does not know it."""
     try:
-        return cards.find(device_kind).peak("bf16")
+        return hardware.find_card(device_kind).peak("bf16")
     except UserError:
         return None
 
@@ -76,7 +75,7 @@ class Metrics:
         forget_after(run, step)
         earlier = [r["kwh"] for r in read(run, "train") if r.get("kwh")]
         self.kwh = earlier[-1] if earlier else 0.0
-        self.power = PowerMeter()
+        self.power = hardware.PowerMeter()
         self.power_read = time.monotonic()
         try:
             self.file = open(run / FILE, "a", buffering=1)  # noqa: SIM115  closed by close()
@@ -124,12 +123,12 @@ class Metrics:
         for name, value in {**values, **speed}.items():
             if self.board and value is not None:
                 self.board.add_scalar(f"train/{name}", value, step)
-        text = [f"loss {values['loss']:.4f}", f"{_short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
+        text = [f"loss {values['loss']:.4f}", f"{short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
         if self.bpb is not None:
             text.insert(1, f"bpb {self.bpb:.4f}")
         if watts is not None:
             text.append(f"{watts:.0f} W")
-        text.append(f"ETA {_duration((self.config.train.steps - step) * per_step)}")
+        text.append(f"ETA {duration((self.config.train.steps - step) * per_step)}")
         self.bar.update(self.task, completed=step, text=" · ".join(text))
         if not self.console.is_terminal and (end - self.line_time > LINE_SECONDS or step == self.config.train.steps):
             self.line_time = end
@@ -176,15 +175,3 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-
-
-def _short(value: float) -> str:
-    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.2f}k" if value >= 1e3 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """1d 02:03:04, without the days where there are none."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return f"{f'{days}d ' if days else ''}{h:02d}:{m:02d}:{s:02d}"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from nanojax import config as configs
-from nanojax import step
-from nanojax.plan import cards, compile, hlo, roofline
+from nanojax import hardware, step, xla
+from nanojax.plan import compile, hlo, roofline
 
-MISSING = compile.plugin_missing()
-pytestmark = [pytest.mark.plan, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
+pytestmark = [pytest.mark.plan, NO_COMPILER]
 
 LAYERS = 5  # a number that no other axis has
 # Layers of d32's width, one row of its length: the shapes, and so the layouts and fusions, are those of d32_4070.
@@ -30,17 +30,17 @@ def config():
 @pytest.fixture(scope="module")
 def compiled(config):
     """The Program for an RTX 4070, and the PTX behind each of its instructions, by name."""
-    ptx, compiled_for_gpu = {}, step.compiled_for_gpu
+    ptx, compile_for_gpu = {}, xla.compile_for_gpu
 
     def keep(lowered, options):
-        out = compiled_for_gpu(lowered, options)
+        out = compile_for_gpu(lowered, options)
         ptx.update(kernels(Path(options["xla_dump_to"])))  # XLA writes PTX wherever it dumps
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "compiled_for_gpu", keep)
+        patch.setattr(xla, "compile_for_gpu", keep)
         arguments = compile.step_arguments(config)
-        program = compile.compile_for(step.train_step(config), arguments, cards.CARDS["rtx4070"])
+        program = compile.compile_for(step.train_step(config), arguments, hardware.CARDS["rtx4070"])
     return program, ptx
 
 

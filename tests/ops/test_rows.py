@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojax import quant
+from nanojax import hardware, quant, xla
 from nanojax.config import Compute
 from nanojax.ops import linear, rope, rows
-from nanojax.plan import cards, compile
+from nanojax.plan import compile
 
 XLA = Compute(dtype="bf16", rows="xla")
 KERNELS = dataclasses.replace(XLA, rows="pallas")
@@ -141,7 +141,7 @@ def test_ops_in_kernels(op, operands, calls):
 
 
 @pytest.mark.plan
-@pytest.mark.skipif(compile.plugin_missing() is not None, reason=str(compile.plugin_missing()))
+@pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
 @pytest.mark.parametrize(("N", "H"), [(11, 128), (4, 64)])
 def test_kernels_compile_for_a_card(N, H):
     """Triton takes every kernel at d21's and at a small model's width: one custom call each in the compiled program."""
@@ -155,5 +155,5 @@ def test_kernels_compile_for_a_card(N, H):
         row = lambda x, w: rows.quantized([x.astype(jnp.float32) * w])
         return kept, codes(w), codes(None), rows.by_rows(KERNELS, row, (x,), (w[:, :D],))
 
-    program = compile.compile_for(all_kernels, (x, w), cards.CARDS["rtx4070"])
+    program = compile.compile_for(all_kernels, (x, w), hardware.CARDS["rtx4070"])
     assert program.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 4

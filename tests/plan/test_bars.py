@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax import step
-from nanojax.plan import cards, compile, energy, planner, report
-from nanojax.plan.memory import GIB
+from nanojax import hardware, step, xla
+from nanojax.hardware import GIB
+from nanojax.plan import energy, planner, report
 
 ROOT = Path(__file__).parents[2]
-MISSING = compile.plugin_missing()
-pytestmark = [pytest.mark.plan, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
+pytestmark = [pytest.mark.plan, NO_COMPILER]
 
 # GiB at the peak that a config may need, and the least rows of a microbatch (T = 2048)
 BARS = {"d32_4070_bf16": (10.5, 4), "d32_4070": (10.5, 1), "d32_4070_laptop": (6.8, 1), "d12_4070": (2.5, 1)}
@@ -51,7 +51,7 @@ FOR_A_CARD = [name for name in configs.available() if re.search(r"_(rtx)?\d{4}|_
 @functools.cache
 def plan_of(name):
     """The plan of a shipped config; compiled once, then from the cache."""
-    return planner.make(configs.load(name), cards.of_config(name))
+    return planner.make(configs.load(name), hardware.card_of_config(name))
 
 
 @pytest.mark.timed  # make bars runs it alone: another compilation beside it would be measured too
@@ -153,7 +153,7 @@ def small():
 @pytest.mark.parametrize("key", ["rtx3060", "rtx4070", "h100", "rtx5070"])
 def test_compiles_for_every_generation(small, key):
     """XLA compiles the real step for Ampere, Ada, Hopper and Blackwell, flash attention and tensor cores included."""
-    plan = planner.make(small, cards.CARDS[key], cache=False)
+    plan = planner.make(small, hardware.CARDS[key], cache=False)
     assert "fmha" in plan.program.hlo
     assert {"attention", "int8 matmul"} <= set(plan.estimate.by_kind())
     assert plan.estimate.unknown == []
@@ -164,7 +164,7 @@ def test_model_flops_are_within_the_compiled_ones(small):
     """The roofline sees the FLOPs that the formula counts: at least the model's with causal attention counted half, at
     most 1.6 of it (recomputation, Newton-Schulz at this small batch)."""
     config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536}))
-    plan = planner.make(config, cards.CARDS["rtx4070"])
+    plan = planner.make(config, hardware.CARDS["rtx4070"])
     m = config.model
     causal = m.flops_per_token - 6 * m.L * m.D * m.T
     seen = sum(k.flops for k in plan.estimate.kernels) / config.train.tokens_per_step
@@ -174,7 +174,9 @@ def test_model_flops_are_within_the_compiled_ones(small):
 def test_more_kept_needs_more_memory(small):
     """From everything over the cheap ones to block inputs only, each keeps less; the last exactly the inputs, to 1 %."""
     choices = ("all", "cheap", "inputs")
-    plans = [planner.make(configs.override(small, {"compute.residuals": r}), cards.CARDS["rtx4070"]) for r in choices]
+    plans = [
+        planner.make(configs.override(small, {"compute.residuals": r}), hardware.CARDS["rtx4070"]) for r in choices
+    ]
     kept = [p.memory.residuals for p in plans]
     assert kept[0] > kept[1] > kept[2]
     assert kept[2] == pytest.approx(small.model.L * small.model.T * small.model.D * 2, rel=0.01)  # bf16
@@ -183,21 +185,23 @@ def test_more_kept_needs_more_memory(small):
 def test_bits_are_told(small):
     """A plan shows and lists what a weight really takes, scales included: NF4 4.25 bits, and 2 of remainder."""
     config = configs.override(small, {"stored.blocks": "nf4", "stored.remainder": 2})
-    plan, out = planner.make(config, cards.CARDS["rtx4070"]), io.StringIO()
+    plan, out = planner.make(config, hardware.CARDS["rtx4070"]), io.StringIO()
     report.show(plan, Console(file=out, width=160), {})
     report.show_table([plan], Console(file=out, width=160), {})
-    assert re.search(r"block matrices +4\.25 +bits a weight, scales included, and 2 of remainders *\n", out.getvalue())
+    assert re.search(
+        r"block matrices +4\.25 +bits per weight, scales included, and 2 of remainders *\n", out.getvalue()
+    )
     assert re.search(r" 4\.25\+2 ", out.getvalue())
     assert plan.as_json()["block_bits"] == 4.25 and plan.as_json()["remainder_bits"] == 2
 
 
 def test_table_shows_every_config_whole(small):
     """132 columns, what `--table` takes when piped, hold every cell of every shipped config uncut."""
-    plan, out = planner.make(small, cards.CARDS["rtx4070"]), io.StringIO()
+    plan, out = planner.make(small, hardware.CARDS["rtx4070"]), io.StringIO()
     plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
     plans = []
     for name in configs.available():
-        config, card = configs.load(name), cards.of_config(name)
+        config, card = configs.load(name), hardware.card_of_config(name)
         bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
         plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
     report.show_table(plans, Console(file=out, width=132), energy.PRICES)
@@ -207,17 +211,16 @@ def test_table_shows_every_config_whole(small):
 
 def test_auto_residuals_become_concrete(small, caplog):
     """`auto` on a card with room keeps what is fastest, and the plan's config says what that is."""
-    card = cards.CARDS["rtx4070"]
+    card = hardware.CARDS["rtx4070"]
     plan = planner.make(configs.override(small, {"compute.residuals": "auto"}), card)
-    assert plan.config.compute.residuals == planner.best_residuals(small, card) in planner.residual_ladder()
+    best = planner.best_residuals(small, card).config.compute.residuals
+    assert plan.config.compute.residuals == best in planner.residual_ladder()
     assert not caplog.records  # XLA and jax stay silent
 
 
 def test_changes_are_found_for_a_card_that_is_too_small(small):
     """A budget just below the peak: what is offered was compiled, fits, and changes the config."""
-    import dataclasses
-
-    card = cards.CARDS["rtx4070"]
+    card = hardware.CARDS["rtx4070"]
     config = configs.resolve(configs.override(small, {"train.microbatch": 4}))
     whole = planner.make(config, card)
     tight = dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - 0.9 * whole.memory.peak / GIB)
@@ -231,7 +234,7 @@ def test_changes_are_found_for_a_card_that_is_too_small(small):
 def test_what_was_compiled_is_cached(small, tmp_path, monkeypatch):
     """The second plan comes from the cache, is equal, and is fast; --no-cache keeps nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    card = cards.CARDS["rtx4070"]
+    card = hardware.CARDS["rtx4070"]
     planner.make(small, card, cache=False)
     assert not list(tmp_path.rglob("*.gz"))
     first = planner.make(small, card)

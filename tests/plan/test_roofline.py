@@ -3,10 +3,11 @@
 
 import pytest
 
-from nanojax.plan import cards, hlo, roofline
+from nanojax import hardware
+from nanojax.plan import hlo, roofline
 from nanojax.plan.compile import read_temporaries
 
-CARD = cards.CARDS["rtx4070"]
+CARD = hardware.CARDS["rtx4070"]
 IDEAL = roofline.Efficiency(**{name: 1.0 for name in vars(roofline.Efficiency()) if name != "launch"}, launch=0.0)
 
 MATMUL = """HloModule jit_f, is_scheduled=true

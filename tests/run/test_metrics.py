@@ -112,9 +112,3 @@ def test_tensorboard(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     off = tiny(train=dict(steps=4, tensorboard=False))
     metrics.Metrics(off, tmp_path.parent, 0, Console(file=io.StringIO())).close()
     assert not (tmp_path.parent / "tensorboard").exists()
-
-
-def test_durations() -> None:
-    """ETA's format, with days only where there are some."""
-    assert metrics._duration(3723) == "01:02:03" and metrics._duration(90061) == "1d 01:01:01"
-    assert [metrics._short(x) for x in (12, 2900, 3_400_000)] == ["12", "2.90k", "3.40M"]

@@ -14,7 +14,7 @@ import pytest
 import top_kernels
 from helpers import tiny_run
 
-from nanojax import cli, step, train
+from nanojax import cli, files, step, train
 from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
@@ -190,16 +190,11 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
     assert checkpoint.available(run) == []
 
 
-def test_sigint_and_the_folder_it_holds(home: Path, tmp_path: Path, compile_cache: Path) -> None:
-    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0.
-
-    Until then the process holds the folder: another run in it is refused.
-    """
+def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> None:
+    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0."""
     run = tmp_path / "run"
     process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__steps=100000)
     tiny_run.wait_for(process, lambda: metrics.read(run, "train"))
-    with pytest.raises(cli.UserError, match="another process is training in it"):
-        train.train(tiny_run.load(home / "tiny.py", run, train__steps=100000))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 0
@@ -267,6 +262,13 @@ def test_changed_config(whole: Path, home: Path, tmp_path: Path) -> None:
         train__log_every=5, eval__every=3, checkpoint__every=7, profile__start=1, train__tensorboard="false"
     )
     train.train(tiny_run.load(home / "tiny.py", whole, **harmless))
+
+
+def test_two_runs_in_one_folder(home: Path, tmp_path: Path) -> None:
+    """The second process is refused."""
+    other = pytest.raises(cli.UserError, match="another process is using it")
+    with files.locked(tmp_path / "run", "--train.run"), other:
+        train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
 
 
 def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all, and folders that one process holds at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from nanojax.cli import UserError
+
+
+@contextlib.contextmanager
+def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a temporary file in the folder of `path`; it becomes `path` when the block ends without an exception.
+
+    The folder is made if it is missing. The content reaches the disk before the name does, so a crash leaves the old
+    file or the new one. After an exception the old file is unchanged and no temporary file is left. What needs a path
+    rather than an open file may write to `file.name`.
+
+        with files.write_atomic(run / "config.json") as file:
+            file.write(text.encode())
+
+    Raises:
+      UserError: the file cannot be made or written (permissions, full disk).
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError) or Path(error.filename or temporary) not in (temporary, *path.parents):
+            raise  # the block's own exception, or an OSError about a file that it reads
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing half-written is left: free space or "
+            "permissions, then run the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, option: str) -> Iterator[None]:
+    """Makes `folder` if needed and holds it until the block ends; the kernel releases it if the process is killed.
+
+    Args:
+      folder: the file `lock` in it carries the lock.
+      option: the command-line option that names the folder, for the messages: "--train.run".
+
+    Raises:
+      UserError: another process holds the folder, or it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another {option}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is using it; stop that one first") from None
+        yield

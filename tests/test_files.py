@@ -1,0 +1,98 @@
+"""Files appear whole or not at all; a folder is held by one process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanojax import files
+from nanojax.cli import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def test_a_file_replaces_the_old_one(tmp_path: Path) -> None:
+    """Missing folders are made; nothing but the file is left; a second write replaces the first."""
+    path = tmp_path / "a" / "b" / "file"
+    for content in (b"old", b"new"):
+        with files.write_atomic(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(5, "bad disk", "another file")])
+def test_an_exception_in_the_block_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    """The exception passes through unchanged; the old content stays and no temporary is left."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)) as raised, files.write_atomic(path) as file:
+        file.write(b"half of the ne")
+        raise error
+    assert raised.value is error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    """SIGKILL after the content is written and before the rename."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    process = python(
+        "import os, signal\nfrom nanojax import files\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"with files.write_atomic({str(path)!r}) as file: file.write(b'new')"
+    )
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_a_refusing_disk_is_one_line(tmp_path: Path) -> None:
+    """No such folder possible, a full disk, a folder in the way: UserError that names the file; no temporary is left."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("file/x", "File exists"), ("file/x/y", "Not a directory"), ("folder", "Is a directory")):
+        match = rf"{name}: cannot be written \({reason}\)"
+        with pytest.raises(UserError, match=match), files.write_atomic(tmp_path / name):
+            pass
+    full = pytest.raises(UserError, match=r"y: cannot be written \(No space left on device\)")
+    with full, files.write_atomic(tmp_path / "y"):
+        raise OSError(28, "No space left on device")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_one_process_holds_a_folder(tmp_path: Path) -> None:
+    """While one process holds it another gets one line at once; kill -9 releases it."""
+    folder = tmp_path / "run"
+    holder = python(
+        "import time\nfrom nanojax import files\n"
+        f"with files.locked({str(folder)!r}, '--train.run'):\n print('held', flush=True)\n time.sleep(600)"
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        held = pytest.raises(UserError, match="run: another process is using it; stop that one first")
+        with held, files.locked(folder, "--train.run"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    for _ in range(2):  # and a block that ends releases it too
+        with files.locked(folder, "--train.run"):
+            pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """The message names the option to change."""
+    (tmp_path / "file").write_text("")
+    refused = pytest.raises(UserError, match=r"cannot write there \(.*; choose another --train.run")
+    with refused, files.locked(tmp_path / "file" / "run", "--train.run"):
+        pass
