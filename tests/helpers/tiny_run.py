@@ -54,6 +54,14 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ (tokenizer of 300 ids) and tiny.py."""
+    folder = tmp_path_factory.mktemp("home")
+    make_config(folder, make_data(folder))
+    return folder
+
+
 def make_data(folder: Path) -> Path:
     """A data folder (vocabulary 300) of 60 documents; returns its path."""
     rng = random.Random(0)

@@ -21,15 +21,8 @@ from nanojax.run import checkpoint, metrics
 
 Step = Callable[[step.State, step.Batch], tuple[step.State, dict[str, jax.Array]]]
 compile_cache = tiny_run.compile_cache
+home = tiny_run.home
 pytestmark = pytest.mark.usefixtures("compile_cache")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/ and tiny.py."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny_run.make_config(folder, tiny_run.make_data(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")
