@@ -151,8 +151,6 @@ def read_temporaries(text: str) -> tuple[Value, ...]:
 
 def step_arguments(config: Config) -> tuple[Any, Any]:
     """The shapes of the state and the batch that one step of `config` takes."""
-    import jax
-    import jax.numpy as jnp
 
     from nanojax import step
 
