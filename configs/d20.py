@@ -1,4 +1,4 @@
-"""nanochat's d20 (560,988,160 parameters), 11.2 B tokens, everything stored in f32: the reference where memory is plenty.
+"""nanochat's d20 (560,988,160 parameters), 11.2 B tokens, everything stored in f32: the reference for GPUs with enough memory.
 
 python -m nanojax.train --config=d20
 """

@@ -1,4 +1,4 @@
-"""d21 (684,130,304 parameters) on one RTX 4070, as d32_4070; width 64*21 rounded up to 1,408, 11 heads of 128.
+"""d32_4070 at depth 21: 684,130,304 parameters. Width 64*21 is rounded up to 1,408, which is 11 heads of 128.
 
 plan (rtx4070): peak 3.9 GiB, 19.8k tok/s modelled, 8.0 days
 

@@ -1,4 +1,4 @@
-"""d28 (1,313,865,728 parameters) on one RTX 4070, stored and computed as d32_4070: the 1.3 B model that people call d21.
+"""d32_4070 at depth 28: 1,313,865,728 parameters.
 
 plan (rtx4070): peak 7.0 GiB, 11.2k tok/s modelled, 27 days
 

@@ -1,4 +1,4 @@
-"""d32_4070 on 20 B tokens instead of 37.6 B.
+"""d32_4070, trained on 20 B tokens instead of 37.6 B.
 
 plan (rtx4070): peak 9.6 GiB, 8.1k tok/s modelled, 28 days
 

@@ -1,6 +1,6 @@
-"""d32_4070 with its block matrices at six levels, twelve to a word: 2.92 bits a weight, scales and padding included.
+"""d32_4070 with block matrices at six levels, twelve to a 32-bit word: 2.92 bits per weight with scales and padding.
 
-What rounding leaves of a weight takes 4 more, in the optimizer's state.
+The optimizer's state holds 4 more bits per weight, the remainder, which carries the rounding error to the next update.
 
 plan (rtx4070): peak 9.4 GiB, 7.9k tok/s modelled, 55 days
 

@@ -4,7 +4,7 @@ plan (rtx4070): peak 10.0 GiB, 3.6k tok/s modelled, 121 days
 
 python -m nanojax.train --config=d32_4070_bf16
 
-Gradients are summed into the momentum, which leaves room for four rows a microbatch: no Nesterov, no clipping.
+Gradients are summed into the momentum, which leaves room for four rows per microbatch but excludes Nesterov and clipping.
 """
 
 from nanojax.config import Config, load_unresolved, override

@@ -1,4 +1,4 @@
-"""d32_4070 with its block matrices in int3, 3.25 bits a weight, 2 of what rounding leaves, and 8-bit AdamW instead of Muon.
+"""d32_4070 with block matrices in int3 (3.25 bits per weight), remainders of 2 bits, and 8-bit AdamW instead of Muon.
 
 plan (rtx4070): peak 10.5 GiB, 8.1k tok/s modelled, 54 days
 
@@ -10,6 +10,6 @@ from nanojax.config import Config, load_unresolved, override
 
 def get_config() -> Config:
     changes = {"stored.blocks": "int3", "optim.matrix": "adamw", "optim.matrix_lr": 0.0015}
-    # AdamW's second moment takes 1.5 GiB more than Muon: remainders of 2 bits, int8 embedding
+    # AdamW's second moment takes 1.5 GiB more than Muon: only 2-bit remainders and an int8 embedding leave room for it.
     changes |= {"stored.remainder": 2, "stored.embed": "int8"}
     return override(load_unresolved("d32_4070"), changes)

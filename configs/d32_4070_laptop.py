@@ -4,8 +4,8 @@ plan (rtx4070_laptop): peak 6.5 GiB, 4.2k tok/s modelled, 103 days
 
 python -m nanojax.train --config=d32_4070_laptop
 
-What it gives up for 3 GiB: gradients are summed into the momentum (bf16), so no Nesterov look-ahead and no clipping;
-embedding and head are int8 too; qkv and the hidden layer are recomputed. A laptop that sustains less than 115 W is slower.
+Three choices save 3 GiB. Gradients are summed into the momentum (bf16), which excludes Nesterov and clipping. Embedding
+and head are int8 too. The backward pass recomputes qkv and the hidden layer. A laptop that sustains less than 115 W is slower.
 """
 
 from nanojax.config import Config, load_unresolved, override

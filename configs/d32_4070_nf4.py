@@ -1,4 +1,4 @@
-"""d32_4070 with its block matrices in NF4, 4.25 bits a weight, and 2 bits of what rounding leaves; int8 products as there.
+"""d32_4070 with block matrices in NF4 (4.25 bits per weight) and remainders of 2 bits; matmuls stay int8.
 
 plan (rtx4070): peak 9.3 GiB, 7.8k tok/s modelled, 56 days
 

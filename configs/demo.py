@@ -1,4 +1,4 @@
-"""A few minutes on two CPU cores: the State of the Union addresses in, bits per byte and presidential prose out.
+"""A model that trains in a few minutes on two CPU cores, on the State of the Union addresses.
 
 python -m nanojax.train --config=demo
 """

@@ -1,12 +1,12 @@
-"""The largest nanochat found to train from scratch in 12 GB and still to learn: d40, 3,481,272,320 parameters.
+"""The largest nanochat we found that learns from scratch in 12 GB: d40, 3,481,272,320 parameters.
 
 plan (rtx4070): peak 9.9 GiB, 3.8k tok/s modelled, 214 days
 
 python -m nanojax.train --config=largest_4070
 
-A weight takes 2.9 bits (b2.67), 2 of what rounding leaves, and 16 of momentum, into which gradients are summed: no gradient
-buffer, no Nesterov, no clipping. Embedding and head are int8, forward keeps only the blocks' inputs. d42 fits only without
-the 2 bits, d40 not with 4.
+A weight takes 2.9 bits (b2.67), its remainder 2, and its momentum 16. Gradients are summed into the momentum: there is no
+gradient buffer, no Nesterov and no clipping. Embedding and head are int8; the forward pass keeps only the blocks' inputs.
+d42 fits only without remainders; d40 does not fit with remainders of 4 bits.
 """
 
 from nanojax.config import Config, load_unresolved, override

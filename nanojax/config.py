@@ -1,4 +1,4 @@
-"""Frozen dataclasses that say what a run is: loaded by name, overridden by dots, checked before anything compiles.
+"""What a run is, as frozen dataclasses: every key with its type, default, meaning and bounds in one place.
 
 A config file is plain Python with one function, `get_config() -> Config`; its docstring carries the command and the
 plan. `load("d12_4070", ["--model.depth=8"])` finds `configs/d12_4070.py` from any directory, applies the overrides,
@@ -11,33 +11,38 @@ import importlib.util
 import json
 import math
 import os
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from nanojax import fields, files
 from nanojax.cli import UserError
+from nanojax.fields import key as _key
 
 Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
 EdgeFormat = Literal["f32", "bf16", "int8"]
 Operands = Literal["float", "int8"]
 
+# Keys that were renamed. A run's old config.json is read under the new name; a command line is told the new name.
+RENAMED = {"accumulate.dtype": "accumulate.blocks", "accumulate.edges": "accumulate.embed_head"}
 
-def _key(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+
+def _harmless(section: Any) -> Any:
+    """A section whose keys are all harmless: they do not touch what training computes."""
+    return dataclasses.field(default=section, metadata={"harmless": True})
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """nanochat's GPT, where depth is the one dial."""
 
-    depth: int = _key(12, "layers L")
-    width: int = _key(0, "model width D; 0 = 64*depth, rounded up to a multiple of head_dim")
-    head_dim: int = _key(128, "width of one attention head H; cuDNN flash on Ada allows at most 128")
-    vocab: int = _key(65536, "vocabulary V, at least the tokenizer's")
-    seq: int = _key(2048, "tokens per row T")
-    softcap: float = _key(15.0, "logits are softcap*tanh(x/softcap)")
-    rope_base: float = _key(10000.0, "base of the rotary frequencies")
+    depth: int = _key(12, "layers L", above=0)
+    width: int = _key(0, "model width D; 0 = 64*depth, rounded up to a multiple of head_dim", at_least=0)
+    head_dim: int = _key(128, "width of one attention head H; cuDNN flash on Ada allows at most 128", above=0)
+    vocab: int = _key(65536, "vocabulary V, at least the tokenizer's; token shards are uint16", above=0, at_most=65536)
+    seq: int = _key(2048, "tokens per row T", above=0)
+    softcap: float = _key(15.0, "logits are softcap*tanh(x/softcap)", above=0)
+    rope_base: float = _key(10000.0, "base of the rotary frequencies", above=0)
 
     @property
     def L(self) -> int:
@@ -74,28 +79,29 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """12*D^2 a layer, embedding and untied head: d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
+        """12*D^2 per layer, embedding and untied head: d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
         return self.L * sum(a * b for a, b in self.shapes.values()) + 2 * self.V * self.D
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs a token in nanochat's count: 6(N - N_embedding) + 12*L*N*H*T (causality not deducted)."""
+        """Training FLOPs per token as nanochat counts: 6(N - N_embedding) + 12*L*N*H*T (causality not deducted)."""
         return 6 * (self.parameters - self.V * self.D) + 12 * self.L * self.D * self.T
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How state lives in memory between uses."""
+    """The formats in which the training state is kept between uses."""
 
     blocks: Format = _key(
-        "f32", "block matrices; bf16, int8 (one f32 scale a row) are rounded stochastically, less than 8 bits dithered"
+        "f32",
+        "block matrices; bf16 and int8 (one f32 scale per row) round stochastically, formats below 8 bits with dither",
     )
     embed: EdgeFormat = _key("f32", "token embedding")
     head: EdgeFormat = _key("f32", "output head")
-    momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below that bf16 per 64")
-    adam: EdgeFormat = _key("f32", "AdamW moments; int8 is blockwise, second moment by its square root")
-    remainder: int = _key(
-        4, "with blocks below 8 bits: bits a weight in which what rounding left waits for the next update; 0, 2 or 4"
+    momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below 8 bits one bf16 per 64")
+    adam: EdgeFormat = _key("f32", "AdamW moments; int8 has one f32 scale per 256 values, of the second one's root")
+    remainder: Literal[0, 2, 4] = _key(
+        4, "with blocks below 8 bits: bits per weight that carry the rounding error to the next update"
     )
 
 
@@ -104,31 +110,33 @@ class Accumulate:
     """Where the gradients of a step's microbatches are summed."""
 
     blocks: Literal["f32", "bf16", "momentum"] = _key(
-        "f32", "block matrices: a buffer in f32, in bf16 (stochastically rounded), or none: summed into Muon's momentum"
+        "f32", "block matrices: a buffer in f32 or bf16 (rounded stochastically), or Muon's momentum itself"
     )
-    embed_head: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (stochastically rounded)")
+    embed_head: Literal["f32", "bf16"] = _key("f32", "embedding and head: f32, or bf16 (rounded stochastically)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What the matmuls multiply, and what forward keeps for backward."""
+    """What the matmuls multiply, and what the forward pass keeps for the backward pass."""
 
     dtype: Literal["f32", "bf16"] = _key("f32", "activations, attention and float matmuls (f32 accumulation)")
-    forward: Operands = _key("float", "trunk matmuls forward: float, or int8 x int8 -> int32")
-    dx: Operands = _key("float", "gradient to the inputs of the trunk's linear layers")
-    dw: Operands = _key("float", "gradient to the trunk's weights")
-    head: Operands = _key("float", "head forward only; its backward stays float: int8 there costs 0.6 nats")
+    forward: Operands = _key("float", "the blocks' matmuls in the forward pass: float, or int8 x int8 -> int32")
+    dx: Operands = _key("float", "gradients of the blocks' matmuls with respect to their inputs")
+    dw: Operands = _key("float", "gradients of the blocks' matmuls with respect to their weights")
+    head: Operands = _key("float", "the head's forward pass; its backward stays float: int8 there costs 0.6 nats")
     residuals: str = _key(
         "cheap",
-        "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (nothing recomputed), "
-        "names joined by + (see model.RESIDUALS), or auto (train, plan: the fastest of these that fits the GPU)",
+        "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "
+        "names joined by + (see model.RESIDUALS), or auto (the fastest of these that fits the GPU)",
     )
-    attention: Literal["auto", "cudnn", "chunked"] = _key("auto", "auto = cuDNN flash on an NVIDIA GPU, else chunked")
+    attention: Literal["auto", "cudnn", "chunked"] = _key(
+        "auto", "auto = cuDNN flash on NVIDIA GPUs, chunked elsewhere"
+    )
     rows: Literal["auto", "pallas", "xla"] = _key(
         "auto",
-        "norms and quantised rows: pallas = one pass (kernels for NVIDIA GPUs), xla = two; auto = by the backend",
+        "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas on NVIDIA GPUs",
     )
-    loss_chunk: int = _key(1024, "tokens whose logits exist at one time")
+    loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,56 +144,56 @@ class Optim:
     """Muon for block matrices, AdamW for embedding and head, nanochat's rates."""
 
     matrix: Literal["muon", "adamw"] = _key("muon", "optimizer of the block matrices")
-    matrix_lr: float = _key(0.02, "Muon, times sqrt(max(1, rows/columns)); or AdamW, times (width/768)^-0.5")
-    embed_lr: float = _key(0.2, "AdamW, times (width/768)^-0.5")
-    head_lr: float = _key(0.004, "AdamW, times (width/768)^-0.5")
-    momentum: float = _key(0.95, "Muon")
-    momentum_start: float = _key(0.85, "Muon's momentum at step 0")
-    momentum_warmup: int = _key(300, "steps from momentum_start to momentum")
+    matrix_lr: float = _key(0.02, "Muon: times sqrt(max(1, rows/columns)); AdamW: times (width/768)^-0.5", at_least=0)
+    embed_lr: float = _key(0.2, "AdamW, times (width/768)^-0.5", at_least=0)
+    head_lr: float = _key(0.004, "AdamW, times (width/768)^-0.5", at_least=0)
+    momentum: float = _key(0.95, "Muon", at_least=0, below=1)
+    momentum_start: float = _key(0.85, "Muon's momentum at step 0", at_least=0, below=1)
+    momentum_warmup: int = _key(300, "steps from momentum_start to momentum", at_least=0)
     nesterov: bool = _key(True, "Nesterov momentum; false = heavy ball, which accumulate.blocks=momentum needs")
-    ns_steps: int = _key(5, "Newton-Schulz iterations")
-    beta1: float = _key(0.8, "AdamW")
-    beta2: float = _key(0.95, "AdamW")
-    eps: float = _key(1e-10, "AdamW")
-    weight_decay: float = _key(0.0, "AdamW, decoupled")
-    clip: float = _key(1.0, "largest global norm of the gradient; 0 = no clipping")
-    warmup: float = _key(0.0, "fraction of steps of linear warm-up")
-    warmdown: float = _key(0.2, "fraction of steps of linear decay at the end")
-    final_lr: float = _key(0.0, "learning rate at the end, as a fraction")
+    ns_steps: int = _key(5, "Newton-Schulz iterations", above=0)
+    beta1: float = _key(0.8, "AdamW", at_least=0, below=1)
+    beta2: float = _key(0.95, "AdamW", at_least=0, below=1)
+    eps: float = _key(1e-10, "AdamW", above=0)
+    weight_decay: float = _key(0.0, "AdamW, decoupled", at_least=0)
+    clip: float = _key(1.0, "largest global norm of the gradient; 0 = no clipping", at_least=0)
+    warmup: float = _key(0.0, "fraction of steps of linear warm-up", at_least=0, at_most=1)
+    warmdown: float = _key(0.2, "fraction of steps of linear decay at the end", at_least=0, at_most=1)
+    final_lr: float = _key(0.0, "learning rate at the end, as a fraction of the full rate", at_least=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Token shards and their tokenizer."""
+    """Token shards and their tokenizer. The folder may move: a resumed run compares the shards themselves."""
 
-    path: str = _key("data/fineweb", "folder that `python -m nanojax.data` wrote")
+    path: str = _key("data/fineweb", "folder that `python -m nanojax.data` wrote", harmless=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """How long, how large a batch, and where."""
 
-    run: str = _key("", "run folder; empty = runs/<config name>")
-    steps: int = _key(0, "updates; 0 = from tokens")
-    tokens: int = _key(0, "tokens to train on; 0 = tokens_per_param times the parameters")
-    tokens_per_param: float = _key(20.0, "used when steps and tokens are 0")
-    tokens_per_step: int = _key(524288, "tokens of one update")
-    microbatch: int = _key(1, "rows of one forward-backward")
-    seed: int = _key(0, "parameters, stochastic rounding and data order follow from it")
-    log_every: int = _key(1, "steps between two lines of metrics")
-    tensorboard: bool = _key(True, "also write TensorBoard events")
+    run: str = _key("", "run folder; empty = runs/<config name>", harmless=True)
+    steps: int = _key(0, "updates; 0 = from tokens", at_least=0)
+    tokens: int = _key(0, "tokens to train on; 0 = tokens_per_param times the parameters", at_least=0)
+    tokens_per_param: float = _key(20.0, "used when steps and tokens are 0", above=0)
+    tokens_per_step: int = _key(524288, "tokens of one update", above=0)
+    microbatch: int = _key(1, "rows of one forward and backward pass", above=0)
+    seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
+    log_every: int = _key(1, "steps between two lines of metrics", above=0, harmless=True)
+    tensorboard: bool = _key(True, "also write TensorBoard events", harmless=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Validation during training."""
 
-    every: int = _key(250, "steps between evaluations; 0 = only at the end")
-    tokens: int = _key(1 << 20, "validation tokens used; 0 = all")
-    prompt: str = _key("The", "sample text printed at each evaluation starts so; empty = none")
-    sample_tokens: int = _key(64, "length of that sample")
-    core_every: int = _key(0, "steps between CORE evaluations, one more at the end; 0 = none")
-    core_per_task: int = _key(100, "examples of each of its 22 tasks; 0 = all")
+    every: int = _key(250, "steps between evaluations; 0 = only at the end", at_least=0)
+    tokens: int = _key(1 << 20, "validation tokens used; 0 = all", at_least=0)
+    prompt: str = _key("The", "start of the sample text printed at each evaluation; empty = no sample")
+    sample_tokens: int = _key(64, "tokens of that sample", at_least=0)
+    core_every: int = _key(0, "steps between CORE evaluations, and one at the end; 0 = none", at_least=0)
+    core_per_task: int = _key(100, "examples of each of its 22 tasks; 0 = all", at_least=0)
     core_bundle: str = _key("eval_bundle", "folder of nanochat's unpacked eval_bundle.zip")
 
 
@@ -193,9 +201,9 @@ class Eval:
 class Checkpoint:
     """Orbax checkpoints in the run folder."""
 
-    every: int = _key(1000, "steps between saves; 0 = only at the end")
-    keep_last: int = _key(2, "newest checkpoints kept")
-    keep_every: int = _key(0, "checkpoints of every so many steps are kept for good; 0 = none")
+    every: int = _key(1000, "steps between saves; 0 = only at the end", at_least=0)
+    keep_last: int = _key(2, "newest checkpoints kept", above=0)
+    keep_every: int = _key(0, "steps between checkpoints that are never deleted; 0 = none", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +211,7 @@ class Profile:
     """A jax profiler trace of a few steps."""
 
     start: int = _key(-1, "first traced step; -1 = no trace")
-    steps: int = _key(3, "traced steps")
+    steps: int = _key(3, "traced steps", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,80 +226,64 @@ class Config:
     optim: Optim = Optim()
     data: Data = Data()
     train: Train = Train()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    profile: Profile = Profile()
+    eval: Eval = _harmless(Eval())
+    checkpoint: Checkpoint = _harmless(Checkpoint())
+    profile: Profile = _harmless(Profile())
+
+    def in_floats(self, dtype: Literal["f32", "bf16"]) -> "Config":
+        """The same model with its parameters stored in `dtype` and every matmul computed in it."""
+        stored = dataclasses.replace(self.stored, blocks=dtype, embed=dtype, head=dtype)
+        compute = dataclasses.replace(self.compute, dtype=dtype, forward="float", dx="float", dw="float", head="float")
+        return dataclasses.replace(self, stored=stored, compute=compute)
 
     @property
     def microbatches(self) -> int:
-        """Microbatches A of one step."""
+        """A, the microbatches whose gradients one step sums."""
         return self.train.tokens_per_step // (self.train.microbatch * self.model.T)
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """[A, B, T+1]: what one step eats, targets included."""
+        """[A, B, T+1], the shape of one step's tokens: A microbatches of B rows, each T inputs and one last target."""
         return self.microbatches, self.train.microbatch, self.model.T + 1
 
 
-def keys(config: Config) -> dict[str, tuple[Any, Any, str]]:
-    """Every settable key: `section.key -> (type, value, meaning)`."""
-    out = {}
+class Key(NamedTuple):
+    """A settable key as it stands in a config."""
+
+    type: Any
+    value: Any
+    doc: str
+
+
+def _fields(config: Config) -> Iterator[tuple[str, dataclasses.Field, dataclasses.Field, Any]]:
+    """(section.key, field of the section, field of the key, value) of every settable key."""
     for section in dataclasses.fields(config):
-        value = getattr(config, section.name)
-        if dataclasses.is_dataclass(value):
-            for f in dataclasses.fields(value):
-                out[f"{section.name}.{f.name}"] = (f.type, getattr(value, f.name), f.metadata["doc"])
-    return out
+        part = getattr(config, section.name)
+        if dataclasses.is_dataclass(part):
+            for field in dataclasses.fields(part):
+                yield f"{section.name}.{field.name}", section, field, getattr(part, field.name)
 
 
-def _type_name(kind: Any) -> str:
-    return "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kind.__name__
+def keys(config: Config) -> dict[str, Key]:
+    """Every settable key by its name `section.key`."""
+    return {name: Key(field.type, value, field.metadata["doc"]) for name, _, field, value in _fields(config)}
+
+
+def harmful_changes(earlier: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """key -> (earlier value, value now) of every changed key that would make a resumed run compute something else."""
+    before = keys(earlier)
+    return {
+        name: (before[name].value, value)
+        for name, section, field, value in _fields(now)
+        if value != before[name].value and not (field.metadata["harmless"] or section.metadata.get("harmless"))
+    }
 
 
 def describe(config: Config) -> str:
     """The table of --help: key, type, value, meaning."""
     return "\n".join(
-        f"  {f'--{key}={value}':<36} {_type_name(kind)}: {doc}" for key, (kind, value, doc) in keys(config).items()
+        f"  {f'--{name}={key.value}':<36} {fields.type_name(key.type)}: {key.doc}" for name, key in keys(config).items()
     )
-
-
-def _convert(key: str, kind: Any, value: Any) -> Any:
-    """`value` (text of the command line, or JSON) as `kind`, or a UserError that names the key."""
-    wrong = UserError(f"--{key}={value}: expected {_type_name(kind)}, for example --{key}={{}}")
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise UserError(f"--{key}={value}: choose one of {', '.join(choices)}")
-        return value
-    if kind is bool:
-        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in table:
-            raise UserError(str(wrong).format("true"))
-        return table[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, str) or "\0" in value:
-            raise UserError(str(wrong).format("text"))
-        return value
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError
-        if kind is float:
-            return number
-        exact = (
-            int(value)
-            if isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit()
-            else int(number)
-        )
-        if (exact != number and abs(exact - number) > abs(exact) * 1e-15) or abs(exact) >= 2**63:
-            raise ValueError
-        return exact
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(str(wrong).format("0.5" if kind is float else "8")) from None
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
@@ -299,114 +291,87 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     known = keys(config)
     for key, value in changes.items():
         if key not in known:
-            tails = {k.split(".")[1]: k for k in known}
-            near = difflib.get_close_matches(key, known, 3, 0.5) or [
-                tails[t] for t in difflib.get_close_matches(key, tails, 3, 0.6)
-            ]
-            raise UserError(
-                f"--{key}: no such key; " + (f"did you mean {', '.join(near)}?" if near else "--help lists them all")
-            )
+            raise _unknown(key, known)
         section, name = key.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: _convert(key, known[key][0], value)})
+        part = dataclasses.replace(getattr(config, section), **{name: fields.convert(key, known[key].type, value)})
         config = dataclasses.replace(config, **{section: part})
     return config
 
 
+def _unknown(key: str, known: dict[str, Key]) -> UserError:
+    if key in RENAMED:
+        return UserError(f"--{key}: no such key; it is called {RENAMED[key]} now")
+    tails = {name.split(".")[1]: name for name in known}
+    near = difflib.get_close_matches(key, known, 3, 0.5)
+    near = near or [tails[tail] for tail in difflib.get_close_matches(key, tails, 3, 0.6)]
+    return UserError(
+        f"--{key}: no such key; " + (f"did you mean {', '.join(near)}?" if near else "--help lists them all")
+    )
+
+
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
-    m, t = config.model, config.train
-    _check_model(config)
-    rows = t.microbatch * m.T
-    if t.tokens_per_step <= 0 or t.tokens_per_step % rows:
-        raise UserError(
-            f"--train.tokens_per_step={t.tokens_per_step}: not a multiple of train.microbatch*model.seq = {rows}; "
-            f"try {max(1, round(t.tokens_per_step / rows)) * rows}"
-        )
-    steps = t.steps or math.ceil((t.tokens or t.tokens_per_param * m.parameters) / t.tokens_per_step)
+    for name, _, field, value in _fields(config):
+        fields.check(name, field, value)
+    _check_together(config)
+    model, train = config.model, config.train
+    steps = train.steps or math.ceil(
+        (train.tokens or train.tokens_per_param * model.parameters) / train.tokens_per_step
+    )
     if steps >= 2**31:
         raise UserError(
             f"--train.steps={steps}: more than 2^31 steps; lower train.tokens or raise train.tokens_per_step"
         )
-    train = dataclasses.replace(
-        t, steps=steps, tokens=steps * t.tokens_per_step, run=t.run or f"runs/{config.name or 'run'}"
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(m, width=m.D), train=train)
+    run = train.run or f"runs/{config.name or 'run'}"
+    train = dataclasses.replace(train, steps=steps, tokens=steps * train.tokens_per_step, run=run)
+    return dataclasses.replace(config, model=dataclasses.replace(model, width=model.D), train=train)
 
 
-def _check_model(config: Config) -> None:
-    m, t, o, c = config.model, config.train, config.optim, config.compute
-    positive = {"model.depth": m.depth, "model.head_dim": m.head_dim, "model.vocab": m.vocab, "model.seq": m.seq}
-    positive |= {"model.softcap": m.softcap, "model.rope_base": m.rope_base, "train.microbatch": t.microbatch}
-    positive |= {
-        "train.log_every": t.log_every,
-        "optim.eps": o.eps,
-        "optim.ns_steps": o.ns_steps,
-        "compute.loss_chunk": c.loss_chunk,
-    }
-    positive |= {"profile.steps": config.profile.steps, "checkpoint.keep_last": config.checkpoint.keep_last}
-    for key, value in positive.items():
-        if value <= 0:
-            raise UserError(f"--{key}={value}: must be greater than 0")
-    natural = {"model.width": m.width, "train.steps": t.steps, "train.tokens": t.tokens, "train.seed": t.seed}
-    natural |= {
-        "eval.every": config.eval.every,
-        "eval.tokens": config.eval.tokens,
-        "eval.sample_tokens": config.eval.sample_tokens,
-        "eval.core_every": config.eval.core_every,
-        "eval.core_per_task": config.eval.core_per_task,
-    }
-    natural |= {"checkpoint.every": config.checkpoint.every, "checkpoint.keep_every": config.checkpoint.keep_every}
-    natural |= {
-        f"optim.{k}": getattr(o, k)
-        for k in ("matrix_lr", "embed_lr", "head_lr", "momentum_warmup", "weight_decay", "clip")
-    }
-    for key, value in natural.items():
-        if value < 0:
-            raise UserError(f"--{key}={value}: must not be negative")
-    for key in ("momentum", "momentum_start", "beta1", "beta2", "warmup", "warmdown", "final_lr"):
-        value = getattr(o, key)
-        if not 0 <= value <= 1 or (value == 1 and key in ("momentum", "momentum_start", "beta1", "beta2")):
-            raise UserError(f"--optim.{key}={value}: must lie between 0 and 1")
-    if o.warmup + o.warmdown > 1:
-        raise UserError(f"--optim.warmup={o.warmup}: warmup and warmdown ({o.warmdown}) together exceed the whole run")
-    if m.head_dim % 2:
-        raise UserError(f"--model.head_dim={m.head_dim}: rotary embedding needs an even head_dim")
-    if m.D % m.head_dim:
-        raise UserError(f"--model.width={m.D}: not a multiple of model.head_dim={m.head_dim}")
-    if m.vocab > 65536:
-        raise UserError(f"--model.vocab={m.vocab}: token shards are uint16, at most 65536")
-    if m.parameters > 10**12:
+def _check_together(config: Config) -> None:
+    """UserError for the first key whose value does not go with another key's."""
+    model, train, optim, compute = config.model, config.train, config.optim, config.compute
+    rows = train.microbatch * model.T
+    if train.tokens_per_step % rows:
         raise UserError(
-            f"--model.depth={m.depth}: {m.parameters:,} parameters; choose depth, width and vocab below 10^12"
+            f"--train.tokens_per_step={train.tokens_per_step}: not a multiple of train.microbatch*model.seq = {rows}; "
+            f"try {max(1, round(train.tokens_per_step / rows)) * rows}"
         )
-    if t.seed >= 2**32:
-        raise UserError(f"--train.seed={t.seed}: must be below 2^32")
-    if not t.steps and not t.tokens and t.tokens_per_param <= 0:
-        raise UserError("--train.tokens_per_param: must be greater than 0 when train.steps and train.tokens are 0")
-    if (t.microbatch * m.seq) % c.loss_chunk and c.loss_chunk < t.microbatch * m.seq:
+    if optim.warmup + optim.warmdown > 1:
         raise UserError(
-            f"--compute.loss_chunk={c.loss_chunk}: must divide the microbatch's {t.microbatch * m.seq} tokens "
-            "(train.microbatch*model.seq)"
+            f"--optim.warmup={optim.warmup}: warmup and warmdown ({optim.warmdown}) together exceed the whole run"
         )
-    if config.stored.remainder not in (0, 2, 4):
-        raise UserError(f"--stored.remainder={config.stored.remainder}: choose 0, 2 or 4 bits")
+    if model.head_dim % 2:
+        raise UserError(f"--model.head_dim={model.head_dim}: rotary embedding needs an even head_dim")
+    if model.D % model.head_dim:
+        raise UserError(f"--model.width={model.D}: not a multiple of model.head_dim={model.head_dim}")
+    if model.parameters > 10**12:
+        raise UserError(
+            f"--model.depth={model.depth}: {model.parameters:,} parameters; choose depth, width and vocab below 10^12"
+        )
+    if rows % compute.loss_chunk and compute.loss_chunk < rows:
+        raise UserError(
+            f"--compute.loss_chunk={compute.loss_chunk}: must divide the microbatch's {rows} tokens (train.microbatch*model.seq)"
+        )
     packed = ("int4", "nf4", "int3", "b2.67")
-    if m.D % 64 and {config.stored.blocks, config.stored.momentum} & set(packed):
-        raise UserError(f"--model.width={m.D}: formats below 8 bits have 64 values to a scale; choose a multiple of 64")
+    if model.D % 64 and (config.stored.blocks in packed or config.stored.momentum in packed):
+        raise UserError(
+            f"--model.width={model.D}: formats below 8 bits have one scale per 64 values; choose a multiple of 64"
+        )
     if config.accumulate.blocks == "momentum":
-        if o.matrix == "adamw":
-            raise UserError("--accumulate.blocks=momentum: AdamW needs the gradient alone; choose f32 or bf16")
-        if o.nesterov:
-            raise UserError(
-                "--accumulate.blocks=momentum: only exact for heavy-ball momentum; set --optim.nesterov=false"
-            )
-        if o.clip:
-            raise UserError("--accumulate.blocks=momentum: the gradient's norm is never seen alone; set --optim.clip=0")
-        if config.stored.momentum not in ("f32", "bf16"):
-            raise UserError(
-                f"--accumulate.blocks=momentum: gradients cannot be summed in {config.stored.momentum}; "
-                "set --stored.momentum to f32 or bf16"
-            )
+        _check_accumulating_into_momentum(config)
+
+
+def _check_accumulating_into_momentum(config: Config) -> None:
+    optim, stored = config.optim, config.stored.momentum
+    key = "--accumulate.blocks=momentum"
+    if optim.matrix == "adamw":
+        raise UserError(f"{key}: AdamW needs the gradient by itself; choose f32 or bf16")
+    if optim.nesterov:
+        raise UserError(f"{key}: only exact for heavy-ball momentum; set --optim.nesterov=false")
+    if optim.clip:
+        raise UserError(f"{key}: the gradient never exists by itself, so its norm is unknown; set --optim.clip=0")
+    if stored not in ("f32", "bf16"):
+        raise UserError(f"{key}: gradients cannot be summed in {stored}; set --stored.momentum to f32 or bf16")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -416,15 +381,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(stored: dict[str, Any], where: str = "config") -> Config:
     """A resolved config from its JSON. UserError naming `where` if a key is unknown or a type wrong."""
-    flat = {f"{s}.{k}": v for s, part in stored.items() if isinstance(part, dict) for k, v in part.items()}
+    sections = {section: part for section, part in stored.items() if isinstance(part, dict)}
+    flat = {f"{section}.{key}": value for section, part in sections.items() for key, value in part.items()}
+    renamed = {RENAMED.get(key, key): value for key, value in flat.items()}
     try:
-        return resolve(override(Config(name=str(stored.get("name", ""))), flat))
+        return resolve(override(Config(name=str(stored.get("name", ""))), renamed))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    """Writes the config as JSON, whole or not at all."""
+    with files.write_atomic(path) as file:
+        file.write((json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
 def find(name: str) -> Path:
@@ -433,9 +402,7 @@ def find(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"--config={name}: no such file")
         return Path(name)
-    package = Path(__file__).parent
-    folders = [Path("configs"), package.parent / "configs", package / "configs"]
-    for folder in folders:
+    for folder in _folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
     names = available()
@@ -447,14 +414,17 @@ def find(name: str) -> Path:
 
 
 def available() -> list[str]:
-    """Names of all configs that `find` can see, sorted."""
+    """Names of all configs that `find` finds, sorted."""
+    return sorted({p.stem for folder in _folders() for p in folder.glob("*.py") if not p.stem.startswith("_")})
+
+
+def _folders() -> list[Path]:
     package = Path(__file__).parent
-    folders = (Path("configs"), package.parent / "configs", package / "configs")
-    return sorted({p.stem for folder in folders for p in folder.glob("*.py") if not p.stem.startswith("_")})
+    return [Path("configs"), package.parent / "configs", package / "configs"]
 
 
 def load_unresolved(name: str) -> Config:
-    """The config as its file gives it, nothing filled in."""
+    """The config as its file gives it, before `resolve`. UserError when the file is missing or does not work."""
     path = find(name)
     spec = importlib.util.spec_from_file_location(f"nanojax_config_{path.stem}", path)
     assert spec and spec.loader

@@ -38,10 +38,15 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or Path(error.filename or temporary) not in (temporary, *path.parents):
             raise  # the block's own exception, or an OSError about a file that it reads
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing half-written is left: free space or "
-            "permissions, then run the same command again"
-        ) from None
+        raise write_error(path, error) from None
+
+
+def write_error(path: str | os.PathLike, error: OSError) -> UserError:
+    """The one-line error of a file that could not be written and of which nothing is left."""
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); nothing half-written is left: free space or "
+        "permissions, then run the same command again"
+    )
 
 
 @contextlib.contextmanager

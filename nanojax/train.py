@@ -1,7 +1,6 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
 import contextlib
-import itertools
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ from nanojax import step as steps
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.data import loader
-from nanojax.evaluate import bpb, core, likelihood
+from nanojax.evaluate import bpb, core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
 from nanojax.run import checkpoint, metrics
@@ -38,8 +37,6 @@ examples:
   python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
   python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
 """
-# A run may be resumed with these changed: they do not touch what is computed. The loader compares the data itself.
-HARMLESS = ("eval.", "checkpoint.", "profile.", "train.log_every", "train.tensorboard", "train.run", "data.path")
 
 
 class Diverged(Exception):
@@ -128,8 +125,10 @@ def train(config: Config) -> None:
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
                 log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
-                scores = _evaluate(config, state.params, tokenizer)
-                log.evaluation(done, scores, _sample(config, state.params, tokenizer))
+                scores = bpb.of_shards(
+                    config, state.params, tokenizer, config.data.path, t.microbatch, config.eval.tokens
+                )
+                log.evaluation(done, scores.scores(), _sample(config, state.params, tokenizer))
             if run_core:
                 _core(config, state.params, tokenizer, tasks, done, log, stop)
             if save:
@@ -166,16 +165,6 @@ def _left(run: Path) -> str:
     return f"{last}; lower the learning rates (optim.*) in another --train.run"
 
 
-def _evaluate(config: Config, params: Any, tokenizer: Tokenizer) -> dict[str, float]:
-    """bpb and what belongs to it over the first eval.tokens validation tokens."""
-    rows = bpb.shard_rows(loader.valid_batches(config.data.path, 1, config.model.T))
-    first = itertools.islice(rows, math.ceil(config.eval.tokens / config.model.T) or None)
-    totals = {}
-    for totals in bpb.measure(config, params, first, tokenizer.bytes_per_token(), config.train.microbatch):  # noqa: B007
-        pass
-    return bpb.summary(totals, ["validation"])["sources"]["validation"]
-
-
 def _core_tasks(config: Config) -> list[core.Task]:
     """CORE's tasks, every file of them read and found usable; none when eval.core_every is 0."""
     if not config.eval.core_every:
@@ -196,15 +185,15 @@ def _core(
     stop: threading.Event,
 ) -> None:
     """Logs CORE, in batches of a microbatch's size, which are known to fit. A signal ends it without a result."""
-    scorer = likelihood.scorer(config, params, config.train.microbatch * config.model.T)
-    results = {}
-    for event in core.run(tasks, tokenizer, scorer, config.eval.core_per_task):
-        if "accuracy" in event:
-            results[event["task"]] = event
+    batch_tokens = config.train.microbatch * config.model.T
+    finished = []
+    for score in core.evaluate(config, params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
+        if score.finished:
+            finished.append(score)
         if stop.is_set():
             return log.say(f"step {step} · CORE left out: told to stop")
-    examples = sum(event["total"] for event in results.values())
-    log.core(step, core.core_of(results), {label: event["centred"] for label, event in results.items()}, examples)
+    by_task = {score.task.label: score.centred for score in finished}
+    log.core(step, core.core_of(finished), by_task, sum(score.total for score in finished))
 
 
 def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
@@ -230,10 +219,9 @@ def _compare_with_earlier(run: Path, config: Config) -> None:
     """UserError naming the keys in which this command differs from the run that the folder's checkpoints belong to."""
     if not checkpoint.available(run):
         return
-    earlier, now = configs.keys(checkpoint.read_config(run)), configs.keys(config)
-    changed = [k for k in now if now[k][1] != earlier[k][1] and not k.startswith(HARMLESS)]
+    changed = configs.harmful_changes(checkpoint.read_config(run), config)
     if changed:
-        list_of = ", ".join(f"{k} (was {earlier[k][1]}, now {now[k][1]})" for k in changed)
+        list_of = ", ".join(f"{key} (was {earlier}, now {now})" for key, (earlier, now) in changed.items())
         raise UserError(
             f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
         )

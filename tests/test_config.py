@@ -14,13 +14,7 @@ from nanojax import config as configs
 from nanojax.cli import UserError
 from nanojax.config import Config
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/ (tokenizer of 300 ids) and tiny.py."""
-    folder = tmp_path_factory.mktemp("config")
-    tiny_run.make_config(folder, tiny_run.make_data(folder))
-    return folder
+home = tiny_run.home
 
 
 def test_parameter_counts() -> None:
@@ -53,9 +47,9 @@ def test_overrides(home: Path) -> None:
     """Every key takes a value of its type from text, and a path works as well as a name."""
     name = str(home / "tiny.py")
     base = configs.load(name)
-    for key, (kind, value, _) in configs.keys(base).items():
-        same = configs.override(base, {key: str(value)})
-        assert configs.keys(same)[key][1] == value and type(configs.keys(same)[key][1]) is type(value), (key, kind)
+    for name_of_key, key in configs.keys(base).items():
+        same = configs.keys(configs.override(base, {name_of_key: str(key.value)}))[name_of_key]
+        assert same.value == key.value and type(same.value) is type(key.value), name_of_key
     changed = configs.load(
         name, ["--model.depth=3", "--optim.matrix_lr=1e-3", "--train.steps=1_000", "--optim.nesterov=no"]
     )
@@ -64,12 +58,12 @@ def test_overrides(home: Path) -> None:
 
 
 def test_steps_follow_from_tokens() -> None:
-    """20 tokens a parameter: d32's 37.6 B tokens are nanochat's 71,680 steps of 524,288."""
+    """20 tokens per parameter: d32's 37.6 B tokens are nanochat's 71,680 steps of 524,288."""
     config = configs.resolve(Config(model=configs.Model(depth=32)))
     assert config.train.steps == 71_680 and config.train.tokens == 37_580_963_840
 
 
-# A mistake: random -> (arguments, words that must be told). {} stands for the run folder's parent.
+# A mistake: random -> (arguments, words that the error must hold). {} stands for the run folder's parent.
 Mistake = Callable[[random.Random], tuple[list[str], str]]
 
 
@@ -83,14 +77,14 @@ def _typo(rng: random.Random) -> tuple[list[str], str]:
 
 
 def _wrong_type(rng: random.Random) -> tuple[list[str], str]:
-    numbers = [k for k, (kind, _, _) in configs.keys(Config()).items() if kind in (int, float)]
+    numbers = [name for name, key in configs.keys(Config()).items() if key.type in (int, float)]
     key = rng.choice(numbers)
     value = rng.choice(["", "abc", "nan", "inf", "-inf", "1e400", "0x10", "1,5", "None", "1 2", "[]", "--", "٣x", "1e"])
     return [f"--{key}={value}"], f"--{key}="
 
 
 def _fraction(rng: random.Random) -> tuple[list[str], str]:
-    key = rng.choice([k for k, (kind, _, _) in configs.keys(Config()).items() if kind is int])
+    key = rng.choice([name for name, key in configs.keys(Config()).items() if key.type is int])
     return [f"--{key}={rng.choice(['1.5', '0.1', '1e-3', '1e30', '-3.7'])}"], f"--{key}="
 
 
@@ -229,6 +223,35 @@ def test_200_broken_configs(
         assert len(said.err.splitlines()) == 1 and said.err.startswith("error: "), (wrong, said.err)
         assert words.replace("{}", str(home)) in said.err, (wrong, said.err)
         assert said.out == "" and not run.exists() and not no_compile, wrong
+
+
+@pytest.mark.parametrize("old, new", configs.RENAMED.items())
+def test_renamed_keys(old: str, new: str) -> None:
+    """A run's old config.json is read under the new name; on a command line the old name is answered with the new one."""
+    config = configs.override(configs.load("demo"), {new: "bf16"})
+    stored = configs.to_dict(config)
+    section, name = new.split(".")
+    stored[section][old.split(".")[1]] = stored[section].pop(name)
+    assert configs.from_dict(stored) == config
+    with pytest.raises(UserError, match=rf"--{old}: no such key; it is called {new} now"):
+        configs.load("demo", [f"--{old}=bf16"])
+
+
+def test_harmful_changes() -> None:
+    """A resumed run may move, log, evaluate and save otherwise; what changes its parameters is named with both values."""
+    earlier = configs.load("demo")
+    harmless = ["--train.run=elsewhere", "--eval.every=3", "--checkpoint.every=7", "--profile.start=2", "--data.path=b"]
+    assert configs.harmful_changes(earlier, configs.load("demo", [*harmless, "--train.log_every=5"])) == {}
+    now = configs.load("demo", ["--train.seed=1", "--stored.blocks=bf16", *harmless])
+    assert configs.harmful_changes(earlier, now) == {"stored.blocks": ("f32", "bf16"), "train.seed": (0, 1)}
+
+
+def test_large_whole_numbers_are_exact() -> None:
+    """Beyond 2^53, where a float is inexact; and 2e9 is a whole number, 2^63 is too large."""
+    exact = configs.override(Config(), {"train.tokens": "9007199254740993", "train.steps": "2e9"}).train
+    assert (exact.tokens, exact.steps) == (9007199254740993, 2_000_000_000)
+    with pytest.raises(UserError, match="expected int"):
+        configs.override(Config(), {"train.tokens": "9223372036854775808"})
 
 
 def test_nearest_names() -> None:

@@ -1,4 +1,4 @@
-"""Downloads text shards from the Hugging Face hub: pinned revision, parallel, checksummed, free to stop and rerun."""
+"""Downloads text shards from the Hugging Face hub: pinned revision, parallel, checksummed, resumable."""
 
 import hashlib
 import json
@@ -15,12 +15,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from nanojax import cli
-from nanojax.cli import UserError
-from nanojax.data.shards import write_atomic
+from nanojax import cli, files
+from nanojax.cli import UserError, first_line
 from nanojax.data.text import SUFFIXES
 
-# nanochat's shuffled sets: ~100 MB and ~250 M characters a shard, column `text`, the last shard is validation.
+# nanochat's shuffled sets: ~100 MB and ~250 M characters per shard, column `text`, the last shard is validation.
 PRESETS = {
     "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",  # 1,823 shards
     "climbmix": "karpathy/climbmix-400b-shuffle",  # 6,543 shards
@@ -30,7 +29,7 @@ TRIES = 6  # waits of 1, 2, 4, 8, 16 s between them: half a minute of a failing 
 
 
 class _Record:
-    """`download.json`: repository, revision, and the files asked for with size, checksum and verification time."""
+    """`download.json`: repository, revision, and the wanted files with size, checksum and time of verification."""
 
     def __init__(self, folder: Path):
         self.path = folder / RECORD
@@ -45,7 +44,8 @@ class _Record:
             raise UserError(f"{self.path}: damaged; delete it, the files themselves are checked again") from None
 
     def save(self) -> None:
-        write_atomic(self.path, json.dumps(self.content, indent=1, sort_keys=True).encode())
+        with files.write_atomic(self.path) as file:
+            file.write(json.dumps(self.content, indent=1, sort_keys=True).encode())
 
 
 def download(
@@ -53,9 +53,9 @@ def download(
 ) -> list[Path]:
     """Fetches the first `shards` text files of a dataset repository and its last one (validation) into `out`.
 
-    The revision of the first call is kept in download.json, so later calls add files of the same version. Returns the
-    local paths, validation last. UserError: no such repository, no text files, disk too small, or a file that still
-    fails after TRIES tries; whole files that did arrive stay, and the same call goes on.
+    download.json keeps the revision of the first call, so later calls add files of the same version. Returns the local
+    paths, validation last. UserError: no such repository, no text files, disk too small, or a file that still fails after
+    TRIES tries; whole files that have arrived stay, and the same call continues.
     """
     repo = PRESETS.get(dataset, dataset)
     if repo.count("/") != 1:
@@ -79,7 +79,7 @@ def download(
         }
         record.save()
     names = sorted(record.content["files"])
-    wanted = [names[-1], *sorted(names)[:-1][:shards]]  # validation first: tokenize needs it before anything else
+    wanted = [names[-1], *sorted(names)[:-1][:shards]]  # validation first, because tokenize needs it first
     left = [name for name in wanted if not _verified(out, name, record)]
     need = sum(record.content["files"][name]["size"] for name in left)
     free = shutil.disk_usage(out).free
@@ -98,7 +98,7 @@ def _old(record: _Record, name: str, info: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _listing(api: HfApi, repo: str, record: _Record, wait_seconds: float) -> dict[str, dict[str, Any]]:
-    """All text files of the repository at the recorded (else the newest) revision, with size and checksum."""
+    """All text files with size and checksum, at the recorded revision or, without one, at the newest."""
 
     def ask() -> dict[str, dict[str, Any]]:
         if "revision" not in record.content:
@@ -119,15 +119,15 @@ def _listing(api: HfApi, repo: str, record: _Record, wait_seconds: float) -> dic
 
 
 def _persist(action, what: str, wait_seconds: float, note):
-    """`action()`, tried TRIES times with doubling waits; UserError with the last reason, at once when it is final."""
+    """`action()`, tried TRIES times with doubling waits. UserError with the last reason, at once if retrying is useless."""
     for attempt in range(TRIES):
         try:
             return action()
         except UserError:
             raise
-        except Exception as error:  # the hub's, the HTTP library's (its name differs by version) and the disk's own
+        except Exception as error:  # of the hub, of the HTTP library (which one depends on the version), of the disk
             status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
             if isinstance(error, OSError) and error.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
                 raise UserError(f"{what}: cannot be written ({error.strerror}); free space and run again") from None
             if status in (400, 401, 403, 404):
@@ -145,7 +145,7 @@ def _persist(action, what: str, wait_seconds: float, note):
 
 
 def _verified(out: Path, name: str, record: _Record) -> bool:
-    """Whether the file is there as it was when its checksum was verified (size and modification time)."""
+    """Whether size and modification time are those of the file whose checksum was verified."""
     info = record.content["files"][name]
     try:
         stat = (out / name).stat()
@@ -212,8 +212,8 @@ def _fetch_all(
                 for future in done:
                     future.result()
         except KeyboardInterrupt:
-            # The hub's client cannot be interrupted between threads; a file half-way leaves only its temporary name.
-            print("stopped; run the same command again to go on", file=sys.stderr)
+            # The hub's threads cannot be interrupted. An unfinished file still has its temporary name.
+            print("stopped; run the same command again to continue", file=sys.stderr)
             os._exit(130)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -231,8 +231,8 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser(
         "python -m nanojax.data download",
         "Fetches text shards from the Hugging Face hub (or the server in HF_ENDPOINT) and checks every checksum.\n"
-        "The repository's last file is always fetched, for validation. Stop and rerun as you like: whole files are\n"
-        "kept, a larger --shards adds to them, and the revision stays the one of the first call.",
+        "The repository's last file is always fetched, for validation. The command may be stopped and repeated: whole\n"
+        "files are kept, a larger --shards adds to them, and the revision stays that of the first call.",
         "  python -m nanojax.data download --dataset fineweb-edu --shards 800 --out texts/fw\n"
         "  python -m nanojax.data download --dataset climbmix --shards 2 --out texts/cm\n"
         "then\n"
@@ -242,7 +242,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dataset", required=True, help=f"{', '.join(PRESETS)}, or a dataset repository owner/name")
     parser.add_argument("--shards", type=cli.count, required=True, metavar="N", help="training files to fetch")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the files and download.json")
-    parser.add_argument("--threads", type=cli.count, default=4, metavar="N", help="files at a time (%(default)s)")
+    parser.add_argument("--threads", type=cli.count, default=4, metavar="N", help="parallel downloads (%(default)s)")
     args = parser.parse_args(arguments)
     paths = download(args.dataset, args.out, args.shards, args.threads)
     print(f"{len(paths)} files in {args.out}, checksums verified; validation is {paths[-1].name}")

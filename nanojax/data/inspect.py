@@ -9,12 +9,12 @@ import numpy as np
 
 from nanojax import cli
 from nanojax.cli import UserError
+from nanojax.data.clean import HashSet
 from nanojax.data.packing import read_row, shard_plan
-from nanojax.data.seen import Seen
 from nanojax.data.shards import Shard, find_shards
 from nanojax.tokenizer import Tokenizer
 
-MAX_SOURCES = 12  # lines of the table by source; the rest is summed in one line
+MAX_SOURCES = 12  # lines of the table by source; the others are summed in one line
 
 
 @dataclasses.dataclass
@@ -23,14 +23,14 @@ class Report:
 
     split: str
     shards: int  # in the folder
-    read: int  # of these, read for the figures below
+    read: int  # shards of these that the figures below are about
     documents: int
     tokens: int
     bytes: int  # UTF-8 bytes that the tokens stand for
     lengths: np.ndarray  # int64 [documents], tokens with the begin token
     rows: int
     dropped: int  # tokens in no row
-    repeated: int  # begin tokens that rows repeat for the rest of a cut document
+    repeated: int  # begin tokens repeated before the rest of a cut document
     duplicates: int  # documents equal to an earlier one
     sources: dict[str, dict[str, int]]  # documents, tokens, bytes by input file
 
@@ -51,7 +51,7 @@ def inspect(
         found = find_shards(folder, split, tokenizer.fingerprint)
         chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, shards).astype(int))] if found else []
         report = Report(split, len(found), len(chosen), 0, 0, 0, np.zeros(0, np.int64), 0, 0, 0, 0, {})
-        seen = Seen()
+        seen = HashSet()
         with cli.Bar(f"inspect {split}", sum(2 * shard.tokens for shard in chosen), "B", quiet or not chosen) as bar:
             for shard in chosen:
                 if verify:
@@ -64,7 +64,7 @@ def inspect(
     return reports
 
 
-def _add(report: Report, shard: Shard, tokenizer: Tokenizer, sizes: np.ndarray, seq: int, seen: Seen) -> None:
+def _add(report: Report, shard: Shard, tokenizer: Tokenizer, sizes: np.ndarray, seq: int, seen: HashSet) -> None:
     plan = shard_plan(shard, tokenizer.bos, seq + 1)
     tokens = shard.open()
     begins = np.flatnonzero(tokens == tokenizer.bos)
@@ -88,7 +88,7 @@ def _add(report: Report, shard: Shard, tokenizer: Tokenizer, sizes: np.ndarray, 
 
 
 def rows_text(folder: str | os.PathLike, seq: int, rows: int, split: str = "train") -> str:
-    """The first `rows` planned rows of the split, decoded, with piece borders as the begin token's name shows them."""
+    """The first `rows` packed rows of the split, decoded; each piece begins with the begin token's name."""
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
     lines = []
     for shard in find_shards(folder, split, tokenizer.fingerprint):

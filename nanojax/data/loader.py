@@ -1,4 +1,4 @@
-"""Random access to packed rows over all shards, shuffled by grain; position saved and restored in O(1)."""
+"""Batches of packed rows over all shards, shuffled by grain; the position is saved and restored in O(1)."""
 
 import bisect
 import dataclasses
@@ -19,9 +19,9 @@ from nanojax.data.packing import Plan, has_plan, packed_rows, read_row, shard_pl
 from nanojax.data.shards import Shard, find_shards
 from nanojax.tokenizer import Tokenizer
 
-OPEN_SHARDS = 128  # memory-mapped at once: two files each, well under the usual limit of 1,024 open files
-ANNOUNCE_TOKENS = 500_000_000  # planning and verifying runs at ~200 M tokens a second
-FOREVER = 1 << 60  # rows; grain wants a length, training ends long before
+OPEN_SHARDS = 128  # memory-mapped at one time, two files each: well under the usual limit of 1,024 open files
+ANNOUNCE_TOKENS = 500_000_000  # fewer are planned and verified within seconds, at ~200 M tokens per second
+FOREVER = 1 << 60  # rows; grain wants a length, and training ends long before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Pass:
 
 
 class RowStream:
-    """The endless stream of rows, pass after pass; row g is found in O(log shards) without the rows before it.
+    """The endless stream of rows, pass after pass. Row g is found in O(log shards) without the rows before it.
 
-    A pass goes over the shards that were gone over least often, so shards that appear during training make the next
-    pass by themselves until they have caught up: no token is seen twice before every token was seen once. Which shards
-    a pass has is decided when its first row is asked for, and kept in the state from then on.
+    A pass consists of the shards with the fewest passes so far. Shards that appear during training therefore make up the
+    next passes by themselves until they have caught up: no token is seen twice before every token was seen once. The
+    shards of a pass are chosen when its first row is read, and kept in the state from then on.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, row: int, seed: int):
@@ -80,29 +80,29 @@ class RowStream:
         for number in sorted(self.visits):
             if number >= len(shards):
                 raise UserError(f"{self.folder / f'train_{number:05d}.bin'}: was there before and is gone; put it back")
-        filled = [shard for shard in shards if packed_rows(shard, self.tokenizer.bos, self.row)]
+        rows = {shard: packed_rows(shard, self.tokenizer.bos, self.row) for shard in shards}
+        filled = [shard for shard in shards if rows[shard]]
         if not filled:
             raise UserError(
                 f"{self.folder}: the training shards do not fill one row of {self.row} tokens; give more text or a "
                 "shorter sequence"
             )
         least = min(self.visits.get(shard.number, 0) for shard in filled)
-        chosen = tuple(shard for shard in filled if self.visits.get(shard.number, 0) == least)
+        chosen = {shard: rows[shard] for shard in filled if self.visits.get(shard.number, 0) == least}
         start = self.passes[-1].start + self.passes[-1].rows if self.passes else 0
         number = self.passes[-1].number + 1 if self.passes else 0
         self._add_pass(number, start, chosen)
 
-    def _add_pass(self, number: int, start: int, shards: tuple[Shard, ...]) -> None:
-        rows = [packed_rows(shard, self.tokenizer.bos, self.row) for shard in shards]
-        self.passes.append(Pass(number, start, shards, tuple(np.cumsum(rows).tolist())))
-        for shard in shards:
+    def _add_pass(self, number: int, start: int, rows: dict[Shard, int]) -> None:
+        self.passes.append(Pass(number, start, tuple(rows), tuple(np.cumsum(list(rows.values())).tolist())))
+        for shard in rows:
             self.visits[shard.number] = self.visits.get(shard.number, 0) + 1
 
     def _open(self, shard: Shard) -> tuple[np.ndarray, Plan]:
         return shard.open(), shard_plan(shard, self.tokenizer.bos, self.row)
 
     def state(self, position: int) -> dict[str, Any]:
-        """JSON-able: the pass that holds row `position` and all begun after it, and the visits before them."""
+        """JSON: the pass that holds row `position`, all passes begun after it, and the visits before them."""
         with self.lock:
             kept = [p for p in self.passes if position < p.start + p.rows] or self.passes[-1:]
             visits = dict(self.visits)
@@ -118,7 +118,7 @@ class RowStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up the passes of `state`, in a fresh stream; UserError names a shard that is gone or changed."""
+        """Restores the passes of `state` in a fresh stream. UserError names a shard that is missing or changed."""
         shards = {shard.name: shard for shard in find_shards(self.folder, "train", self.tokenizer.fingerprint)}
         self.visits = {int(number): times for number, times in state["visits"].items()}
         for entry in state["passes"]:
@@ -132,11 +132,13 @@ class RowStream:
                         f"{shards[name].path}: not what this run was reading (sha256 {shards[name].sha256[:16]}, "
                         f"expected {sha}); put the old file back to resume"
                     )
-            self._add_pass(entry["number"], entry["start"], tuple(shards[name] for name in entry["shards"]))
+            chosen = [shards[name] for name in entry["shards"]]
+            rows = {shard: packed_rows(shard, self.tokenizer.bos, self.row) for shard in chosen}
+            self._add_pass(entry["number"], entry["start"], rows)
 
 
 class TrainIterator:
-    """Endless batches int32 [rows, T+1]; `get_state`/`set_state` in O(1), also for another number of rows a batch."""
+    """Endless batches int32 [rows, T+1]. `get_state` and `set_state` take O(1), also for another number of rows."""
 
     def __init__(self, stream: RowStream, rows: int):
         self.stream, self.rows = stream, rows
@@ -146,7 +148,7 @@ class TrainIterator:
         self.begun = position
         self.taken = 0
         source = grain.MapDataset.source(_From(self.stream, position)).batch(self.rows, drop_remainder=True)
-        # One thread keeps four batches ready: at d32's rate on a 4070 (5 rows a second) more would only hold memory.
+        # One thread keeps four batches ready. d32 on a 4070 takes 5 rows per second, so more would only hold memory.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         self.batches = iter(source.to_iter_dataset(options))
 
@@ -164,7 +166,7 @@ class TrainIterator:
         return self.begun + self.taken * self.rows
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able position: everything the next batches depend on, with the folder's shards and tokenizer."""
+        """The position as JSON: everything that the next batches depend on, with the shards and the tokenizer."""
         stream = self.stream
         return {
             "position": self.position, "row": stream.row, "seed": stream.seed,
@@ -172,7 +174,7 @@ class TrainIterator:
         }  # fmt: skip
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at `state`; UserError when sequence, seed, tokenizer or a shard is another than when saved."""
+        """Continues at `state`. UserError when sequence, seed, tokenizer or a shard differs from when it was saved."""
         stream = self.stream
         here = {"row": stream.row, "seed": stream.seed, "tokenizer": stream.tokenizer.fingerprint}
         for name, value in here.items():
@@ -180,7 +182,7 @@ class TrainIterator:
                 raise UserError(
                     f"{stream.folder}: the saved data position was made with {name} {state[name]}, this run has {value}"
                 )
-        # A new stream: a prefetching thread of the old position may still be at work on the old one.
+        # A new stream, because a prefetching thread may still read the old one.
         self.stream = RowStream(stream.folder, stream.tokenizer, stream.row, stream.seed)
         self.stream.restore(state)
         self._seek(state["position"])
@@ -208,12 +210,12 @@ def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vo
     tokenizer = _tokenizer(folder, vocab)
     stream = RowStream(Path(folder), tokenizer, seq + 1, seed)
     _plan(find_shards(folder, "train", tokenizer.fingerprint), tokenizer.bos, seq + 1)
-    stream._begin_pass()  # here and not in grain's thread, so that a bad folder is told before anything starts
+    stream._begin_pass()  # here and not in grain's thread, so that a bad folder is reported before anything starts
     return TrainIterator(stream, rows)
 
 
 def _plan(shards: list[Shard], bos: int, row: int) -> None:
-    """Makes the plans that are not cached yet, with a progress line when that takes more than seconds."""
+    """Makes the plans that are not cached yet, with a progress bar if that takes more than seconds."""
     missing = [shard for shard in shards if not has_plan(shard, bos, row)]
     total = sum(shard.tokens for shard in missing)
     done = 0
@@ -225,8 +227,10 @@ def _plan(shards: list[Shard], bos: int, row: int) -> None:
 
 
 def valid_batches(folder: str | os.PathLike, rows: int, seq: int) -> Iterator[np.ndarray]:
-    """All validation rows once, int32 [rows, seq+1], in a fixed order (shuffled within each shard, so that the first
-    batches are a fair sample); what does not fill the last batch is left out. UserError when not one batch fills."""
+    """All validation rows once, int32 [rows, seq+1], in a fixed order; what does not fill the last batch is left out.
+
+    Rows are shuffled within each shard, so that the first batches are a fair sample. UserError when no batch fills.
+    """
     tokenizer = _tokenizer(folder, None)
     shards = find_shards(folder, "valid", tokenizer.fingerprint)
     plans = [shard_plan(shard, tokenizer.bos, seq + 1) for shard in shards]

@@ -1,21 +1,22 @@
 """Packs a token shard's documents into rows that all begin with the begin token; the plan is an index, cached on disk.
 
-Rule (per shard, rows of T+1 tokens). A piece is a document or the rest of one; a rest repeats the begin token, so every
-piece begins with it. Each row takes the largest piece that still fits, again and again (best fit, over the whole
-shard). When none fits, the largest piece is cut to fill the row and its rest goes back. Nothing is padded. Dropped are
-only rests under MIN_REST tokens and the last, incomplete row. nanochat's rule drops the rest of every cut document.
+The rule, for rows of T+1 tokens of one shard. A piece is a document or the rest of a cut one; a rest repeats the begin
+token, so every piece begins with it. A row takes the largest piece that still fits, until it is full (best fit over the
+whole shard). When no piece fits, the largest is cut to fill the row and its rest goes back. Nothing is padded. Only rests
+under MIN_REST tokens and the last, incomplete row are dropped. nanochat's rule drops the rest of every cut document.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from nanojax import files
 from nanojax.cli import UserError
-from nanojax.data.shards import Shard, write_atomic
+from nanojax.data.shards import Shard
 
 MIN_REST = 16  # tokens; a shorter rest is mostly its repeated begin token: dropped, and counted
 
@@ -62,7 +63,7 @@ def plan_rows(begins: np.ndarray, total: int, row: int) -> Plan:
     while waiting:
         room = row - used
         fitting = waiting & ((2 << room) - 1)
-        if not fitting and room == 1:  # no piece to cut leaves a token here: end on a begin token, as a document would
+        if not fitting and room == 1:  # a cut piece would begin with a lone begin token anyway
             start.append(int(begins[0]))
             length.append(1)
             used = row
@@ -97,7 +98,7 @@ def has_plan(shard: Shard, bos: int, row: int) -> bool:
 
 
 def packed_rows(shard: Shard, bos: int, row: int) -> int:
-    """How many rows of `row` tokens the shard gives; O(1) when its plan is cached, else the plan is made."""
+    """How many rows of `row` tokens the shard fills. O(1) when its plan is cached; otherwise the plan is made."""
     head = _read_head(shard, bos, row)
     return head["rows"] if head else shard_plan(shard, bos, row).rows
 
@@ -105,8 +106,8 @@ def packed_rows(shard: Shard, bos: int, row: int) -> int:
 def shard_plan(shard: Shard, bos: int, row: int) -> Plan:
     """The shard's plan for rows of `row` tokens, from the cache folder `packed_<row>` beside the shard or made anew.
 
-    Made anew (and the shard's sha256 verified) when there is no plan or the shard's file is not the one that was
-    planned. A plan that cannot be stored, say on a read-only disk, is used from memory.
+    It is made anew, and the shard's sha256 verified, when there is no plan or the shard's file has changed since. On a
+    read-only disk it is used from memory.
     """
     head = _read_head(shard, bos, row)
     body = _cache(shard, row).with_suffix(".npy")
@@ -117,7 +118,7 @@ def shard_plan(shard: Shard, bos: int, row: int) -> Plan:
                 first, start, length = np.split(flat, [head["rows"] + 1, head["rows"] + 1 + head["pieces"]])
                 return Plan(first, start, length, head["dropped"], head["repeated"])
         except (OSError, ValueError):
-            pass  # a cache: whatever is wrong with it, it is made anew
+            pass  # a damaged cache is made anew
     stamp = _stamp(shard, bos, row)
     shard.verify()
     tokens = shard.open()
@@ -130,15 +131,11 @@ def shard_plan(shard: Shard, bos: int, row: int) -> Plan:
         **stamp, "rows": plan.rows, "pieces": len(plan.start), "dropped": plan.dropped, "repeated": plan.repeated,
         "crc32": zlib.crc32(flat.tobytes()),
     }  # fmt: skip
-    try:
-        body.parent.mkdir(exist_ok=True)
-        temporary = body.with_name(f"{body.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+    with contextlib.suppress(UserError):  # a plan that cannot be stored is made again next time
+        with files.write_atomic(body) as file:
             np.save(file, flat)
-        os.replace(temporary, body)
-        write_atomic(body.with_suffix(".json"), json.dumps({**head, "check": _check(head)}).encode())
-    except (OSError, UserError):
-        pass
+        with files.write_atomic(body.with_suffix(".json")) as file:
+            file.write(json.dumps({**head, "check": _check(head)}).encode())
     return plan
 
 
@@ -152,7 +149,7 @@ def _stamp(shard: Shard, bos: int, row: int) -> dict[str, int | str]:
 
 
 def _read_head(shard: Shard, bos: int, row: int) -> dict | None:
-    """The cached plan's description when it is intact and of exactly this file, else None."""
+    """The description of the cached plan; None unless it is intact and of exactly this file."""
     stamp = _stamp(shard, bos, row)
     try:
         head = json.loads(_cache(shard, row).with_suffix(".json").read_bytes())

@@ -1,4 +1,4 @@
-"""Tokenizer and token shards from text in one go, for corpora small enough to be tokenised in one sitting."""
+"""Tokenizer and token shards from text in one command, for small corpora."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def prepare(
     inputs: list[str], out: str | Path, vocab: int, options: Options, workers: int, quiet: bool = False
 ) -> dict:
     """Trains a tokenizer of `vocab` ids into `out`/tokenizer unless one is there, then tokenises; the manifest."""
-    text.find(inputs)  # before anything is written
+    text.find(inputs)  # reports missing inputs before anything is written
     out = cli.output_folder(out)
     if (out / "tokenizer" / FILE_NAME).exists():
         tokenizer = Tokenizer.load(out / "tokenizer")
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     )
     add_arguments(parser)
     parser.add_argument(
-        "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special ones included (%(default)s)"
+        "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special tokens included (%(default)s)"
     )
     args = parser.parse_args(arguments)
     options = Options(args.valid, args.shard_tokens, args.dedup, args.key)

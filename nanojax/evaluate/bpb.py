@@ -1,15 +1,16 @@
-"""Bits per byte of any text, by nanochat's definition, streaming, in total and per source.
+"""Bits per byte of validation shards or of any text, as nanochat defines them, in total and per source.
 
 bpb = sum of nats over the text's tokens / ln 2 / sum of these tokens' UTF-8 bytes. Special tokens count in neither sum.
-Text is cut into rows that begin with the begin token; every token of the text is predicted exactly once, given what
-stands before it in its row. Rows do not depend on how many go through the model together, so neither does the result.
+Text is cut into rows that begin with the begin token; every token of the text is predicted exactly once, from the tokens
+before it in its row. The rows do not depend on the batch size, so neither does the result.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,12 @@ import numpy as np
 from nanojax import model
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.data import text
+from nanojax.data import loader, text
 from nanojax.tokenizer import Tokenizer
 
 
 class Row(NamedTuple):
-    """tokens int32 [T+1]; source int32 [T] of each target, -1 = not counted."""
+    """tokens int32 [T+1]; source int32 [T], the number of each target's source, -1 = not counted."""
 
     tokens: np.ndarray
     source: np.ndarray
@@ -39,7 +40,7 @@ class Total:
     tokens: int = 0
 
     def scores(self) -> dict[str, float]:
-        """bpb (bits a byte), nll (nats a token), tokens, bytes."""
+        """bpb (bits per byte), nll (nats per token), tokens, bytes."""
         return {
             "bpb": self.nats / math.log(2) / self.bytes,
             "nll": self.nats / self.tokens,
@@ -76,7 +77,7 @@ def text_rows(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, T: int
             index[name] = len(names)
             names.append(name)
         new = tokenizer.encode_numpy(document).astype(np.int32)
-        between = [tokenizer.bos] if len(tokens) else []  # a row begins with the begin token anyway
+        between = [tokenizer.bos] if len(tokens) else []  # every row begins with the begin token already
         tokens = np.concatenate([tokens, np.array(between, np.int32), new])
         sources = np.concatenate([sources, np.full(len(between) + len(new), index[name], np.int32)])
         while len(tokens) >= T:
@@ -87,7 +88,7 @@ def text_rows(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, T: int
 
 
 def shard_rows(batches: Iterable[np.ndarray]) -> Iterator[Row]:
-    """Rows of a data folder's validation batches (loader.valid_batches with rows=1, so that none is left out)."""
+    """Rows of a data folder's validation batches, all of source 0."""
     for batch in batches:
         for tokens in batch:
             yield Row(tokens, np.zeros(len(tokens) - 1, np.int32))
@@ -98,48 +99,89 @@ def _losses(config: Config, params: Any, tokens_BT1: jax.Array) -> jax.Array:
     return model.token_losses(config, params, tokens_BT1)
 
 
+Progress = Callable[[int], None]  # is called with the number of rows done so far
+
+
 def measure(
-    config: Config, params: Any, rows: Iterable[Row], bytes_V: np.ndarray, batch: int
-) -> Iterator[dict[int, Total]]:
-    """Yields the totals by source so far after every `batch` rows; the last one yielded is the result.
+    config: Config, params: Any, rows: Iterable[Row], bytes_V: np.ndarray, batch: int, progress: Progress | None = None
+) -> dict[int, Total]:
+    """The totals by number of the source. UserError when no token was counted.
 
     Args:
       bytes_V: int32, the tokenizer's bytes_per_token(): 0 for special tokens.
       batch: rows that go through the model together; the last batch is padded with rows that do not count.
     """
     totals: dict[int, Total] = {}
+    done = 0
     pending: tuple[jax.Array, np.ndarray, np.ndarray] | None = None
 
     def add(nats: jax.Array, tokens: np.ndarray, source: np.ndarray) -> None:
         size = np.where(source >= 0, bytes_V[tokens[:, 1:]], 0)
         counted = size > 0
-        which, nll = source[counted], np.asarray(nats)[counted].astype(np.float64)
+        which = source[counted]
+        nll = np.asarray(nats)[counted].astype(np.float64)
         for i in np.unique(which):
             total = totals.setdefault(int(i), Total())
             total.nats += float(nll[which == i].sum())
             total.bytes += int(size[counted][which == i].sum())
             total.tokens += int((which == i).sum())
+        if progress:
+            progress(done)
 
     iterator = iter(rows)
     while group := list(itertools.islice(iterator, batch)):
-        tokens, source = np.stack([r.tokens for r in group]), np.stack([r.source for r in group])
+        tokens = np.stack([row.tokens for row in group])
+        source = np.stack([row.source for row in group])
         if len(group) < batch:
             fill = ((0, batch - len(group)), (0, 0))
-            tokens, source = np.pad(tokens, fill), np.pad(source, fill, constant_values=-1)
+            tokens = np.pad(tokens, fill)
+            source = np.pad(source, fill, constant_values=-1)
         ahead = _losses(config, params, jnp.asarray(tokens)), tokens, source
         if pending is not None:  # read one batch late, so that the device never waits
             add(*pending)
-            yield totals
         pending = ahead
+        done += len(group)
     if pending is not None:
         add(*pending)
-        yield totals
-
-
-def summary(totals: dict[int, Total], names: list[str]) -> dict[str, Any]:
-    """Scores of everything together and of each source, as JSON. UserError when no text was counted."""
     if not totals:
         raise UserError("bpb: no text found in the input, nothing to measure")
-    parts = [(names[i], totals[i]) for i in sorted(totals)]
-    everything = Total(*(sum(getattr(t, f) for _, t in parts) for f in ("nats", "bytes", "tokens")))
-    return {**everything.scores(), "sources": {name: t.scores() for name, t in parts}}
+    return totals
+
+
+def of_shards(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike,
+    batch: int,
+    tokens: int = 0,
+    progress: Progress | None = None,
+) -> Total:
+    """The total over the first `tokens` tokens (0: all) of a data folder's validation shards, rounded up to whole rows."""
+    # Batches of one row: larger ones would leave out the rows that do not fill the last batch.
+    rows = shard_rows(loader.valid_batches(folder, 1, config.model.T))
+    first = itertools.islice(rows, math.ceil(tokens / config.model.T) or None)
+    return measure(config, params, first, tokenizer.bytes_per_token(), batch, progress)[0]
+
+
+def of_texts(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    documents: Iterable[tuple[str, str]],
+    batch: int,
+    progress: Progress | None = None,
+) -> dict[str, Total]:
+    """The totals of (source, text) pairs by source, in order of appearance; see `text_documents`."""
+    names: list[str] = []
+    rows = text_rows(documents, tokenizer, config.model.T, names)
+    totals = measure(config, params, rows, tokenizer.bytes_per_token(), batch, progress)
+    return {names[i]: totals[i] for i in sorted(totals)}
+
+
+def summary(sources: dict[str, Total]) -> dict[str, Any]:
+    """Scores of everything together and of each source, as JSON."""
+    everything = Total(
+        *(sum(getattr(total, field) for total in sources.values()) for field in ("nats", "bytes", "tokens"))
+    )
+    return {**everything.scores(), "sources": {name: total.scores() for name, total in sources.items()}}

@@ -1,16 +1,16 @@
 """The CORE metric of DCLM (arXiv:2406.11794) as nanochat computes it: 22 in-context tasks.
 
-This file knows the tasks: the bundle on disk, prompts, few-shot sampling, which tokens are scored, who wins, and the
-resumable run over all of them. How log-likelihoods are computed (batched, bucketed, prefixes shared) is score.py.
+This file knows the tasks: the bundle on disk, prompts, few-shot sampling, which tokens are scored, which option wins,
+and the resumable run over all of them. likelihood.py computes the log-likelihoods.
 
 Rules, from nanochat's evaluation:
-* examples are shuffled by Random(1337), then cut to --max-per-task; shots of example i are drawn from the others by
-  Random(1234 + i);
+* examples are shuffled by Random(1337), then cut to the first --max-per-task; the shots of example i are drawn from the
+  others by Random(1234 + i);
 * multiple_choice: a prompt per choice; scored tokens start where the prompts first differ; lowest mean loss wins;
 * schema: one prompt per context; scored tokens are the prompts' common tail; lowest mean loss wins;
 * language_modeling: correct if every token of the continuation is the argmax given the tokens before it;
 * centred = (accuracy - baseline) / (1 - baseline); CORE is the mean of the centred accuracies.
-Prompts are never truncated: RoPE has no last position, and 10-shot prompts may pass the training length.
+Prompts are never truncated: RoPE has no last position, and 10-shot prompts may be longer than the training rows.
 """
 
 import csv
@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,12 @@ from typing import Any
 
 import yaml
 
+from nanojax import files
 from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.evaluate import likelihood
 from nanojax.evaluate.likelihood import Answer, Request
+from nanojax.tokenizer import Tokenizer
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 FIELDS = {
@@ -36,14 +39,14 @@ FIELDS = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
-BASELINES = {  # CORE of models that a reader knows, printed beside ours
+BASELINES = {  # CORE of well-known models, printed beside ours
     "GPT-2 1.5B": 0.256525,
     "nanochat d20": 0.2219,
     "nanochat d32": 0.3168,
     "nanochat d12 on an RTX 4070 (8.5 B tokens)": 0.1916,
 }
-WINDOW = 512  # examples scored and recorded together: what an interruption can lose
-EPSILON_PLACES = 6
+WINDOW = 512  # examples scored and recorded together; an interruption loses at most these
+DECIMALS = 6  # of a number in the CSV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,31 @@ class Task:
     shots: int
     delimiter: str
     baseline: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """The outcome of the first `done` of a task's `total` examples, after `seconds`."""
+
+    task: Task
+    done: int
+    total: int
+    correct: int
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.total
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the examples done that are answered correctly."""
+        return self.correct / self.done
+
+    @property
+    def centred(self) -> float:
+        """Accuracy on a scale where guessing is 0 and perfection 1."""
+        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
 
 
 Score = Callable[[Sequence[Request]], list[list[Answer]]]
@@ -158,40 +186,40 @@ def _common(rows: Sequence[Sequence[int]], reverse: bool = False) -> int:
 
 
 def requests_of(task: Task, rows: Sequence[list[int]]) -> list[Request]:
-    """What to score for one example, from its prompts' tokens (each beginning with BOS)."""
+    """What to score for one example, given the tokens of its prompts (each begins with the begin token)."""
     if task.kind == "multiple_choice":
         start = _common(rows)
         return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows))]
     if task.kind == "schema":
         shortest = min(map(len, rows))
-        tail = min(_common(rows, reverse=True), shortest - 1)  # BOS is never scored
+        tail = min(_common(rows, reverse=True), shortest - 1)  # the begin token is never scored
         start = min(_common(rows), shortest - tail)
         return [Request(tuple(rows[0][:start]), tuple(tuple(row[start:]) for row in rows), tail)]
     without, full = rows
-    # The prompt without its continuation is a token prefix of the full one, except where a tokenizer merges across
+    # The prompt without its continuation is a token prefix of the full one, unless the tokenizer merges characters across
     # the delimiter; then scoring starts at the first token that differs.
     start = _common([without, full])
     return [Request(tuple(full[:start]), (tuple(full[start:]),))]
 
 
 def is_correct(task: Task, item: dict[str, Any], answers: Sequence[Answer]) -> bool:
-    """Whether the scored branches answer the item rightly. Ties go to the first option, as in nanochat."""
+    """Whether the scored branches answer the item correctly. Ties go to the first option, as in nanochat."""
     if task.kind == "language_modeling":
         return bool(answers[0].hits.all())
-    # Summed in f64: a mean of equal f32 losses is then the same number whatever their count, so ties stay ties.
+    # Summed in f64: the mean of equal f32 losses then does not depend on their number, so ties stay ties.
     losses = [float(a.nll.astype("f8").mean()) if a.nll.size else math.nan for a in answers]
     return losses.index(min(losses)) == item["gold"]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """BOS and the prompt's tokens, for each prompt. Text that looks like a special token stays ordinary text."""
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The begin token and the prompt's tokens, for each prompt. A special token's name in it is ordinary text."""
     return [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(list(prompts))]
 
 
 def score_window(
-    task: Task, examples: Sequence[dict[str, Any]], indices: Sequence[int], tokenizer: Any, score: Score
+    task: Task, examples: Sequence[dict[str, Any]], indices: Sequence[int], tokenizer: Tokenizer, score: Score
 ) -> list[bool]:
-    """Right or wrong for each of `indices`, all scored in one call of `score`."""
+    """Whether each of the examples `indices` is answered correctly; all are scored in one call of `score`."""
     prompts = [prompts_of(task, examples, i) for i in indices]
     rows = iter(tokenize(tokenizer, [p for group in prompts for p in group]))
     requests = [requests_of(task, [next(rows) for _ in group]) for group in prompts]
@@ -203,43 +231,40 @@ def score_window(
     return out
 
 
-def centred(accuracy: float, baseline: float) -> float:
-    return (accuracy - baseline) / (1 - baseline)
-
-
 class Ledger:
     """The file of a CORE run in progress: a header line, then one line per finished window; survives kill -9.
 
-    `identity` says which model, bundle and options the outcomes belong to. A file of another identity is replaced.
+    `identity` says which model, bundle and options the outcomes belong to. A file with another identity is replaced.
+    `done` maps (task label, first example) to the outcomes of that window.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]):
-        self.path, self.done = path, {}
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # a torn last line is lost
+        self.path = path
+        self.done: dict[tuple[str, int], list[bool]] = {}
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # drops a torn last line
         try:
             header, *entries = [json.loads(line) for line in lines] or [None]
             if header == identity:
                 self.done = {(e["task"], e["start"]): [c == "1" for c in e["correct"]] for e in entries}
         except (json.JSONDecodeError, KeyError, TypeError):
             self.done = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [self._line(task, start, correct) for (task, start), correct in self.done.items()]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(identity) + "\n" + "".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        with files.write_atomic(path) as file:
+            file.write((json.dumps(identity) + "\n" + "".join(kept)).encode())
 
     @staticmethod
     def _line(task: str, start: int, correct: Sequence[bool]) -> str:
         return json.dumps({"task": task, "start": start, "correct": "".join("01"[c] for c in correct)}) + "\n"
 
     def add(self, task: str, start: int, correct: Sequence[bool]) -> None:
+        """Records the outcomes of the window of `task` that begins at example `start`."""
         self.done[task, start] = list(correct)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(self._line(task, start, correct))
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
-    """Hash of everything a task's outcome depends on but the model: texts, shots, delimiters."""
+    """Hash of everything but the model that the tasks' outcomes depend on: texts, shots, delimiters."""
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(f"{task.label}|{task.kind}|{task.shots}|{task.delimiter!r}".encode())
@@ -249,15 +274,16 @@ def fingerprint(tasks: Sequence[Task]) -> str:
 
 def run(
     tasks: Sequence[Task],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     score: Score,
     max_per_task: int = 0,
     ledger: Ledger | None = None,
     window: int = WINDOW,
-) -> Iterator[dict[str, Any]]:
-    """Evaluates every task; yields a dict per window of examples, at a task's end with its accuracy."""
+) -> Iterator[TaskScore]:
+    """Evaluates every task; yields its score so far after every window of examples, so that the last one is finished."""
     for task in tasks:
-        began, examples = time.monotonic(), load_examples(task, max_per_task)
+        began = time.monotonic()
+        examples = load_examples(task, max_per_task)
         correct: list[bool] = []
         for start in range(0, len(examples), window):
             indices = range(start, min(start + window, len(examples)))
@@ -267,24 +293,32 @@ def run(
                 if ledger:
                     ledger.add(task.label, start, known)
             correct += known
-            event = {"task": task.label, "done": len(correct), "total": len(examples)}
-            event["seconds"] = time.monotonic() - began
-            if len(correct) == len(examples):
-                accuracy = sum(correct) / len(correct)
-                event |= {"accuracy": accuracy, "centred": centred(accuracy, task.baseline), "correct": sum(correct)}
-            yield event
+            yield TaskScore(task, len(correct), len(examples), sum(correct), time.monotonic() - began)
 
 
-def core_of(results: dict[str, dict[str, Any]]) -> float:
-    """The mean of the centred accuracies."""
-    return sum(r["centred"] for r in results.values()) / len(results)
+def evaluate(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    max_per_task: int = 0,
+    batch_tokens: int | None = None,
+    ledger: Ledger | None = None,
+) -> Iterator[TaskScore]:
+    """`run` on these parameters, with about `batch_tokens` tokens per batch (None: `likelihood.default_tokens`)."""
+    return run(tasks, tokenizer, likelihood.scorer(config, params, batch_tokens), max_per_task, ledger)
 
 
-def write_csv(path: Path, results: dict[str, dict[str, Any]]) -> None:
+def core_of(scores: Sequence[TaskScore]) -> float:
+    """The mean of the tasks' centred accuracies."""
+    return sum(score.centred for score in scores) / len(scores)
+
+
+def write_csv(path: Path, scores: Sequence[TaskScore]) -> None:
     """nanochat's table: Task, Accuracy, Centered, and a last row CORE."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["Task", "Accuracy", "Centered"])
-        for label, r in results.items():
-            table.writerow([label, f"{r['accuracy']:.{EPSILON_PLACES}f}", f"{r['centred']:.{EPSILON_PLACES}f}"])
-        table.writerow(["CORE", "", f"{core_of(results):.{EPSILON_PLACES}f}"])
+        for score in scores:
+            table.writerow([score.task.label, f"{score.accuracy:.{DECIMALS}f}", f"{score.centred:.{DECIMALS}f}"])
+        table.writerow(["CORE", "", f"{core_of(scores):.{DECIMALS}f}"])

@@ -1,27 +1,25 @@
-"""Lets lm-evaluation-harness run its tasks on our models.        python -m nanojax.lm_eval_adapter
+"""Lets lm-evaluation-harness run its tasks on our models.        python -m nanojax.evaluate.lm_eval
 
-Needs the optional extra: pip install -e '.[lm-eval]'. Log-likelihoods go through likelihood.py: batched, bucketed, and
-continuations of one context computed together. The begin token stands before every text, as in training. Requests
-longer than the model's sequence lose tokens from the left.
+Needs the optional extra: pip install -e '.[lm-eval]'. likelihood.py computes the log-likelihoods: batched, bucketed, and
+the continuations of one context together. The begin token stands before every text, as in training. Requests longer
+than the model's rows lose tokens from the left.
 """
 
-import argparse
-import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from nanojax import sample, xla
+from nanojax import cli, sample, xla
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
-from nanojax.evaluate import likelihood
+from nanojax.evaluate import likelihood, subject
 from nanojax.evaluate.likelihood import Request
 from nanojax.tokenizer import Tokenizer
 
 try:
-    import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 except ImportError:
 
     def _absent() -> None:
@@ -31,10 +29,10 @@ except ImportError:
         run_main(_absent)
     raise
 
-EXAMPLES = """examples:
-  python -m nanojax.lm_eval_adapter --run=runs/d20 --tasks=arc_easy,hellaswag --limit=200
-  python -m nanojax.lm_eval_adapter --hf=nanochat-d32 --tasks=lambada_openai --out=lambada.json
-  python -m nanojax.lm_eval_adapter --run=runs/d20 --tasks=my_task --include=my_tasks/     own task files, offline
+EXAMPLES = """\
+  python -m nanojax.evaluate.lm_eval --run=runs/d20 --tasks=arc_easy,hellaswag --limit=200
+  python -m nanojax.evaluate.lm_eval --hf=nanochat-d32 --tasks=lambada_openai --out=lambada.json
+  python -m nanojax.evaluate.lm_eval --run=runs/d20 --tasks=my_task --include=my_tasks/     own task files, offline
 The harness downloads the data of its own tasks from the Hugging Face hub.
 """
 
@@ -55,7 +53,8 @@ class NanojaxLM(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log p of each whole text, in windows of the model's sequence that begin with the begin token."""
         T = self.config.model.T
-        windows, owner = [], []
+        windows = []  # (context, continuation)
+        owner = []  # the request of each window
         for i, r in enumerate(requests):
             ids = self.tok.encode(r.args[0])
             for start in range(0, len(ids), T):
@@ -76,10 +75,11 @@ class NanojaxLM(LM):
         return self.tok.fingerprint[:16]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of both; white space at the context's end goes to the continuation, as in the harness's models."""
+        """Tokens of both; white space at the end of the context moves to the continuation, as in the harness's models."""
         stripped = context.rstrip()
         continuation, context = context[len(stripped) :] + continuation, stripped
-        whole, head = self.tok.encode(context + continuation), self.tok.encode(context)
+        whole = self.tok.encode(context + continuation)
+        head = self.tok.encode(context)
         room = self.config.model.T
         tail = tuple(whole[len(head) :])[-room:]
         return (self.tok.bos, *head[max(0, len(head) - (room - len(tail))) :]), tail
@@ -126,33 +126,21 @@ class NanojaxLM(LM):
         return text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m nanojax.lm_eval_adapter --help")
-
-
 def main() -> None:
     """The command."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    from nanojax.evaluate import __main__ as evaluate
-
-    parser = _Parser(
-        prog="python -m nanojax.lm_eval_adapter",
-        description="Runs tasks of lm-evaluation-harness on a model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = cli.Parser(
+        "python -m nanojax.evaluate.lm_eval", "Runs tasks of lm-evaluation-harness on a model.", EXAMPLES
     )
-    parser.add_argument("--run", help="run folder that nanojax.train wrote")
-    parser.add_argument("--hf", help="folder of a Hugging Face or nanochat checkpoint, instead of --run")
+    subject.add_arguments(parser)
     parser.add_argument("--tasks", required=True, help="task names, joined by commas")
     parser.add_argument("--include", help="folder with task files of your own")
-    parser.add_argument("--limit", type=int, help="the first so many examples of each task; default: all")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task, the first N; default: all")
     parser.add_argument("--shots", type=int, help="few-shot examples; default: as the task says")
-    parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
-    parser.add_argument("--dtype", choices=["f32", "bf16", "stored"], help="default: f32 on a CPU, else as stored")
-    parser.add_argument("--batch-tokens", type=int, help="tokens that go through together (8192, on a CPU 2048)")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)"
+    )
     parser.add_argument("--out", help="file for the results as JSON")
     a = parser.parse_args()
     xla.configure()
@@ -161,11 +149,10 @@ def main() -> None:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks: the harness knows no {', '.join(unknown)}; add your own with --include=FOLDER")
-    subject = evaluate.load(a.run, a.hf, a.dtype, a.step, None)
-    adapter = NanojaxLM(subject.config, subject.params, subject.tokenizer, a.batch_tokens)
-    call = functools.partial(lm_eval.simple_evaluate, task_manager=manager, limit=a.limit, num_fewshot=a.shots)
-    found = call(model=adapter, tasks=names)
-    results = {task: {k: v for k, v in r.items() if k != "alias"} for task, r in (found or {})["results"].items()}
+    found = subject.load(a.run, a.hf, a.dtype, a.step)
+    adapter = NanojaxLM(found.config, found.params, found.tokenizer, a.batch_tokens)
+    outcome = simple_evaluate(model=adapter, tasks=names, task_manager=manager, limit=a.limit, num_fewshot=a.shots)
+    results = {task: {k: v for k, v in r.items() if k != "alias"} for task, r in (outcome or {})["results"].items()}
     print(json.dumps(results, indent=1, default=str))
     if a.out:
         Path(a.out).write_text(json.dumps(results, indent=1, default=str) + "\n")

@@ -33,7 +33,7 @@ def angles(rotation: Rotation, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f32 cos and sin [T,H/2] of positions start..start+T."""
     T, _, H, base = rotation
     frequency = base ** (-jnp.arange(0, H, 2, dtype=F32) / H)
-    angle = (jnp.arange(T) + start).astype(F32)[:, None] * frequency
+    angle = (jnp.arange(T) + start).astype(F32)[:, None] * frequency[None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -41,8 +41,8 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B,T,N,H] as nanochat does, by halves: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos; cos, sin [T,H/2]."""
     halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     # A reversal swaps the halves. XLA fuses it; a concatenation would be written to memory in f32 first.
-    sign = jnp.array([1.0, -1.0], F32)[:, None]
-    cos, sin = (a[:, None, None, :] for a in (cos, sin))
+    sign = jnp.array([1.0, -1.0], F32).reshape(1, 1, 1, 2, 1)
+    cos, sin = (a[None, :, None, None, :] for a in (cos, sin))
     return (halves * cos + halves[..., ::-1, :] * (sin * sign)).reshape(x.shape)
 
 

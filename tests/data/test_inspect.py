@@ -1,4 +1,4 @@
-"""inspect and the tokenizer comparison: figures equal a count by hand, the picture is drawn, absence is told."""
+"""inspect and the tokenizer comparison: figures equal a count by hand, the picture is drawn, absence is reported."""
 
 import hashlib
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from nanojax import tokenizer as tokenizers
 from nanojax.cli import UserError
-from nanojax.data import compare
+from nanojax.data import compression
 from nanojax.data.inspect import histogram, inspect, main, picture, rows_text, text_report
 from nanojax.data.tokenize import Options, tokenize
 
@@ -102,13 +102,13 @@ def test_empty_folder_is_one_line(data: Path, tmp_path: Path) -> None:
 def test_comparison_is_bytes_over_tokens(data: Path, capsys) -> None:
     """Bytes per token of each kind of text equal a direct count, and a byte-level encoder scores exactly 1."""
     tokenizer = tokenizers.Tokenizer.load(data / "tokenizer")
-    texts = compare.sample_texts("Another text. naïve")
+    texts = compression.sample_texts("Another text. naïve")
     assert set(texts) == {"prose", "code", "numbers", "languages"}
-    table = compare.bytes_per_token({"this": tokenizer.encode, "bytes": lambda t: list(t.encode())}, texts)
+    table = compression.bytes_per_token({"this": tokenizer.encode, "bytes": lambda t: list(t.encode())}, texts)
     for kind, text in texts.items():
         assert table[kind]["bytes"] == 1.0
         assert table[kind]["this"] == len(text.encode()) / len(tokenizer.encode(text)) >= 1.0
-    compare.print_comparison(tokenizer, texts["prose"])
+    compression.print_comparison(tokenizer, texts["prose"])
     assert "numbers" in capsys.readouterr().out
 
 
@@ -116,11 +116,11 @@ def test_reference_vocabularies_are_used_only_when_at_hand(tmp_path: Path, monke
     """Without tiktoken's cached files no vocabulary is compared (and none fetched); with the files there, tiktoken is
     asked for exactly those."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compare.tiktoken, "get_encoding", lambda name: pytest.fail(f"{name} would be fetched"))
-    assert compare.reference_encoders() == ({}, ["gpt2", "cl100k_base"])
-    for url in compare.REFERENCES["gpt2"]:
+    monkeypatch.setattr(compression.tiktoken, "get_encoding", lambda name: pytest.fail(f"{name} would be fetched"))
+    assert compression.reference_encoders() == ({}, ["gpt2", "cl100k_base"])
+    for url in compression.REFERENCES["gpt2"]:
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_text("")
     own = tokenizers.Tokenizer([bytes([b]) for b in range(256)])._encoding
-    monkeypatch.setattr(compare.tiktoken, "get_encoding", lambda name: own)
-    encoders, missing = compare.reference_encoders()
+    monkeypatch.setattr(compression.tiktoken, "get_encoding", lambda name: own)
+    encoders, missing = compression.reference_encoders()
     assert list(encoders) == ["gpt2"] and missing == ["cl100k_base"] and encoders["gpt2"]("ab") == [97, 98]

@@ -15,11 +15,10 @@ import pytest
 
 from nanojax import tokenizer as tokenizers
 from nanojax.cli import UserError, run_main
-from nanojax.data import tokenize as module
+from nanojax.data import encode
 from nanojax.data import tokenizer as training
 from nanojax.data.__main__ import SUBCOMMANDS, main
-from nanojax.data.clean import document_hash
-from nanojax.data.seen import Seen
+from nanojax.data.clean import HashSet, document_hash
 from nanojax.data.shards import find_shards
 from nanojax.data.tokenize import Options, tokenize
 from nanojax.tokenizer import Tokenizer
@@ -85,7 +84,7 @@ def run(data: Path, options: Options, workers: int = 1, out: str = "out") -> dic
 
 def test_shards_hold_every_document_once_in_order(data: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     """Decoded, train and valid together are exactly the documents, split by hash; counts and checksums agree."""
-    monkeypatch.setattr(module, "TASK_CHARS", 20_000)
+    monkeypatch.setattr(encode, "TASK_CHARS", 20_000)
     manifest = run(data, Options(valid="hash:0.2", shard_tokens=10_000))
     everything = [document(n) for n in range(300)]
     limit = int(0.2 * 2.0**64)
@@ -105,7 +104,7 @@ def test_shards_hold_every_document_once_in_order(data: Path, tokenizer: Tokeniz
 
 def test_workers_do_not_change_the_shards(data: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     """Two processes and one give byte-identical shards."""
-    monkeypatch.setattr(module, "TASK_CHARS", 5_000)  # many tasks in flight
+    monkeypatch.setattr(encode, "TASK_CHARS", 5_000)  # many tasks in flight
     tokenizer.save(data / "two" / "tokenizer")
     options = Options(valid="hash:0.2", shard_tokens=10_000)
     run(data, options, workers=1)
@@ -159,11 +158,11 @@ def test_restart_gives_the_same_shards(
 ) -> None:
     """Stopped by an error after a number of tasks and run again, all shards equal those of one uninterrupted run; at
     the stop no unfinished file is left."""
-    monkeypatch.setattr(module, "TASK_CHARS", 20_000)
+    monkeypatch.setattr(encode, "TASK_CHARS", 20_000)
     options = Options(valid=valid, shard_tokens=6_000, dedup=True)
     tokenizer.save(data / "whole" / "tokenizer")
     whole = run(data, options, out="whole")
-    real, calls = module._encode, 0
+    real, calls = encode.encode, 0
 
     def failing(documents):
         nonlocal calls
@@ -172,11 +171,11 @@ def test_restart_gives_the_same_shards(
             raise UserError("stopped")
         return real(documents)
 
-    monkeypatch.setattr(module, "_encode", failing)
+    monkeypatch.setattr(encode, "encode", failing)
     with pytest.raises(UserError, match="stopped"):
         run(data, options)
     assert not list((data / "out").glob("*.tmp"))
-    monkeypatch.setattr(module, "_encode", real)
+    monkeypatch.setattr(encode, "encode", real)
     manifest = run(data, options)
     assert files(data / "out") == files(data / "whole")
     assert manifest == whole
@@ -187,13 +186,13 @@ def test_restart_gives_the_same_shards(
 def test_restart_inside_a_compressed_file(data: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     """A decompressor reads its file to the end long before its last document: stopped after each possible task, the
     restart still takes up every document."""
-    monkeypatch.setattr(module, "TASK_CHARS", 10_000)
+    monkeypatch.setattr(encode, "TASK_CHARS", 10_000)
     options = Options(valid="hash:0.1", shard_tokens=3_000)
     for number in (0, 2):
         (data / "text" / f"{number}.jsonl").unlink()
     tokenizer.save(data / "whole" / "tokenizer")
     whole = run(data, options, out="whole")
-    real = module._encode
+    real = encode.encode
     assert whole["documents"] == 100
     for stop_after in range(1, 12):
         calls = 0
@@ -207,10 +206,10 @@ def test_restart_inside_a_compressed_file(data: Path, tokenizer: Tokenizer, monk
 
         out = f"out{stop_after}"
         tokenizer.save(data / out / "tokenizer")
-        monkeypatch.setattr(module, "_encode", failing)
+        monkeypatch.setattr(encode, "encode", failing)
         with contextlib.suppress(UserError):
             run(data, options, out=out)
-        monkeypatch.setattr(module, "_encode", real)
+        monkeypatch.setattr(encode, "encode", real)
         assert run(data, options, out=out) == whole
         assert files(data / out) == files(data / "whole")
 
@@ -298,7 +297,7 @@ def test_new_inputs_append_shards(data: Path, tokenizer: Tokenizer) -> None:
 def test_changes_between_runs_are_one_line(data: Path, tokenizer: Tokenizer, monkeypatch, change: str) -> None:
     """Other options, a changed or missing input, another tokenizer, damaged shards: one UserError that names the file,
     and no shard is touched."""
-    monkeypatch.setattr(module, "TASK_CHARS", 20_000)
+    monkeypatch.setattr(encode, "TASK_CHARS", 20_000)
     options = Options(valid="hash:0.2", shard_tokens=6_000, dedup=True)
     run(data, options)
     out = data / "out"
@@ -410,7 +409,7 @@ def test_bad_command_lines_are_one_line(arguments: list[str], message: str, monk
 
 
 @pytest.mark.parametrize("subcommand", ["prepare", "tokenizer"])
-def test_unwritable_folder_is_told_before_the_work(data: Path, monkeypatch, capsys, subcommand: str) -> None:
+def test_unwritable_folder_is_reported_before_the_work(data: Path, monkeypatch, capsys, subcommand: str) -> None:
     """An --out that cannot be made ends the command before the first character is trained on."""
     (data / "file").write_text("in the way")
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained first"))
@@ -459,10 +458,11 @@ def test_help_has_examples(name: str, monkeypatch, capsys) -> None:
     assert f"python -m nanojax.data {name}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_seen_equals_a_python_set() -> None:
+def test_hash_set_equals_a_python_set() -> None:
     """The hash set agrees with a set of integers over many batches with repeats, and its runs stay few."""
     rng = np.random.default_rng(0)
-    seen, reference = Seen(), set()
+    seen = HashSet()
+    reference = set()
     for _ in range(200):
         batch = rng.integers(0, 5000, rng.integers(0, 60)).astype(np.uint64)
         expected = []

@@ -1,5 +1,6 @@
 """CORE: the bundle's rules, batched scoring equal to one example at a time, resuming after kill -9, the tables."""
 
+import dataclasses
 import json
 import random
 import time
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
+from helpers import core_bundle
+from helpers.core_bundle import WORDS
 from oracles import numpy_gpt, reference_core
 
 from nanojax.cli import UserError
@@ -19,23 +21,6 @@ from nanojax.evaluate.likelihood import Request
 from nanojax.tokenizer import Tokenizer, train
 
 BUNDLE = Path(__file__).parents[3] / "shared" / "eval" / "eval_bundle"
-WORDS = [
-    "the",
-    "people",
-    "of",
-    "this",
-    "nation",
-    "have",
-    "met",
-    "in",
-    "peace",
-    "and",
-    "law",
-    "will",
-    "serve",
-    "every",
-    "state",
-]
 
 
 def _model(tokenizer: Tokenizer, depth=1, width=64, head_dim=32):
@@ -55,8 +40,6 @@ def bundle(tmp_path_factory) -> Path:
     """A bundle of the official layout with all three kinds, 0 and 3 shots, and the awkward cases."""
     rng = random.Random(1)
     say = lambda low, high: " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
-    folder = tmp_path_factory.mktemp("bundle")
-    (folder / "eval_data").mkdir()
     choice = [
         {"query": say(3, 6), "choices": [say(1, 3) for _ in range(4)], "gold": rng.randrange(4)} for _ in range(20)
     ]
@@ -70,19 +53,15 @@ def bundle(tmp_path_factory) -> Path:
         for _ in range(14)
     ]
     lm = [{"context": say(2, 9) + rng.choice(["", " ", "\n"]), "continuation": say(1, 3)} for _ in range(14)]
-    for name, items in (("choice", choice), ("schema", schema), ("lm", lm)):
-        (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
     kind = {"choice": "multiple_choice", "schema": "schema", "lm": "language_modeling"}
-    tasks = []
-    for label in ("choice0", "choice3", "schema0", "schema2", "lm0", "lm4"):
-        file, shots = label[:-1], int(label[-1])
-        task = {"label": label, "dataset_uri": f"{file}.jsonl", "num_fewshot": [shots], "icl_task_type": kind[file]}
-        tasks.append(task | ({"continuation_delimiter": "\nAnswer: "} if shots > 2 else {}))
-    (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
-    (folder / "eval_meta_data.csv").write_text(
-        "Eval Task,Random baseline\nchoice0,25\nchoice3,25\nschema0,50\nschema2,50\nlm0,0\nlm4,0\n"
-    )
-    return folder
+    baseline = {"choice": 25, "schema": 50, "lm": 0}
+    long = {"continuation_delimiter": "\nAnswer: "}
+    tasks = [
+        core_bundle.Task(f"{file}{shots}", kind[file], file, shots, baseline[file], long if shots > 2 else {})
+        for file, shots in (("choice", 0), ("choice", 3), ("schema", 0), ("schema", 2), ("lm", 0), ("lm", 4))
+    ]
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    return core_bundle.write(folder, tasks, {"choice": choice, "schema": schema, "lm": lm})
 
 
 def test_shots_are_those_of_the_full_list():
@@ -157,7 +136,7 @@ def test_a_run_that_was_killed_resumes(tokenizer, bundle, tmp_path):
     config, params = _model(tokenizer)
     tasks, scorer, path = core.load_tasks(bundle), likelihood.scorer(config, params), tmp_path / "ledger"
     run = lambda s, ledger: list(core.run(tasks, tokenizer, s, 0, ledger, window=16))
-    clock = lambda events: [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    clock = lambda scores: [dataclasses.replace(score, seconds=0.0) for score in scores]  # without the clock
     whole = clock(run(scorer, core.Ledger(tmp_path / "whole", {"m": 1})))
     calls = 0
 
@@ -180,14 +159,18 @@ def test_a_run_that_was_killed_resumes(tokenizer, bundle, tmp_path):
     assert not core.Ledger(path, {"m": 2}).done  # another model: nothing is taken over
 
 
+def _task(label: str, baseline: float) -> core.Task:
+    return core.Task(label, "language_modeling", Path("none"), 0, " ", baseline)
+
+
 def test_centring_and_tables(tmp_path):
     """Centred accuracy and CORE by hand; the CSV has nanochat's columns and a last row CORE."""
-    assert (
-        core.centred(0.25, 0.25) == 0 and core.centred(1.0, 0.5) == 1 and core.centred(0.4, 0.5) == pytest.approx(-0.2)
-    )
-    results = {"a": {"accuracy": 0.5, "centred": 1 / 3}, "b": {"accuracy": 0.0, "centred": 0.0}}
-    assert core.core_of(results) == pytest.approx(1 / 6)
-    core.write_csv(tmp_path / "c.csv", results)
+    score = lambda correct, baseline: core.TaskScore(_task("t", baseline), 20, 20, correct)
+    centred = [score(correct, baseline).centred for correct, baseline in ((5, 0.25), (20, 0.5), (8, 0.5))]
+    assert centred == pytest.approx([0, 1, -0.2])
+    scores = [core.TaskScore(_task("a", 0.25), 4, 4, 2), core.TaskScore(_task("b", 0.0), 3, 3, 0)]
+    assert core.core_of(scores) == pytest.approx(1 / 6)
+    core.write_csv(tmp_path / "c.csv", scores)
     rows = [line.split(",") for line in (tmp_path / "c.csv").read_text().splitlines()]
     assert rows == [
         ["Task", "Accuracy", "Centered"],

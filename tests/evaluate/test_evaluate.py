@@ -1,5 +1,6 @@
 """The evaluate command on a real run folder: bits per byte by hand, independent of the batch, CORE files, errors."""
 
+import dataclasses
 import json
 import lzma
 import math
@@ -10,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from helpers.tiny_run import make_data
+from helpers import core_bundle, tiny_run
 from oracles import numpy_gpt
 
 from nanojax.cli import UserError
@@ -19,6 +19,7 @@ from nanojax.config import Compute, Config, Data, Model, Train, resolve
 from nanojax.data import loader
 from nanojax.evaluate import __main__ as evaluate
 from nanojax.evaluate import bpb
+from nanojax.evaluate.subject import load
 from nanojax.interop import Imported, convert, to_run
 from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ STEP = 3
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+    return tiny_run.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +41,13 @@ def run(data, tmp_path_factory) -> Path:
     config = Config(model=m, data=Data(path=str(data)), compute=Compute(loss_chunk=32), train=Train(tokens_per_step=32))
     config = resolve(config)
     to_run(Imported(config, numpy_gpt.random_params(0, config), tokenizer, STEP), folder / "run")
-    (folder / "bundle" / "eval_data").mkdir(parents=True)
-    kinds = {"choice": "multiple_choice", "lm": "language_modeling"}
-    tasks = [
-        {"label": k, "dataset_uri": f"{k}.jsonl", "num_fewshot": [1], "icl_task_type": v} for k, v in kinds.items()
-    ]
-    (folder / "bundle" / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
-    (folder / "bundle" / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoice,50\nlm,0\n")
-    items = {
-        "choice": [{"query": f"the law {i}", "choices": ["peace", "honor"], "gold": i % 2} for i in range(9)],
-        "lm": [{"context": f"the people {i}", "continuation": "have met"} for i in range(9)],
-    }
-    for name, rows in items.items():
-        path = folder / "bundle" / "eval_data" / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    core_bundle.write_small(folder / "bundle")
     return folder / "run"
 
 
 def _bpb(run: Path, texts: dict[str, str], batch: int) -> dict:
     config, params, tokenizer = checkpoint.load_params(run, "f32")
-    names: list[str] = []
-    rows = bpb.text_rows(list(texts.items()), tokenizer, config.model.T, names)
-    *_, totals = bpb.measure(config, params, rows, tokenizer.bytes_per_token(), batch)
-    return bpb.summary(totals, names)
+    return bpb.summary(bpb.of_texts(config, params, tokenizer, list(texts.items()), batch))
 
 
 TEXTS = {"a": "the people of this great nation " * 9, "b": "Fünf ünïté! 1837\n" * 20, "c": "x", "d": "peace " * 50}
@@ -104,16 +89,25 @@ def test_bits_per_byte_do_not_depend_on_the_batch(run):
 def test_validation_shards_equal_numpy(run, data):
     """--data: all rows of the validation shards, special tokens left out, equal numpy's figure to 1e-6."""
     config, params, tokenizer = checkpoint.load_params(run, "f32")
-    bytes_V, T = tokenizer.bytes_per_token(), config.model.T
-    rows = np.concatenate(list(loader.valid_batches(data, 1, T)))
-    *_, totals = bpb.measure(config, params, bpb.shard_rows(loader.valid_batches(data, 1, T)), bytes_V, 7)
-    nll, size = numpy_gpt.token_losses(params, rows[:, :-1], rows[:, 1:], config), bytes_V[rows[:, 1:]]
-    found = bpb.summary(totals, ["validation"])
+    rows = np.concatenate(list(loader.valid_batches(data, 1, config.model.T)))
+    nll = numpy_gpt.token_losses(params, rows[:, :-1], rows[:, 1:], config)
+    size = tokenizer.bytes_per_token()[rows[:, 1:]]
+    done: list[int] = []
+    found = bpb.of_shards(config, params, tokenizer, data, 7, progress=done.append).scores()
     assert found["bpb"] == pytest.approx(nll[size > 0].sum() / math.log(2) / size.sum(), rel=1e-6)
     assert found["bytes"] == size.sum() and found["tokens"] == (size > 0).sum() < size.size
+    assert done == [*range(7, len(rows), 7), len(rows)]
+    first = bpb.of_shards(config, params, tokenizer, data, 2, tokens=2 * config.model.T + 1)
+    assert first.bytes == size[:3].sum()  # three rows hold the first two rows and one token
 
 
-def test_files_and_sources(run, tmp_path):
+def test_no_text(run):
+    """Nothing to measure is an error, not a division by zero."""
+    with pytest.raises(UserError, match="no text found"):
+        _bpb(run, {}, 2)
+
+
+def test_files_and_sources(tmp_path):
     """Compressed JSON lines by a key's value, text by file; a key that is not there is one line."""
     lines = [{"source": "x", "text": "peace and law"}, {"source": "y", "text": "honor"}, {"source": "x", "text": "law"}]
     with lzma.open(tmp_path / "m.jsonl.xz", "wt") as file:
@@ -125,8 +119,6 @@ def test_files_and_sources(run, tmp_path):
     assert set(by_file) == {"m.jsonl.xz", "t.txt"}
     with pytest.raises(UserError, match="'nope'"):
         list(bpb.text_documents([str(tmp_path / "m.jsonl.xz")], by="nope"))
-    with pytest.raises(UserError, match="no text found"):
-        bpb.summary({}, [])
 
 
 def _command(monkeypatch, *arguments: object) -> None:
@@ -167,11 +159,13 @@ def test_a_hugging_face_folder_scores_as_the_run(run, tmp_path, monkeypatch, cap
 
 
 def test_another_model_does_not_resume(run):
-    """The progress file's identity changes with a single parameter, the tokenizer stays: no outcome is taken over."""
-    subject = evaluate.load(str(run), None, "f32", None, None)
-    changed = {**subject.params, "head": subject.params["head"].at[0, 0].add(jnp.float32(1e-3))}
-    other = evaluate.Subject(subject.config, changed, subject.tokenizer, "x", STEP, subject.out)
-    assert evaluate.model_identity(subject) == evaluate.model_identity(subject) != evaluate.model_identity(other)
+    """A single changed parameter, or two rows exchanged, gives another identity: no outcome is taken over."""
+    subject = load(str(run), None, "f32", None)
+    head = subject.params["head"]
+    changed = dataclasses.replace(subject, params={**subject.params, "head": head.at[0, 0].add(jnp.float32(1e-3))})
+    swapped = dataclasses.replace(subject, params={**subject.params, "head": head[::-1]})
+    assert subject.identity() == subject.identity()
+    assert subject.identity() not in (changed.identity(), swapped.identity())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.core_bundle import WORDS
 from oracles import numpy_gpt
 
 from nanojax.config import Compute, Config, Model, Train, resolve
@@ -18,23 +19,6 @@ from nanojax.tokenizer import train
 
 pytest.importorskip("lm_eval", reason="pip install lm-eval to run the harness on our models")
 
-WORDS = [
-    "the",
-    "people",
-    "of",
-    "this",
-    "nation",
-    "have",
-    "met",
-    "in",
-    "peace",
-    "and",
-    "law",
-    "will",
-    "serve",
-    "every",
-    "state",
-]
 TASK = """task: nanojax_{kind}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {path}}}}}

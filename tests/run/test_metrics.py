@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import tensorboard
 from rich.console import Console
-from tensorboardX.proto import event_pb2
 
 from nanojax.config import Config
 from nanojax.run import metrics
@@ -88,27 +88,16 @@ def test_terminal(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not any(line.startswith("step 1/4 ·") for line in text.splitlines())
 
 
-def _events(folder: Path) -> list[event_pb2.Event]:
-    events = []
-    for path in sorted(folder.glob("events*")):
-        data = path.read_bytes()
-        while data:  # TFRecord: length u64, crc u32, payload, crc u32
-            size = int.from_bytes(data[:8], "little")
-            events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
-            data = data[16 + size :]
-    return events
-
-
 def test_tensorboard(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event file holds losses, bits per byte and text of the JSONL; a resumed run purges what it repeats."""
     config = tiny(train=dict(steps=4))
     _log(config, tmp_path, monkeypatch, terminal=False)
-    values = [(v.tag, e.step, v) for e in _events(tmp_path / "tensorboard") for v in e.summary.value]
+    values = [(v.tag, e.step, v) for e in tensorboard.events(tmp_path / "tensorboard") for v in e.summary.value]
     assert [v.simple_value for tag, _, v in values if tag == "train/loss"] == [4.0, 3.0, 2.0, 1.0]
     assert [(step, v.simple_value) for tag, step, v in values if tag == "eval/bpb"] == [(2, 1.5)]
     assert any(tag.startswith("sample") and b"some text" in v.tensor.string_val[0] for tag, _, v in values)
     metrics.Metrics(config, tmp_path, 2, Console(file=io.StringIO())).close()
-    assert 3 in [e.step for e in _events(tmp_path / "tensorboard") if e.session_log.status]
+    assert 3 in [e.step for e in tensorboard.events(tmp_path / "tensorboard") if e.session_log.status]
     off = tiny(train=dict(steps=4, tensorboard=False))
     metrics.Metrics(off, tmp_path.parent, 0, Console(file=io.StringIO())).close()
     assert not (tmp_path.parent / "tensorboard").exists()

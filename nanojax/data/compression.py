@@ -1,4 +1,4 @@
-"""Compares tokenizers by bytes per token on kinds of text, as nanochat's tok_eval does."""
+"""Bytes per token of tokenizers on four kinds of text, as nanochat's tok_eval measures it."""
 
 import argparse
 import hashlib
@@ -31,7 +31,7 @@ _LANGUAGES = {  # Universal Declaration of Human Rights, article 1 (public domai
 
 
 def sample_texts(prose: str) -> dict[str, str]:
-    """Text by kind: the given prose, Python source (this interpreter's argparse), numbers, other languages."""
+    """Text by kind: the given prose, Python code (the standard library's argparse), numbers, other languages."""
     squares = "".join(f"{n} squared is {n * n}; {n}/7 = {n / 7:.6f}\n" for n in range(1, 2000, 7))
     return {
         "prose": prose,
@@ -42,7 +42,7 @@ def sample_texts(prose: str) -> dict[str, str]:
 
 
 def reference_encoders() -> tuple[dict[str, Callable[[str], list[int]]], list[str]]:
-    """GPT-2's and GPT-4's encoders as far as tiktoken's cache holds their files, and the names it lacks."""
+    """(encoders of GPT-2 and GPT-4 whose files are in tiktoken's cache, names of those that are not)."""
     folder = Path(
         os.environ.get("TIKTOKEN_CACHE_DIR")
         or os.environ.get("DATA_GYM_CACHE_DIR")
@@ -50,7 +50,7 @@ def reference_encoders() -> tuple[dict[str, Callable[[str], list[int]]], list[st
     )
     encoders, missing = {}, []
     for name, urls in REFERENCES.items():
-        # tiktoken names a cached file by the sha1 of its address; asking it for a missing one would go to the network.
+        # tiktoken names a cached file by the sha1 of its address, and downloads the ones that are missing.
         if all((folder / hashlib.sha1(url.encode()).hexdigest()).exists() for url in urls):
             encoders[name] = tiktoken.get_encoding(name).encode_ordinary
         else:
@@ -69,7 +69,7 @@ def bytes_per_token(
 
 
 def print_comparison(tokenizer: Tokenizer, prose: str) -> None:
-    """Prints the table for this tokenizer and the reference vocabularies at hand."""
+    """Prints the table of this tokenizer and of the reference vocabularies in tiktoken's cache."""
     encoders, missing = reference_encoders()
     table = bytes_per_token({"this": tokenizer.encode, **encoders}, sample_texts(prose))
     names = ["this", *encoders]
