@@ -118,6 +118,7 @@ class Bar:
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not self.live,
+            redirect_stdout=sys.stdout.isatty(),  # lines printed meanwhile stand above the bar, unless they go to a file
         )  # fmt: skip
         self.task = self.progress.add_task(title, total=total, text="")
 

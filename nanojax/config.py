@@ -230,10 +230,11 @@ class Config:
     checkpoint: Checkpoint = _harmless(Checkpoint())
     profile: Profile = _harmless(Profile())
 
-    def in_floats(self, dtype: Literal["f32", "bf16"]) -> "Config":
-        """The same model with its parameters stored in `dtype` and every matmul computed in it."""
-        stored = dataclasses.replace(self.stored, blocks=dtype, embed=dtype, head=dtype)
-        compute = dataclasses.replace(self.compute, dtype=dtype, forward="float", dx="float", dw="float", head="float")
+    def in_floats(self, dtype: str) -> "Config":
+        """The same model with its parameters stored in `dtype`, "f32" or "bf16", and every matmul computed in it."""
+        form: Any = dtype
+        stored = dataclasses.replace(self.stored, blocks=form, embed=form, head=form)
+        compute = dataclasses.replace(self.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
         return dataclasses.replace(self, stored=stored, compute=compute)
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from nanojax import files
 from nanojax.cli import UserError
 
 # nanochat's GPT-4 style split, numbers in runs of at most two digits (karpathy/nanochat, nanochat/tokenizer.py).
@@ -32,11 +33,9 @@ SPECIAL_TOKENS = (
 )
 FILE_NAME = "tokenizer.json"
 MAX_VOCAB = 65_536  # token shards are uint16
-# tiktoken's regex engine overflows its stack on a million spaces in a row (100,000 are fine), so longer runs are cut.
+# tiktoken's regex engine overflows its stack on a million spaces in a row; 100,000 are fine.
 MAX_SPACES = 50_000
-TRAIN_BUFFER = (
-    512  # texts that rustbpe holds at a time: 50 MB at the 100,000 characters that nanojax.data cuts texts to
-)
+TRAIN_BUFFER = 512  # texts that rustbpe holds at a time: 50 MB, because nanojax.data cuts texts to 100,000 characters
 _LONG_SPACE = re.compile(rf"\s{{{MAX_SPACES + 1},}}")
 
 
@@ -106,24 +105,19 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def bytes_per_token(self) -> np.ndarray:
-        """int32 [V]: UTF-8 bytes that each id stands for, 0 for special tokens (bits per byte leaves these out)."""
+        """int32 [V]: UTF-8 bytes of each id, 0 for special tokens, which bits per byte leaves out."""
         return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over everything that decides an id: pattern, special tokens, tokens in order."""
-        digest = hashlib.sha256()
-        for part in (self.pattern.encode(), *(name.encode() for name in SPECIAL_TOKENS), *self.tokens):
-            digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
+        """sha256 (hex) of everything that determines an id: pattern, special tokens, tokens in order."""
+        return _fingerprint(self.pattern, self.tokens)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes `tokenizer.json` into the folder, atomically; returns its path."""
+        """Writes `tokenizer.json` into the folder, whole or not at all; returns its path."""
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(self._file())
-        os.replace(temporary, path)
+        with files.write_atomic(path) as file:
+            file.write(self._file())
         return path
 
     def _file(self) -> bytes:
@@ -138,7 +132,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Reads what `save` wrote; UserError names the file when it is missing, damaged or of another kind."""
+        """Reads what `save` wrote. UserError names the file if it is missing, damaged or of another kind."""
         path = Path(folder) / FILE_NAME
         try:
             raw = path.read_bytes()
@@ -147,10 +141,7 @@ class Tokenizer:
                 raise UserError(f"{path}: not a tokenizer of this version of nanojax")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens_base64"]]
             # The fingerprint is compared before tiktoken sees the tokens: it panics on a damaged pattern.
-            digest = hashlib.sha256()
-            for part in (content["pattern"].encode(), *(name.encode() for name in SPECIAL_TOKENS), *tokens):
-                digest.update(len(part).to_bytes(8, "little") + part)
-            if digest.hexdigest() != content["fingerprint"]:
+            if _fingerprint(content["pattern"], tokens) != content["fingerprint"]:
                 raise UserError(f"{path}: fingerprint does not match the content; the file is damaged, copy it again")
             tokenizer = cls(tokens, content["pattern"])
             if tokenizer._file() != raw:
@@ -168,11 +159,18 @@ class Tokenizer:
             ) from None
 
 
+def _fingerprint(pattern: str, tokens: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in (pattern.encode(), *(name.encode() for name in SPECIAL_TOKENS), *tokens):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains BPE on the texts until the vocabulary, special tokens included, has `vocab_size` entries.
 
-    Memory grows with the number of distinct words, not with the text. UserError when the size is impossible or the
-    text has too few distinct pairs for it.
+    Memory grows with the number of distinct words, not with the text. UserError if the size is impossible or the text has
+    too few distinct pairs for it.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if not smallest <= vocab_size <= MAX_VOCAB:

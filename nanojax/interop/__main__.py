@@ -1,15 +1,14 @@
-"""The command that converts checkpoints.        python -m nanojax.interop"""
+"""Converts checkpoints between this project and others.        python -m nanojax.interop"""
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from nanojax import xla
+from nanojax import cli, xla
 from nanojax.cli import UserError, run_main
 from nanojax.interop import convert
 from nanojax.run import checkpoint
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
   python -m nanojax.interop import ~/.cache/nanochat/base_checkpoints/d20 runs/d20
   python -m nanojax.interop export runs/d32 d32-hf                       -> transformers' NanoChat (safetensors)
@@ -19,19 +18,15 @@ Neither torch nor transformers is needed, and no pickled code is run.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m nanojax.interop --help")
-
-
 def _import(a: argparse.Namespace) -> None:
     found = convert.load(Path(a.folder), Path(a.tokenizer) if a.tokenizer else None, a.step)
     for note in found.notes:
         print(f"note: {note}")
     convert.to_run(found, Path(a.run))
-    m, s = found.config.model, found.config.stored
+    stored = found.config.stored
     print(
-        f"{a.run}: {m.parameters:,} parameters of step {found.step}, blocks {s.blocks}, embed {s.embed}, head {s.head}"
+        f"{a.run}: {found.config.model.parameters:,} parameters of step {found.step}, "
+        f"blocks {stored.blocks}, embed {stored.embed}, head {stored.head}"
     )
     print(f"next: python -m nanojax.sample --run={a.run} --prompt='The'")
 
@@ -41,9 +36,8 @@ def _export(a: argparse.Namespace) -> None:
     step = steps[-1] if a.step is None and steps else a.step
     config, params, tokenizer = checkpoint.load_params(a.run, None, step)
     params, quantised = convert.floats(params, a.dtype)
-    form = config.stored.blocks
     if quantised:
-        print(f"note: {', '.join(quantised)} are stored as {form} and are written as the floats they stand for")
+        print(f"note: {', '.join(quantised)} are quantised in the run and are written as the floats they stand for")
     if a.to == "nanochat":
         convert.export_nanochat(Path(a.out), config, params, tokenizer, step or 0)
     else:
@@ -54,11 +48,10 @@ def _export(a: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command."""
-    parser = _Parser(
-        prog="python -m nanojax.interop",
-        description="Converts checkpoints: nanochat's and Hugging Face's into run folders, run folders into both.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.Parser(
+        "python -m nanojax.interop",
+        "Converts checkpoints: nanochat's and Hugging Face's into run folders, run folders into both.",
+        EXAMPLES,
     )
     commands = parser.add_subparsers(required=True, metavar="import|export")
     take = commands.add_parser("import", help="a nanochat or Hugging Face checkpoint folder -> a run folder")
@@ -71,7 +64,7 @@ def main() -> None:
     give.add_argument("run", help="run folder")
     give.add_argument("out", help="folder to write, empty or new")
     give.add_argument("--to", choices=["hf", "nanochat"], default="hf", help="layout (hf)")
-    give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, quantised as f32")
+    give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, quantised ones as f32")
     give.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
     give.set_defaults(do=_export)
     a = parser.parse_args()

@@ -2,13 +2,12 @@
 
 nanochat: model_NNNNNN.pt, meta_NNNNNN.json, and tokenizer.pkl beside them, in tokenizer/ or in ../../tokenizer.
 transformers: config.json, *.safetensors (one or sharded), tokenizer.json.
-Parameters keep their dtype bit by bit. Quantised parameters are exported as the floats they stand for.
+Float parameters keep dtype and bits. Quantised parameters are exported as the floats they stand for.
 """
 
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,23 +19,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from nanojax import files
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Stored, Train, resolve
+from nanojax.config import Compute, Config, Model, Stored, Train, resolve, to_dict
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
 from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
 
-SHARD_BYTES = 4 << 30  # of one safetensors file; what transformers splits at is similar
-NORM_EPS = 2.0**-23  # ours and nanochat's; transformers' default of 1e-6 differs by 4e-7 relative
+SHARD_BYTES = 4 << 30  # of one safetensors file, about where transformers splits too
+NORM_EPS = 2.0**-23  # ours and nanochat's; transformers' default of 1e-6 changes outputs by 4e-7 relative
 Float = Literal["f32", "bf16"]
 DTYPES: dict[Any, Float] = {np.dtype(np.float32): "f32", BF16: "bf16"}
+SAFETENSORS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A foreign checkpoint: `params` numpy float arrays in our layout; `notes` for the reader."""
+    """A foreign checkpoint. `params` are numpy float arrays in our layout; `notes` are for the user."""
 
     config: Config
     params: Any
@@ -46,7 +47,7 @@ class Imported:
 
 
 def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -> Imported:
-    """Reads a folder of either kind. UserError when it is neither, incomplete or of another architecture."""
+    """Reads a folder of either kind. UserError if it is of neither kind, incomplete or of another architecture."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if any(folder.glob("model_*.pt")):
@@ -59,18 +60,14 @@ def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -
     )
 
 
-def _config(name: str, m: Model, params: Any) -> Config:
+def _config(name: str, model: Model, params: Any) -> Config:
     """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
-    forms: Callable[[Any], Float] = lambda array: DTYPES[array.dtype]
-    blocks: set[Float] = {forms(p) for p in params["blocks"].values()}
-    if len(blocks) != 1:
-        raise UserError(
-            f"{name}: block matrices of different dtypes ({', '.join(sorted(blocks))}); convert them to one"
-        )
-    (form,) = blocks
-    compute = Compute(dtype="bf16" if form == "bf16" else "f32", loss_chunk=math.gcd(m.T, 1024))
-    stored = Stored(blocks=form, embed=forms(params["embed"]), head=forms(params["head"]))
-    return resolve(Config(name=name, model=m, stored=stored, compute=compute, train=Train(tokens_per_step=m.T)))
+    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for matrix in params["blocks"].values()})
+    if len(dtypes) != 1:
+        raise UserError(f"{name}: block matrices of different dtypes ({', '.join(dtypes)}); convert them to one")
+    stored = Stored(blocks=dtypes[0], embed=DTYPES[params["embed"].dtype], head=DTYPES[params["head"].dtype])
+    compute = Compute(dtype=dtypes[0], loss_chunk=math.gcd(model.T, 1024))
+    return resolve(Config(name=name, model=model, stored=stored, compute=compute, train=Train(tokens_per_step=model.T)))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -92,12 +89,15 @@ def _whole(where: Path, found: Mapping[str, Any], key: str, default: Any = None)
     return value
 
 
-def _model(where: Path, V: int, L: int, D: int, N: int, KV: int, T: int, **rest: Any) -> Model:
-    if KV != N:
-        raise UserError(f"{where}: {KV} key-value heads for {N} heads; grouped-query attention is not supported")
-    if D % N:
-        raise UserError(f"{where}: width {D} is not a multiple of {N} heads")
-    return Model(depth=L, width=D, head_dim=D // N, vocab=V, seq=T, **rest)
+def _model(where: Path, width: int, heads: int, kv_heads: int, **keys: Any) -> Model:
+    """The sizes of a model with that many heads; `keys` are further keys of Model."""
+    if kv_heads != heads:
+        raise UserError(
+            f"{where}: {kv_heads} key-value heads for {heads} heads; grouped-query attention is not supported"
+        )
+    if width % heads:
+        raise UserError(f"{where}: width {width} is not a multiple of {heads} heads")
+    return Model(width=width, head_dim=width // heads, **keys)
 
 
 def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Imported:
@@ -105,70 +105,91 @@ def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Im
     step = steps[-1] if step is None and steps else step
     if step not in steps:
         raise UserError(f"{folder}: no model_NNNNNN.pt of step {step}; there are {steps}")
-    meta_path, path = folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt"
-    c = _json(meta_path).get("model_config")
-    if not isinstance(c, dict):
+    meta_path = folder / f"meta_{step:06d}.json"
+    sizes = _json(meta_path).get("model_config")
+    if not isinstance(sizes, dict):
         raise UserError(f"{meta_path}: no model_config in it")
-    V, L, D, N = (_whole(meta_path, c, k) for k in ("vocab_size", "n_layer", "n_embd", "n_head"))
-    heads = _whole(meta_path, c, "n_kv_head", c["n_head"])
-    m = _model(meta_path, V, L, D, N, heads, _whole(meta_path, c, "sequence_len"))
+    model = _model(
+        meta_path,
+        vocab=_whole(meta_path, sizes, "vocab_size"),
+        depth=_whole(meta_path, sizes, "n_layer"),
+        width=_whole(meta_path, sizes, "n_embd"),
+        heads=_whole(meta_path, sizes, "n_head"),
+        kv_heads=_whole(meta_path, sizes, "n_kv_head", sizes.get("n_head")),
+        seq=_whole(meta_path, sizes, "sequence_len"),
+    )
+    path = folder / f"model_{step:06d}.pt"
     found = {name.removeprefix("_orig_mod."): array for name, array in torch_file.read(path).items()}
     listed = {name: (array.shape, array.dtype) for name, array in found.items()}
-    params = layouts.join(layouts.NANOCHAT, m, listed, found.__getitem__, path)
+    params = layouts.join(layouts.NANOCHAT, model, listed, found.__getitem__, path)
     places = [tokenizer] if tokenizer else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
     name = folder.name if folder.name not in ("", ".") else "nanochat"
-    return Imported(_config(name, m, params), params, _tokenizer(places, m), step)
+    return Imported(_config(name, model, params), params, _tokenizer(places, model), step)
 
 
 def _load_transformers(folder: Path, tokenizer: Path | None) -> Imported:
-    where = folder / "config.json"
-    c = _json(where)
-    if c.get("model_type") != "nanochat":
-        raise UserError(f"{where}: model_type is {c.get('model_type')!r}, only 'nanochat' can be read")
-    fixed = {"hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False}
-    for key, value in fixed.items():
-        if c.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {c[key]!r}, only {value!r} is supported")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_type is {rope['rope_type']!r}, only 'default' is supported")
-    cap, eps = c.get("final_logit_softcapping", 15.0), c.get("rms_norm_eps", 1e-6)
-    if not isinstance(cap, (int, float)) or cap <= 0:
-        raise UserError(f"{where}: final_logit_softcapping is {cap!r}; a model without a softcap is not supported")
-    if not isinstance(eps, float) or not 0 <= eps <= 1e-5:
-        raise UserError(f"{where}: rms_norm_eps is {eps!r}; only up to 1e-5 is close enough to our 2^-23")
-    base = float(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
-    names = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
-    V, L, D, N = (_whole(where, c, k) for k in names)
-    heads = _whole(where, c, "num_key_value_heads", c["num_attention_heads"])
-    T = _whole(where, c, "max_position_embeddings")
-    m = _model(where, V, L, D, N, heads, T, softcap=float(cap), rope_base=base)
-    if _whole(where, c, "intermediate_size") != m.F:
-        raise UserError(f"{where}: intermediate_size is {c['intermediate_size']}, expected 4*hidden_size = {m.F}")
-    if c.get("head_dim", m.H) != m.H:
-        raise UserError(f"{where}: head_dim is {c['head_dim']}, expected hidden_size/num_attention_heads = {m.H}")
-    files = _safetensors(folder)
+    model, notes = _transformers_config(folder / "config.json")
     try:
-        listed, owner = {}, {}
-        for path in files:
-            with safe_open(path, "np") as file:
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    part = file.get_slice(name)
-                    kinds = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
-                    listed[name] = (tuple(part.get_shape()), kinds.get(part.get_dtype(), np.dtype(np.int64)))
-                    owner[name] = path
-        opened = {path: safe_open(path, "np") for path in files}
-        read: Callable = lambda name: opened[owner[name]].get_tensor(name)
-        params = layouts.join(layouts.TRANSFORMERS, m, listed, read, folder)
+        listed: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        read: dict[str, Callable[[str], np.ndarray]] = {}  # name -> the method of its file that reads it
+        for path in _safetensors(folder):
+            file = safe_open(path, "np")
+            for name in file.keys():  # noqa: SIM118  not a dict
+                part = file.get_slice(name)
+                # Integers, which no layout has, are refused by name in `join`.
+                listed[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), np.dtype(np.int64)))
+                read[name] = file.get_tensor
+        params = layouts.join(layouts.TRANSFORMERS, model, listed, lambda name: read[name](name), folder)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: damaged safetensors file ({error}); fetch it again") from None
-    note = () if math.isclose(eps, NORM_EPS, rel_tol=1e-3) else (f"its rms_norm_eps is {eps:g}, ours 2^-23",)
     name = folder.name if folder.name not in ("", ".") else "huggingface"
-    return Imported(_config(name, m, params), params, _tokenizer([tokenizer or folder], m), 0, note)
+    config = _config(name, model, params)
+    return Imported(config, params, _tokenizer([tokenizer or folder], model), 0, notes)
+
+
+def _transformers_config(path: Path) -> tuple[Model, tuple[str, ...]]:
+    """(sizes, notes for the user) of a config.json. UserError if it is of a model that this project does not have."""
+    given = _json(path)
+    if given.get("model_type") != "nanochat":
+        raise UserError(f"{path}: model_type is {given.get('model_type')!r}, only 'nanochat' can be read")
+    fixed = {"hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False}
+    for key, value in fixed.items():
+        if given.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {given[key]!r}, only {value!r} is supported")
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path}: rope_type is {rope['rope_type']!r}, only 'default' is supported")
+    cap = given.get("final_logit_softcapping", 15.0)
+    if not isinstance(cap, (int, float)) or cap <= 0:
+        raise UserError(f"{path}: final_logit_softcapping is {cap!r}; a model without a softcap is not supported")
+    eps = given.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, float) or not 0 <= eps <= 1e-5:
+        raise UserError(f"{path}: rms_norm_eps is {eps!r}; only up to 1e-5 is close enough to our 2^-23")
+    model = _model(
+        path,
+        vocab=_whole(path, given, "vocab_size"),
+        depth=_whole(path, given, "num_hidden_layers"),
+        width=_whole(path, given, "hidden_size"),
+        heads=_whole(path, given, "num_attention_heads"),
+        kv_heads=_whole(path, given, "num_key_value_heads", given.get("num_attention_heads")),
+        seq=_whole(path, given, "max_position_embeddings"),
+        softcap=float(cap),
+        rope_base=float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
+    )
+    if _whole(path, given, "intermediate_size") != model.F:
+        raise UserError(
+            f"{path}: intermediate_size is {given['intermediate_size']}, expected 4*hidden_size = {model.F}"
+        )
+    if given.get("head_dim", model.H) != model.H:
+        raise UserError(
+            f"{path}: head_dim is {given['head_dim']}, expected hidden_size/num_attention_heads = {model.H}"
+        )
+    same_eps = math.isclose(eps, NORM_EPS, rel_tol=1e-3)
+    return model, () if same_eps else (f"its rms_norm_eps is {eps:g}, ours 2^-23",)
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    """The files of the weights; a shard that the index names and the folder lacks is told by name."""
+    """The files of the weights. UserError naming a shard that the index lists and the folder lacks."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
@@ -190,19 +211,16 @@ def _tokenizer(places: list[Path], m: Model) -> Tokenizer:
 
 
 def as_dtype(config: Config, params: Any, dtype: str) -> tuple[Config, Any]:
-    """(config, params) on the device, all parameters in f32 or bf16 and computed in it, or "stored" = as they are."""
+    """(config, params) on the device: stored and computed in `dtype`, f32 or bf16; as they are for "stored"."""
     if dtype == "stored":
         return config, jax.tree.map(jnp.asarray, params)
-    form: Any = dtype
-    stored = dataclasses.replace(config.stored, blocks=form, embed=form, head=form)
-    compute = dataclasses.replace(config.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
-    return dataclasses.replace(config, stored=stored, compute=compute), decode_tree(params, checkpoint.DTYPES[dtype])
+    return config.in_floats(dtype), decode_tree(params, checkpoint.DTYPES[dtype])
 
 
 def to_run(found: Imported, run: Path) -> None:
-    """Makes a run folder that evaluate, sample and export accept: config, tokenizer and parameters at `found.step`.
+    """Makes a run folder that evaluate, sample and export accept: config, tokenizer, and parameters at `found.step`.
 
-    It holds no optimizer state, so training does not resume from it. UserError if the folder holds checkpoints already.
+    It holds no optimizer state, so training does not resume from it. UserError if the folder already holds checkpoints.
     """
     if checkpoint.available(run):
         raise UserError(f"{run}: holds checkpoints already; choose another folder")
@@ -212,28 +230,34 @@ def to_run(found: Imported, run: Path) -> None:
         raise UserError(f"{run}: cannot write there ({error.strerror})") from None
     found.tokenizer.save(run / "tokenizer")
     checkpoint.write_config(run, found.config)
-    sums, finite = jax.device_get(checkpoint.checks({"params": jax.tree.map(jnp.asarray, found.params)}))
+    params = jax.tree.map(jnp.asarray, found.params)
+    sums, finite = jax.device_get(checkpoint.checks({"params": params}))
     for path, ok in finite.items():
         if not ok:
             raise UserError(f"{path} holds NaN or Inf; not imported")
-    meta = {"step": found.step, "checks": {k: int(v) for k, v in sums.items()}}
-    meta |= {"tokenizer": found.tokenizer.fingerprint, "config": dataclasses.asdict(found.config), "data": {}}
+    meta = {
+        "step": found.step,
+        "data": {},
+        "config": to_dict(found.config),
+        "tokenizer": found.tokenizer.fingerprint,
+        "checks": {path: int(value) for path, value in sums.items()},
+    }
     writer = checkpoint.open_for_saving(run, found.config)
     try:
-        writer.save_checkpointables(found.step, {"params": jax.tree.map(jnp.asarray, found.params), "meta": meta})
+        writer.save_checkpointables(found.step, {"params": params, "meta": meta})
     finally:
         writer.close()
 
 
 def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
-    """(numpy float parameters, names of those that were codes). dtype None: floats as they are, codes as f32."""
+    """(numpy float parameters, names of those that were quantised). dtype None: floats keep theirs, quantised get f32."""
     quantised: list[str] = []
 
     def one(path: Any, leaf: Any) -> np.ndarray:
+        own = jnp.float32 if is_stored(leaf) else leaf.dtype
         if is_stored(leaf):
             quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-        target = checkpoint.DTYPES[dtype] if dtype else jnp.float32 if is_stored(leaf) else leaf.dtype
-        return np.asarray(decode(leaf, target))
+        return np.asarray(decode(leaf, checkpoint.DTYPES[dtype] if dtype else own))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), quantised
 
@@ -261,12 +285,13 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
     _fresh(out)
     kinds = layouts.dtypes(layouts.TRANSFORMERS, params, m)
     listed = layouts.shapes(layouts.TRANSFORMERS, m)
-    size = {n: math.prod(s) * kinds[n].itemsize for n, s in listed.items()}
+    size = {name: math.prod(shape) * kinds[name].itemsize for name, shape in listed.items()}
     if sum(size.values()) <= SHARD_BYTES:
         _save(out / "model.safetensors", dict(zip(listed, layouts.split(layouts.TRANSFORMERS, params, m))))
     else:
         groups = _groups(size)
-        arrays, weight_map = zip(listed, layouts.split(layouts.TRANSFORMERS, params, m)), {}
+        arrays = zip(listed, layouts.split(layouts.TRANSFORMERS, params, m))
+        weight_map = {}
         for i, group in enumerate(groups, 1):
             file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
             _save(out / file, dict(next(arrays) for _ in group))
@@ -301,7 +326,9 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
 
 
 def _groups(size: Mapping[str, int]) -> list[list[str]]:
-    groups, filled = [[]], 0
+    """The names in order, in groups of at most SHARD_BYTES."""
+    groups: list[list[str]] = [[]]
+    filled = 0
     for name, n in size.items():
         if groups[-1] and filled + n > SHARD_BYTES:
             groups.append([])
@@ -312,13 +339,12 @@ def _groups(size: Mapping[str, int]) -> list[list[str]]:
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial, metadata={"format": "pt"})
-    os.replace(partial, path)
+    with files.write_atomic(path) as file:
+        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, file.name, metadata={"format": "pt"})
 
 
 def _fresh(out: Path) -> None:
-    """Makes the folder; an export never mixes with what is there."""
+    """Makes the folder. UserError unless it is empty, so that an export never mixes with other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):

@@ -80,8 +80,10 @@ def _load_json(path: Path) -> Tokenizer:
 
 
 def merges(tokens: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token of more than one byte, in rank order: what is left of it when all earlier merges
-    have been applied. UserError for a token that no pair of earlier tokens makes."""
+    """The pair that makes each token of more than one byte, in rank order: the two parts that all earlier merges leave.
+
+    UserError for a token that no pair of earlier tokens makes.
+    """
     rank = {token: i for i, token in enumerate(tokens)}
     pairs = []
     for token in tokens:
@@ -102,10 +104,10 @@ def merges(tokens: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
 
 
 def save_nanochat(tokenizer: Tokenizer, out: Path, vocab: int) -> None:
-    """tokenizer.pkl and token_bytes.pt as nanochat reads them; it wants the model as wide as the tokenizer."""
+    """tokenizer.pkl and token_bytes.pt as nanochat reads them. UserError unless the tokenizer has `vocab` ids."""
     if tokenizer.vocab_size != vocab:
         raise UserError(
-            f"nanochat needs a model as wide as its tokenizer; the model has {vocab} ids, the tokenizer "
+            f"nanochat needs as many ids in the model as in the tokenizer; the model has {vocab}, the tokenizer "
             f"{tokenizer.vocab_size}; export to Hugging Face instead"
         )
     special = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
@@ -114,7 +116,7 @@ def save_nanochat(tokenizer: Tokenizer, out: Path, vocab: int) -> None:
 
 
 def save_transformers(tokenizer: Tokenizer, out: Path, seq: int) -> None:
-    """tokenizer.json and tokenizer_config.json; as in training, a text gets the begin token in front."""
+    """tokenizer.json and tokenizer_config.json; they put the begin token before a text, as training does."""
     text = lambda token: "".join(CHARACTER[b] for b in token)
     special = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
     bos = SPECIAL_TOKENS[0]

@@ -1,8 +1,8 @@
 """PyTorch .pt files and nanochat's pickled tokenizer, read and written without torch and without running pickled code.
 
-A .pt file is a zip: `<root>/data.pkl` says which tensors there are, `<root>/data/<key>` holds their bytes. A pickle is
-a program, so it runs here on an unpickler that knows only what a dictionary of tensors needs; any other name in it
-is refused by name before it is looked up. Tensor bytes are memory-mapped, so reading a 7 GB file needs no 7 GB.
+A .pt file is a zip: `<root>/data.pkl` lists the tensors, `<root>/data/<key>` holds their bytes. A pickle is a program, so
+it runs here on an unpickler that knows only what a dictionary of tensors needs; any other name is refused before it is
+looked up. Tensor bytes are memory-mapped, so reading a 7 GB file does not take 7 GB.
 Format: torch/serialization.py and torch/_utils.py of PyTorch 1.6 and later (zip files; the older format is refused).
 """
 
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from nanojax import files
 from nanojax.cli import UserError
 
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; d32's has 20 kB
@@ -186,33 +187,30 @@ def write(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], ar
     `shapes` gives name -> (shape, dtype); `arrays` yields the arrays in that order and is consumed one at a time, so
     that a model need not be in memory twice. The file appears only when it is complete.
     """
-    partial = path.with_name(path.name + ".partial")
-    root = path.stem
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.writestr(f"{root}/data.pkl", _pickle(shapes))
-            archive.writestr(f"{root}/byteorder", "little")
-            for key, (name, array) in enumerate(zip(shapes, arrays, strict=True)):
-                shape, dtype = shapes[name]
-                if array.shape != shape or array.dtype != dtype:
-                    raise ValueError(f"{name}: {array.dtype}{array.shape}, announced {dtype}{shape}")
-                with archive.open(f"{root}/data/{key}", "w", force_zip64=True) as entry:
-                    entry.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            archive.writestr(f"{root}/version", "3\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def checked() -> Iterator[np.ndarray]:
+        for (name, (shape, dtype)), array in zip(shapes.items(), arrays, strict=True):
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name}: {array.dtype}{array.shape}, announced {dtype}{shape}")
+            yield array
+
+    _write(path, _pickle(shapes), checked())
 
 
 def write_one(path: Path, array: np.ndarray) -> None:
     """Writes a .pt file that holds one tensor by itself, such as nanochat's token_bytes.pt."""
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{path.stem}/data.pkl", b"\x80\x02" + b"".join(_tensor(0, array.shape, array.dtype)) + b".")
-        archive.writestr(f"{path.stem}/byteorder", "little")
-        archive.writestr(f"{path.stem}/data/0", np.ascontiguousarray(array).tobytes())
-        archive.writestr(f"{path.stem}/version", "3\n")
-    os.replace(partial, path)
+    _write(path, b"\x80\x02" + b"".join(_tensor(0, array.shape, array.dtype)) + b".", [array])
+
+
+def _write(path: Path, pickled: bytes, storages: Iterable[np.ndarray]) -> None:
+    root = path.stem
+    with files.write_atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{root}/data.pkl", pickled)
+        archive.writestr(f"{root}/byteorder", "little")
+        for key, array in enumerate(storages):
+            with archive.open(f"{root}/data/{key}", "w", force_zip64=True) as entry:
+                entry.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        archive.writestr(f"{root}/version", "3\n")
 
 
 def _text(value: str) -> bytes:

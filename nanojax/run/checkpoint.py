@@ -8,7 +8,6 @@ zeros between steps.
 A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -171,10 +170,7 @@ def load_params(
     params = found[0]["params"]
     if dtype is None:
         return config, params, tokenizer
-    stored = dataclasses.replace(config.stored, blocks=dtype, embed=dtype, head=dtype)
-    floats: Any = dict(dtype=dtype, forward="float", dx="float", dw="float", head="float")
-    config = dataclasses.replace(config, stored=stored, compute=dataclasses.replace(config.compute, **floats))
-    return config, jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params), tokenizer
+    return config.in_floats(dtype), jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params), tokenizer
 
 
 def _newest_good(
