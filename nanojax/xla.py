@@ -41,8 +41,10 @@ def hide_unusable_cuda() -> None:
     if hardware.nvidia_driver() or not cuda_compiler_installed() or "jax" in sys.modules:
         return
     if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-        sys.modules.update({name: _Idle(name) for name in _PLUGINS})
-        sys.modules.update(dict.fromkeys(_KERNELS))  # None: importing it raises ModuleNotFoundError
+        for name in _PLUGINS:
+            sys.modules[name] = _Idle(name)
+        for name in _KERNELS:
+            sys.modules[name] = None  # pyright: ignore  importing it raises ModuleNotFoundError
 
 
 def cuda_compiler_installed() -> bool:

@@ -142,7 +142,7 @@ def train(config: Config, run: Run, path: Path) -> None:
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train_step = jax.jit(step.train_step(config), donate_argnums=0)
     whole = configs.override(config, {"compute.loss_chunk": min(2048, 8 * config.model.T)})
-    losses: Any = jax.jit(lambda params, tokens: jnp.mean(model.token_losses(whole, step.stacked(params), tokens)))
+    losses: Any = jax.jit(lambda params, tokens: jnp.mean(model.token_losses(whole, params, tokens)))
 
     def valid(count: int) -> float:
         return statistics.fmean(float(losses(state.params, jnp.asarray(r))) for r in rows[:count])
@@ -157,7 +157,7 @@ def train(config: Config, run: Run, path: Path) -> None:
         write(**head)
         recent: list[jax.Array] = []
         for i in range(1, config.train.steps + 1):
-            state, metrics = train_step(state, jnp.asarray(next(batches).reshape(config.batch_shape)))
+            state, metrics = train_step(state, step.Batch(jnp.asarray(next(batches).reshape(config.batch_shape))))
             recent.append(metrics["loss"])
             if i % CURVE == 0 or i == config.train.steps:
                 mean = statistics.fmean(float(x) for x in recent)

@@ -1,9 +1,11 @@
-"""Rules of all tests: on the CPU (unless the gpu marker is asked for), no implicit dtype promotion, a compile cache off."""
+"""Rules of all tests: on the CPU, of which there are two; no implicit promotion of dtypes or ranks.
+
+Two devices, so that nothing assumes that the first one is the only one. Processes that tests start see one.
+"""
 
 import os
 
-if "gpu" not in os.environ.get("PYTEST_ADDOPTS", ""):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import nanojax  # noqa: F401, I001  before jax, which would load a CUDA plugin that has no driver
 
@@ -25,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
         compile.start_compiler()
     import jax
 
+    jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

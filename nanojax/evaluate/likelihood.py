@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from nanojax import model
 from nanojax.config import Config
-from nanojax.ops import attention
 
 F32 = jnp.float32
 TOKENS, CPU_TOKENS = 8192, 2048  # of a batch; on a CPU, larger ones fall out of its cache
@@ -97,50 +95,43 @@ def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(config: Config, params: Any, trunk_BT, tail_BS, branch_BS, position_BS, length_B, at_BP) -> jax.Array:
+def _hidden(
+    config: Config,
+    params: model.Params,
+    trunk_BT: jax.Array,
+    tail_BS: jax.Array,
+    branch_BS: jax.Array,
+    position_BS: jax.Array,
+    length_B: jax.Array,
+    at_BP: jax.Array,
+) -> jax.Array:
     """Last block's output [B,P,D] at places `at_BP` of trunk (`length_B` tokens) and tail laid end to end; S may be 0.
 
-    Of the last layer's other places only keys and values are computed: a fifth of a d4, a fiftieth of a d32.
+    All trunks and then all tails are one row of the walk, each token with its own position. Attention takes them apart.
     """
-    (B, S), T, L = tail_BS.shape, trunk_BT.shape[1], config.model.L
-    if not S and 4 * at_BP.shape[1] > T:
+    (B, S), T = tail_BS.shape, trunk_BT.shape[1]
+    if not S:
         return _pick(model.hidden(config, params, trunk_BT), at_BP)
-    implementation = attention.default_implementation(config.compute.attention)
-    apply: Any = model.Block(config, implementation).apply
-    offset = (position_BS - jnp.arange(B * S).reshape(B, S)).reshape(-1)
+    causal = model.causal(config)
     index_S = jnp.arange(S)
     own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S)
     to_trunk = jnp.broadcast_to((jnp.arange(T) < length_B[:, None])[:, None], (B, S, T))
-    tail_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
-    join = lambda trunk, tail: jnp.concatenate([trunk, tail], 1) if S else trunk
+    allowed_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
+    one_row = lambda trunk, tail: jnp.concatenate([a.reshape(1, -1, *a.shape[2:]) for a in (trunk, tail)], 1)
 
-    def qkv(x, p):
-        """q, k, v and x of the trunk, and of the tail: the tails' tokens as one row, each with its own position."""
-        trunk = apply({"params": p}, x[0], method="qkv")
-        if not S:
-            return tuple((a, None) for a in trunk)
-        tail = apply({"params": p}, x[1].reshape(1, B * S, -1), offset, method="qkv")
-        return tuple((a, b.reshape(B, S, *b.shape[2:])) for a, b in zip(trunk, tail))
+    def apart(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return row[0, : B * T].reshape(B, T, *row.shape[2:]), row[0, B * T :].reshape(B, S, *row.shape[2:])
 
-    def layer(i, x):
-        p = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), params["blocks"])
-        q, k, v, (trunk, tail) = qkv(x, p)
-        trunk = apply({"params": p}, trunk, attention.attention(q[0], k[0], v[0], implementation), method="rest")
-        if S:
-            tail = apply({"params": p}, tail, _attend(q[1], join(*k), join(*v), tail_BSU), method="rest")
-        return trunk, tail
+    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        (q_trunk, q_tail), (k_trunk, k_tail), (v_trunk, v_tail) = map(apart, (q, k, v))
+        trunk, _ = causal(i, q_trunk, k_trunk, v_trunk)
+        keys, values = jnp.concatenate([k_trunk, k_tail], 1), jnp.concatenate([v_trunk, v_tail], 1)
+        return one_row(trunk, _attend(q_tail, keys, values, allowed_BSU)), None
 
-    embed: Any = model.Embed(config).apply
-    start = embed({"params": params}, trunk_BT), embed({"params": params}, tail_BS) if S else None
-    x = lax.fori_loop(0, L - 1, layer, start)
-
-    p = jax.tree.map(lambda a: a[L - 1], params["blocks"])
-    q, k, v, x = (join(*both) for both in qkv(x, p))
-    allowed_BPU = jnp.arange(T + S) <= at_BP[..., None]
-    if S:
-        allowed_BPU = jnp.where(at_BP[..., None] < T, allowed_BPU, _pick(tail_BSU, jnp.maximum(at_BP - T, 0)))
-    out = _attend(_pick(q, at_BP), k, v, allowed_BPU)
-    return apply({"params": p}, _pick(x, at_BP), out, method="rest")
+    position = one_row(jnp.broadcast_to(jnp.arange(T), (B, T)), position_BS)[0]
+    start = position - jnp.arange(B * (T + S))
+    x, _ = model.walk(config, params, one_row(trunk_BT, tail_BS), attend, start)
+    return _pick(jnp.concatenate(apart(x), 1), at_BP)
 
 
 def _pick(x_BU: jax.Array, at_BP: jax.Array) -> jax.Array:
@@ -150,7 +141,7 @@ def _pick(x_BU: jax.Array, at_BP: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _head(config: Config, head: Any, x_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     """nats [C] f32 and argmax hits [C] bool of `targets_C` after the last block's outputs `x_CD`."""
-    logits = model.Head(config).apply({"params": {"head": head}}, x_CD[None])[0]  # pyright: ignore[reportIndexIssue]
+    logits = model.head(config, {"head": head}, x_CD)
     picked = jnp.take_along_axis(logits, targets_C[:, None], -1)[:, 0]
     return jax.nn.logsumexp(logits, -1) - picked, jnp.argmax(logits, -1).astype(jnp.int32) == targets_C
 

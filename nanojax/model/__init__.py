@@ -1,3 +1,17 @@
-"""What is computed: the weights, their initialisation, and the one walk through the layers."""
+"""What is computed: initialisation, the layers of each model, and the one walk through them."""
 
-from nanojax.model.gpt import *  # noqa: F403
+from nanojax.model.forward import causal, empty_cache, forward, forward_cached, head, hidden, token_losses, walk
+from nanojax.model.params import Params, init_params
+
+__all__ = [
+    "Params",
+    "causal",
+    "empty_cache",
+    "forward",
+    "forward_cached",
+    "head",
+    "hidden",
+    "init_params",
+    "token_losses",
+    "walk",
+]

@@ -1,1 +1,1 @@
-"""Differentiable operations with hand-written backwards; they know no model."""
+"""Differentiable operations with hand-written backward passes. Of the config they know only Compute."""

@@ -1,4 +1,4 @@
-"""Causal attention, one function: cuDNN flash on an NVIDIA GPU, elsewhere one chunk of queries at a time; and the cached form."""
+"""Causal attention: cuDNN's flash kernels on an NVIDIA GPU, chunks of queries elsewhere, and a cached form for decoding."""
 
 import functools
 import math
@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-QUERIES = 256  # queries whose scores exist at one time in the chunked form: B*N*256*T values instead of B*N*T*T
-F32 = jnp.float32
+from nanojax.ops.rows import F32
+
+QUERIES = 256  # per chunk: B*N*256*T scores exist at one time instead of B*N*T*T
 
 
 def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, implementation: str) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over positions up to one's own. `implementation`: cudnn (bf16 on a GPU) or chunked."""
+    """softmax(q k^T / sqrt(H)) v [B,T,N,H], each query over positions up to its own.
+
+    Args:
+      implementation: "cudnn" (bf16 on an NVIDIA GPU) or "chunked".
+    """
     if implementation == "cudnn":
         out = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
         return checkpoint_name(out, "attn")
@@ -24,7 +29,7 @@ def _bounds(T: int) -> list[tuple[int, int]]:
 
 
 def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
-    """Masked scaled scores [B,N,C,S] in f32 of queries start..start+C against keys 0..S."""
+    """Scaled, masked f32 scores [B,N,C,S] of the queries at start..start+C against keys 0..S."""
     s = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=F32) * (1 / math.sqrt(q.shape[-1]))
     allowed = start + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None, :]
     return jnp.where(allowed, s, -jnp.inf)
@@ -32,7 +37,7 @@ def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
 
 @jax.custom_vjp
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention by chunks of queries, keys beyond the chunk never touched; scores are recomputed in backward."""
+    """Attention one chunk of queries at a time. Keys after the chunk are never read; backward recomputes the scores."""
     return _chunked_fwd(q, k, v)[0]
 
 
@@ -70,7 +75,7 @@ chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def cached(q_BSNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, start: jax.Array) -> jax.Array:
-    """Attention of S new queries at positions start.. over a cache of T positions filled up to start+S."""
+    """Attention of S new queries at positions start..start+S over a cache of T positions, filled up to start+S."""
     s = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BTNH, preferred_element_type=F32) * (1 / math.sqrt(q_BSNH.shape[-1]))
     allowed = start + jnp.arange(q_BSNH.shape[1])[:, None] >= jnp.arange(k_BTNH.shape[1])[None, :]
     p = jax.nn.softmax(jnp.where(allowed, s, -jnp.inf), -1).astype(v_BTNH.dtype)
@@ -79,7 +84,7 @@ def cached(q_BSNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, start: jax.A
 
 @functools.cache
 def default_implementation(choice: str) -> str:
-    """`auto` resolved: cudnn where jax's default backend is an NVIDIA GPU, else chunked."""
+    """Resolves "auto": cudnn if jax's default backend is a GPU, otherwise chunked."""
     if choice != "auto":
         return choice
     return "cudnn" if jax.default_backend() == "gpu" else "chunked"

@@ -1,8 +1,8 @@
-"""RoPE and QK-norm of a layer's queries and keys, and their gradients: XLA's form, and Pallas kernels of a token a program.
+"""RoPE and QK-norm of a layer's queries and keys, and their gradients, for XLA and as Pallas kernels (a program per token).
 
-Backward ends in what the qkv matrix multiplies: the gradients of q, k and v side by side, as int8 codes with one scale a
-token or as floats. XLA takes four passes over them (means, rotation, maxima, codes), the kernel one: 43 kB a token and layer
-less in d32.
+Backward produces the operand of the qkv matmuls: the gradients of q, k and v side by side, as floats or as int8 codes with
+one scale per token. XLA takes four passes over them (means, rotation, maxima, codes); the kernel takes one, which saves 43 kB
+of traffic per token and layer in d32.
 """
 
 import functools
@@ -17,11 +17,11 @@ from jax.experimental.pallas import triton
 from nanojax.config import Compute
 from nanojax.ops.rows import F32, by_rows, codes_of, implementation, inverse_rms, inverse_rms_of, quantized, scale_of
 
-WARPS = 4  # a program's row: 2,048 values and more a tensor, in registers of 128 threads
+WARPS = 4  # per program: 128 threads hold a token, 2,048 or more values per tensor, in registers
 
 
 class Rotation(NamedTuple):
-    """Rows of T tokens each (batch after batch), N heads of width H, frequencies base^(-2i/H)."""
+    """Sequences of T tokens, N heads of width H, frequencies base^(-2i/H)."""
 
     T: int
     N: int
@@ -30,29 +30,33 @@ class Rotation(NamedTuple):
 
 
 def angles(rotation: Rotation, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [T,H/2] of positions start..start+T."""
+    """f32 cos and sin [T,H/2] of positions start..start+T."""
     T, _, H, base = rotation
     frequency = base ** (-jnp.arange(0, H, 2, dtype=F32) / H)
-    angle = (jnp.arange(T) + start).astype(F32)[:, None] * frequency
+    angle = (jnp.arange(T) + start).astype(F32)[:, None] * frequency[None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """nanochat's rotation of the halves: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos. x [B,T,N,H]; cos, sin [T,H/2]."""
+    """Rotates x [B,T,N,H] as nanochat does, by halves: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos; cos, sin [T,H/2]."""
     halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    # the halves swapped by a reversal, which XLA computes in place; a concatenation it would write out in f32 first
-    sign = jnp.array([1.0, -1.0], F32)[:, None]
-    cos, sin = (a[:, None, None, :] for a in (cos, sin))
+    # A reversal swaps the halves. XLA fuses it; a concatenation would be written to memory in f32 first.
+    sign = jnp.array([1.0, -1.0], F32).reshape(1, 1, 1, 2, 1)
+    cos, sin = (a[None, :, None, None, :] for a in (cos, sin))
     return (halves * cos + halves[..., ::-1, :] * (sin * sign)).reshape(x.shape)
 
 
 def _kernels(c: Compute, rotation: Rotation) -> bool:
-    half = rotation.H // 2  # Triton's arrays are powers of two; heads can be padded, halves cannot
+    half = rotation.H // 2  # Triton's arrays are powers of two: heads can be padded, halves cannot
     return implementation(c.rows) == "pallas" and half & (half - 1) == 0
 
 
 def forward(c: Compute, rotation: Rotation, q_MD: jax.Array, k_MD: jax.Array, start: jax.Array) -> tuple[Any, Any]:
-    """(q, k) [M,D] rotated and normed over each head, and 1/rms of each head: (q, k) [M,N] f32."""
+    """Rotates q and k [M,D] and normalises each head.
+
+    Returns:
+      (q, k) [M,D] in their dtype, and 1/rms of each head of (q, k), f32 [M,N].
+    """
     T, N, H, _ = rotation
     M = q_MD.shape[0]
     cos, sin = angles(rotation, start)
@@ -64,7 +68,7 @@ def forward(c: Compute, rotation: Rotation, q_MD: jax.Array, k_MD: jax.Array, st
     out = []
     for x in (q_MD, k_MD):
         x = x.reshape(-1, T, N, H)
-        r = inverse_rms(x)  # of x: a rotation keeps its length
+        r = inverse_rms(x)  # of x itself: a rotation does not change its norm
         y = (_rotate(x.astype(F32), cos, sin) * r).astype(x.dtype)
         out.append((y.reshape(M, -1), r.reshape(M, N)))
     return tuple(zip(*out))  # pyright: ignore[reportReturnType]
@@ -73,15 +77,15 @@ def forward(c: Compute, rotation: Rotation, q_MD: jax.Array, k_MD: jax.Array, st
 def backward(
     c: Compute, rotation: Rotation, kept: Any, start: jax.Array, dys: tuple[jax.Array, ...], scale: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """The gradient of the products that gave q, k and v.
+    """The gradient of the qkv matmul's result.
 
     Args:
       kept: what forward returned.
-      dys: gradients of q (rotated, normed), k and v, [M,D] each.
-      scale: f32 [1,3D], which the gradient is multiplied by before it is quantised; None: floats are wanted.
+      dys: the gradients of q and k as returned by forward, and of v; [M,D] each.
+      scale: f32 [1,3D], multiplied into the gradient before it is quantised; None: return floats.
 
     Returns:
-      int8 codes [M,3D] and f32 scale [M,1], or one array [M,3D] of dys' dtype.
+      int8 codes [M,3D] and f32 scales [M,1]; with scale=None one array [M,3D] in the dtype of dys.
     """
     (q, k), (rq, rk) = kept
     T, N, H, _ = rotation
@@ -97,7 +101,8 @@ def backward(
     out = []
     for dy, y, r in zip(dys, (q, k), (rq, rk)):
         dy, y = (x.reshape(-1, T, N, H).astype(F32) for x in (dy, y))
-        # norm_backward, rotated back: the rotation of what is in memory, not of what is being computed, stays one pass
+        # norm_backward, then the inverse rotation. Rotating dy and y, which are in memory, rather than their combination
+        # keeps this in one pass.
         mean = jnp.mean(dy * y, -1, keepdims=True)
         dx = r.reshape(-1, T, N, 1) * (_rotate(dy, cos, -sin) - _rotate(y, cos, -sin) * mean)
         out.append(dx.reshape(M, D).astype(q.dtype))
@@ -111,7 +116,7 @@ def backward(
 def _by_tokens(
     kernel: Any, rotation: Rotation, rows: list[jax.Array], positions: Any, columns: Any, out: list[Any]
 ) -> list[jax.Array]:
-    """The kernel with a program for each of M tokens: rows [M,...], positions [T,...] and columns, in this order."""
+    """Runs the kernel with one program per token on rows [M,...], positions [T,...] and columns, in this order."""
     first: Any = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda i: (i, *([0] * (len(a.shape) - 1))))
     cyclic: Any = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda i: (i % rotation.T, *([0] * (len(a.shape) - 1))))
     whole: Any = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
@@ -126,7 +131,11 @@ def _by_tokens(
 
 
 class _Heads:
-    """Loads and stores of one token's heads as their two halves, each [P,H/2], P the next power of two of N."""
+    """Loads and stores the heads of one token in a kernel.
+
+    Heads [N,H] become their two halves, f32 [P,H/2], where P is the next power of two of N; the padding is zeros. `load_each`
+    and `store_each` handle one value per head, [P]. `lead` indexes the axes before the heads.
+    """
 
     def __init__(self, rotation: Rotation):
         _, self.N, self.H, _ = rotation
@@ -159,6 +168,7 @@ class _Heads:
 
 
 def _turn(x: list[jax.Array], cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
+    """_rotate on halves."""
     return [x[0] * cos + x[1] * sin, x[1] * cos - x[0] * sin]
 
 
@@ -180,7 +190,7 @@ def _backward_kernel(rotation: Rotation, dq, dk, dv, q, k, rq, rk, cos, sin, *re
         dy, y, r = heads.load(dy_ref, 0), heads.load(y_ref, 0), heads.load_each(r_ref)[:, None]
         mean = jnp.sum(dy[0] * y[0] + dy[1] * y[1], -1)[:, None] * (1 / rotation.H)
         back = zip(_turn(dy, cos, -sin), _turn(y, cos, -sin))
-        # as between two passes of XLA, rounded to what dq is stored in
+        # rounded to the dtype of dq, as between two passes of XLA
         parts.append([(r * (a - b * mean)).astype(dq.dtype).astype(F32) for a, b in back])
     parts.append(heads.load(dv, 0))
     if len(refs) == 1:

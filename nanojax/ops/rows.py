@@ -1,8 +1,8 @@
-"""A function of whole rows, in one pass: on an NVIDIA GPU a Pallas kernel (Triton), elsewhere the function as it stands.
+"""Runs a function of whole rows in one pass: as a Pallas (Triton) kernel on an NVIDIA GPU, as it is elsewhere.
 
-XLA writes a row's maximum out before anything can be rounded by it, and so reads the row twice: in d32's step a fifth of all
-traffic outside matmuls and attention. A kernel holds one row in registers. Both forms are the same Python function; they
-differ in the order of sums alone. Left out: several rows to a program, which would pay below about 1,000 values a row.
+XLA writes a row's maximum to memory before it can quantise the row, and so reads the row twice; in d32's step that is a
+fifth of all traffic outside matmuls and attention. A kernel holds the row in registers. Both forms run the same Python
+function and differ only in the order of sums. A program takes one row; several would help below about 1,000 values per row.
 """
 
 import functools
@@ -19,44 +19,47 @@ from jax.experimental.pallas import triton
 from nanojax.config import Compute
 from nanojax.quant.formats import scale_of
 
-# From jax 0.11 on, at every compile. Pallas' other backend for GPUs, Mosaic, has Ampere's and Ada's instructions only there,
-# and jax 0.10 runs here too. Where Triton is gone, compute.rows=xla needs none of it.
+# jax warns at every compile from 0.11 on. Pallas' other GPU backend, Mosaic, supports Ampere and Ada only from 0.11 on, and we
+# support 0.10 too. compute.rows=xla needs neither.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 Row = Callable[..., tuple[Any, ...]]
 F32 = jnp.float32
-EPS = 2.0**-23  # inside the norms' square root: what torch's F.rms_norm, and so nanochat, uses in f32
-EXACT = 1.5 * 2.0**23  # added to |x| < 2^22, leaves x rounded to nearest, ties to even, in the sum's low bits
-VALUES_A_WARP = 1024  # 32 a thread: enough loads in flight without spilling
+EPS = 2.0**-23  # under the norms' square root; torch's F.rms_norm, and so nanochat, has the same in f32
+EXACT = 1.5 * 2.0**23  # x + EXACT has x, |x| < 2^22, in its low bits, rounded to nearest with ties to even
+VALUES_PER_WARP = 1024  # 32 per thread: enough loads in flight without spilling
 
 
 def quantized(parts: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
-    """f32 rows, given in parts side by side, as int8 codes (so many parts) and one scale: formats.quantize_rows, to nearest."""
+    """The int8 codes of f32 rows, rounded to nearest, and one scale per row, as formats.quantize_rows makes them.
+
+    parts: arrays that lie side by side. The codes come in the same parts; a single one is not wrapped in a tuple.
+    """
     scale = scale_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), -1, keepdims=True) for x in parts]))
     codes = [codes_of(x, scale) for x in parts]
     return codes[0] if len(codes) == 1 else tuple(codes), scale
 
 
 def codes_of(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x/scale, at most 127 in magnitude, to the nearest whole number: int8. (Triton knows no rounding.)"""
+    """x/scale, at most 127 in magnitude, rounded to nearest as int8. (Triton has no rounding instruction.)"""
     bits = lax.bitcast_convert_type(x / scale + EXACT, jnp.int32)
     return (bits - jnp.int32(0x4B400000)).astype(jnp.int8)
 
 
 def inverse_rms(x: jax.Array, K: int = 0) -> jax.Array:
-    """1/sqrt(mean(x^2) + eps) over the last axis, kept; f32. K: how many of its values are not padding, if not all."""
+    """1/sqrt(mean(x^2) + eps) over the last axis, which stays as 1; f32. K: the number of values, if some are padding."""
     x = x.astype(F32)
     return inverse_rms_of(jnp.sum(x * x, -1, keepdims=True), K or x.shape[-1])
 
 
 def inverse_rms_of(squares: jax.Array, K: int) -> jax.Array:
-    """The same from the sum of K squares."""
+    """inverse_rms from the sum of K squares."""
     return lax.rsqrt(squares * (1 / K) + EPS)
 
 
 @functools.cache
 def implementation(choice: str) -> str:
-    """`auto` resolved: pallas where jax's default backend is an NVIDIA GPU, else xla."""
+    """Resolves "auto": pallas if jax's default backend is a GPU, otherwise xla."""
     if choice != "auto":
         return choice
     return "pallas" if jax.default_backend() == "gpu" else "xla"
@@ -68,17 +71,17 @@ def by_rows(
     rows: Sequence[jax.Array],
     columns: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, ...]:
-    """function(*rows, *columns), a row at a time where c.rows is pallas.
+    """function(*rows, *columns), computed one row at a time if c.rows resolves to pallas.
 
     Args:
-      function: takes arrays [m, K] (`rows`) and [1, K] (`columns`), K each array's own, and returns a tuple of arrays [m, n], or
-        of tuples of these that are to lie side by side. It reduces over the last axis only; zeros appended to its inputs
-        must change no result.
-      rows: arrays [M, K].
-      columns: arrays [1, K], the same for all rows.
+      function: takes arrays [m,K] (`rows`) and [1,K] (`columns`), where K may differ between arrays. It returns a tuple whose
+        items are arrays [m,n], or tuples of such arrays to be placed side by side. It reduces over the last axis only, and
+        zeros appended to its inputs must not change its results.
+      rows: arrays [M,K].
+      columns: arrays [1,K], the same for all rows.
 
     Returns:
-      Arrays [M, sum of n].
+      One array [M, sum of n] per item.
     """
     if implementation(c.rows) == "xla":
         return tuple(jnp.concatenate(y, -1) if isinstance(y, tuple) else y for y in function(*rows, *columns))
@@ -100,11 +103,11 @@ def by_rows(
 
 
 def _warps(values: int) -> int:
-    return max(1, min(8, pl.next_power_of_2(values) // VALUES_A_WARP))
+    return max(1, min(8, pl.next_power_of_2(values) // VALUES_PER_WARP))
 
 
 def _kernel(function: Row, inputs: int, outputs: list[Any], *refs: Any) -> None:
-    """One program's row: loaded up to the next power of two, zeros beyond; each output's parts stored side by side."""
+    """One program: loads its row, padded with zeros to a power of two, and stores each output's parts side by side."""
     values = []
     for ref in refs[:inputs]:
         K, P = ref.shape[-1], pl.next_power_of_2(ref.shape[-1])

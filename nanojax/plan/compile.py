@@ -23,7 +23,7 @@ from nanojax.plan import hlo
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$")
 # The code from which a step is compiled, relative to nanojax/. The cache key has the config's values, not its code.
-STEP_SOURCES = ("step/*.py", "model/*.py", "ops/*.py", "quant/*.py", "xla.py")
+STEP_SOURCES = ("weights.py", "step/*.py", "model/*.py", "ops/*.py", "quant/*.py", "xla.py")
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu12")
 
 
@@ -151,12 +151,10 @@ def read_temporaries(text: str) -> tuple[Value, ...]:
 
 def step_arguments(config: Config) -> tuple[Any, Any]:
     """The shapes of the state and the batch that one step of `config` takes."""
-    import jax
-    import jax.numpy as jnp
 
     from nanojax import step
 
-    return step.abstract_state(config), jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
+    return step.abstract_state(config), step.abstract_batch(config)
 
 
 def for_gpu(config: Config) -> Config:

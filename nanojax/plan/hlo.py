@@ -1,4 +1,4 @@
-"""Reads the text of an optimised HLO module into computations and instructions."""
+"""Parses the text of an optimised HLO module into computations and instructions."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ class Array:
 
 @functools.lru_cache(maxsize=1 << 16)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """Every array of a shape, tuples flattened: `(f32[2,3]{1,0}, s32[])` -> two."""
+    """The arrays of a shape, tuples flattened: `(f32[2,3]{1,0}, s32[])` has two. ValueError on an unknown element type."""
     out = []
     for dtype, dims in _ARRAY.findall(shape):
         if dtype not in BITS:
@@ -46,7 +46,7 @@ def arrays(shape: str) -> tuple[Array, ...]:
 
 @dataclasses.dataclass
 class Instruction:
-    """One line of HLO. `operands` are names of instructions in the same computation; `attributes` is the rest."""
+    """One instruction. `operands` are names of instructions in the same computation; `attributes` is the rest of the line."""
 
     name: str
     shape: str
@@ -69,12 +69,12 @@ class Instruction:
         return sum(a.size for a in self.arrays)
 
     def attribute(self, pattern: str) -> str | None:
-        """First group of `pattern` in the attributes."""
+        """The first group of `pattern` in the attributes; None if it does not match."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else None
 
     def called(self, key: str) -> str:
-        """The computation named by `key=` (calls, body, to_apply, ...). ValueError if it is missing."""
+        """The computation that `key=` (calls, body, to_apply, ...) names. ValueError without that key."""
         name = self.attribute(rf"\b{key}=%?([\w.\-]+)")
         if name is None:
             raise ValueError(f"HLO: {self.opcode} {self.name} has no {key}=")
@@ -82,13 +82,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where it came from in JAX: jit(step)/while/body/dot_general."""
+        """The JAX operation that it came from: jit(step)/while/body/dot_general."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in the order of the text."""
+    """A computation's instructions by name, in the order of the text."""
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -102,7 +102,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Name -> the instructions that read it."""
+        """The instructions that read each instruction, by name."""
         out: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -111,14 +111,14 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order of their numbers."""
+        """The parameters in the order of their numbers."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.argument))
 
 
 @dataclasses.dataclass
 class Module:
-    """All computations, and the name of the entry."""
+    """All computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -157,7 +157,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-    """The module in `text` (`compiled.as_text()`). ValueError if it has no entry computation."""
+    """Parses `compiled.as_text()`. ValueError if it has no entry computation."""
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = None

@@ -1,4 +1,4 @@
-"""Times on this machine's GPU what the model assumes: matmuls at the model's shapes, copies, attention, the step."""
+"""Measures on this machine's GPU what the roofline model assumes: rates of matmuls, copies, attention, and the step."""
 
 import dataclasses
 import statistics
@@ -20,7 +20,7 @@ from nanojax.plan import compile, energy, planner, roofline
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A measured rate: operations or bytes per second."""
+    """A measured rate, in operations or bytes per second."""
 
     what: str
     kind: str  # the field of roofline.Efficiency that it calibrates
@@ -28,7 +28,7 @@ class Rate:
 
 
 def seconds_per_call(function: Callable[..., Any], *arguments: jax.Array, at_least: float = 0.2) -> float:
-    """Median time of one call, of 5 timings that last `at_least` seconds together after warming up."""
+    """Seconds of one call after warming up: the median of 5 timings, which together last `at_least` seconds."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(*arguments))  # compiles, autotunes
     begin = time.perf_counter()
@@ -50,12 +50,12 @@ def _normal(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
 
 
 def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
-    """Matmul rates in bf16 and int8 at the shapes of the model's layers, copy bandwidth, attention with backward."""
+    """The rates of bf16 and int8 matmuls at the model's shapes, of a copy, and of attention forward and backward."""
     m, rows = config.model, config.train.microbatch * config.model.T
     out = []
     for kind, dtype, total in (("bf16", jnp.bfloat16, jnp.float32), ("int8", jnp.int8, jnp.int32)):
         for name, (features, inputs) in m.shapes.items():
-            # forward, and the gradient to the weights, whose contraction runs over the tokens; both contiguous along it
+            # forward, and dW, which contracts over the tokens; operands are contiguous along the contraction
             for label, a, b in (
                 ("forward", (rows, inputs), (features, inputs)),
                 ("dW", (features, rows), (inputs, rows)),
@@ -87,7 +87,7 @@ def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
 
 
 def calibrate(card: Card, measured: list[Rate]) -> roofline.Efficiency:
-    """The defaults with the measured shares in place: medians per kind over the shapes."""
+    """The card's default Efficiency with the measured shares in it, the median over the shapes of each kind."""
     shares = {}
     for kind in {r.kind for r in measured}:
         peak = card.bandwidth if kind == "memory" else card.peak("bf16" if kind == "attention" else kind)
@@ -96,9 +96,10 @@ def calibrate(card: Card, measured: list[Rate]) -> roofline.Efficiency:
 
 
 def seconds_per_step(config: Config, repeats: int = 3) -> float:
-    """Time of one step. Runs steps of 2 and of 4 microbatches with the real state and extrapolates to all of them.
+    """Seconds of one step with the real state.
 
-    A step is A equal microbatches and one update, so t(A) = t(2) + (A - 2) * (t(4) - t(2)) / 2; up to A = 4 all run.
+    A step is A equal microbatches and one update, so t(A) = t(2) + (A - 2) * (t(4) - t(2)) / 2. Up to A = 4 the whole step
+    runs; beyond, only t(2) and t(4) do.
     """
     A, B, T1 = config.batch_shape
     counts = [A] if A <= 4 else [2, 4]
@@ -107,7 +108,7 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
         train = dataclasses.replace(config.train, tokens_per_step=count * B * (T1 - 1))
         short = dataclasses.replace(config, train=train)
         tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
-        with xla.no_remat_pass():  # before the state exists: autotuning wants scratch memory
+        with xla.no_remat_pass():  # before the state exists: autotuning needs scratch memory
             run = step.compiled(short)
         state = jax.jit(step.init_state, static_argnums=0)(short)
         state, _ = run(state, tokens)
@@ -126,7 +127,10 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
 def plan(
     config: Config, card: Card, *, prices: dict[str, float], watts: float | None, say: planner.Say
 ) -> tuple[planner.Plan, list[str]]:
-    """The Plan with the step's time measured, and lines that compare each measured rate with the model's."""
+    """The Plan with the measured time of the step, and lines that compare each measured rate with the model's.
+
+    UserError if jax does not see a GPU.
+    """
     if jax.default_backend() != "gpu":
         raise UserError("--measure: jax does not see this machine's GPU; pip install 'nanojax[cuda12]'")
     modelled = planner.make(config, card, cache=False, watts=watts, prices=prices, say=say)

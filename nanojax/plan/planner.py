@@ -135,7 +135,7 @@ def _essence(config: Config) -> str:
 
 def residual_ladder() -> list[str]:
     """Values of compute.residuals, the most memory first; each recomputes something that the one before keeps."""
-    from nanojax.model import RESIDUALS
+    from nanojax.model.gpt import RESIDUALS
 
     names = [n for n in RESIDUALS if n != "mlp_hidden"]
     lean = [n for n in names if n != "qkv"]

@@ -1,8 +1,8 @@
-"""Models the time of a compiled step on a card: a kernel takes as long as its matmuls, traffic or vector work.
+"""Models the time of a compiled step on a card, kernel by kernel.
 
-A kernel takes max(matmul FLOPs / tensor rate, bytes / bandwidth, vector instructions / lanes) + launch; loops multiply
-by their trip count. Bytes are what a fusion really touches: a sliced read counts the slice, an in-place slice write the
-slice. It is a model, to find bottlenecks and to plan weeks; `--measure` on the card replaces its efficiencies.
+A kernel takes max(matmul FLOPs / tensor rate, bytes / bandwidth, vector instructions / lane rate) + launch time. A loop
+multiplies its kernels by its trip count. Bytes are what a fusion touches: of a sliced read, or of a slice written in place,
+only the slice. The model finds bottlenecks and plans weeks; `--measure` replaces its efficiencies with the card's own.
 """
 
 import collections
@@ -15,12 +15,13 @@ from nanojax.plan import hlo
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Share of each peak that a kernel reaches, and seconds per launch.
+    """The share of each peak that a kernel reaches, and the seconds of a launch.
 
-    bf16 0.90: cuBLAS reaches 0.98 on an Ada laptop chip, and a 4070 user's 61 of 58 TFLOP/s (boosting past 2,475 MHz);
-    less for tails of waves. int8 0.70: 151 TOPS at 4096^3 measured from JAX on a 4070 (0.65), 3.14 x bf16 with a tuned
-    Triton kernel on a 4070 Ti Super (0.74). Attention 0.75 of the bf16 peak, memory 0.85: usual for flash attention and
-    streaming kernels. Vector work 0.50: dependent chains do not fill every lane. Launch 2.5 us: back-to-back kernels.
+    bf16 0.90: cuBLAS reaches 0.98 on an Ada laptop chip, and a user's 4070 reached 61 TFLOP/s against a peak of 58 (it
+    boosted past 2,475 MHz); incomplete last waves cost some of it. int8 0.70: measured are 151 TOP/s at 4096^3 from JAX on
+    a 4070 (0.65), and 3.14 x bf16 with a tuned Triton kernel on a 4070 Ti Super (0.74). Attention 0.75 of the bf16 peak
+    and memory 0.85 are usual for flash attention and streaming kernels. Vector work 0.50: dependent chains do not fill
+    every lane. Launch 2.5 us: kernels back to back.
     """
 
     bf16: float = 0.90
@@ -40,6 +41,7 @@ HOPPER = Efficiency(bf16=0.70, int8=0.55, fp8=0.60, tf32=0.65, attention=0.55, m
 
 
 def efficiency_of(card: Card) -> Efficiency:
+    """The default shares for `card`."""
     return HOPPER if card.capability == "9.0" else Efficiency()
 
 
@@ -48,7 +50,7 @@ TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas kernel
 
 @dataclasses.dataclass
 class Kernel:
-    """One kernel of the program, all its calls together."""
+    """All calls of one kernel of the program."""
 
     name: str
     kind: str  # "int8 matmul", "attention", "elementwise", ...
@@ -62,7 +64,7 @@ class Kernel:
 
 @dataclasses.dataclass
 class Estimate:
-    """The modelled program: kernels, slowest first, and what could not be modelled."""
+    """The modelled program: its kernels, slowest first, and the names of what could not be modelled."""
 
     kernels: list[Kernel]
     unknown: list[str]
@@ -85,7 +87,7 @@ class Estimate:
 
 @dataclasses.dataclass
 class _Work:
-    """Of one execution of one kernel."""
+    """The work of one execution of one kernel."""
 
     bytes: float = 0.0
     flops: dict[str, float] = dataclasses.field(default_factory=dict)  # by operand type: bf16, int8, attention, ...
@@ -95,8 +97,8 @@ class _Work:
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "optimization-barrier", "domain", "add-dependency"}
 _ALIAS = {"bitcast", "reshape", "copy", "transpose"}
-# Lane instructions per element. 32-bit float and logic run on 128 lanes an SM, integer multiply, shifts and type
-# conversion on 64 (weight 2), the special functions on 16 (weight 8); libdevice's pow, sin and cos take tens.
+# Lane instructions per element. 32-bit float and logic instructions run on 128 lanes per SM; integer multiplication, shifts
+# and type conversion on 64 (weight 2); special functions on 16 (weight 8). libdevice's pow, sin and cos take tens.
 _VECTOR_COST = {op: 0 for op in (*_FREE, "broadcast", "reshape", "transpose", "copy", "slice", "dynamic-slice", "pad")}
 _VECTOR_COST |= {op: 0 for op in ("concatenate", "reverse", "gather", "dynamic-update-slice", "bitcast-convert", "dot")}
 _VECTOR_COST |= {op: 2 for op in ("convert", "shift-left", "shift-right-logical", "shift-right-arithmetic", "iota")}
@@ -104,7 +106,7 @@ _VECTOR_COST |= {op: 2 for op in ("round-nearest-even", "round-nearest-afz", "fl
 _VECTOR_COST |= {"divide": 10, "sqrt": 10, "rsqrt": 9, "exponential": 10, "log": 12, "tanh": 20, "logistic": 20}
 _VECTOR_COST |= {"power": 40, "sine": 40, "cosine": 40, "tan": 60, "atan2": 40, "erf": 30, "cbrt": 30, "remainder": 30}
 _VECTOR_COST |= {"exponential-minus-one": 16, "log-plus-one": 16, "clamp": 2}
-# Operands of these are read once per operand element; all else evaluates its producers once per result element.
+# These read each operand element once; every other instruction evaluates its producers once per result element.
 _REDUCING = {"reduce", "reduce-window", "dot", "scatter", "sort"}
 _DTYPES = {"s8": "int8", "u8": "int8", "bf16": "bf16", "f16": "bf16", "f64": "f32"}
 
@@ -147,7 +149,7 @@ class _Program:
                 pass  # in place: only the update is touched, counted where it is written
             elif user.opcode in _ALIAS and user.bytes == whole:
                 total += self.reads(computation, user.name)
-            elif user.opcode == "fusion":  # a fusion nested in this kernel
+            elif user.opcode == "fusion":  # nested in this kernel
                 inner = self.module.computations[user.called("calls")]
                 for i, operand in enumerate(user.operands):
                     if operand == name:
@@ -159,7 +161,7 @@ class _Program:
         return min(total, whole)
 
     def writes(self, computation: hlo.Computation, root: hlo.Instruction) -> float:
-        """Bytes written by `root` of a fusion: an update's slice if it is an in-place update."""
+        """Bytes that a fusion with this root writes: only the slice, if the root updates a slice in place."""
         if root.opcode == "tuple":
             return sum(self.writes(computation, computation.instructions[o]) for o in root.operands)
         if root.opcode == "dynamic-update-slice":
@@ -178,8 +180,8 @@ class _Program:
 
     def inside(self, computation: hlo.Computation, work: _Work, evaluations: float | None = None) -> None:
         """Adds the dots and the vector instructions of a fused computation to `work`."""
-        # Emitters evaluate an operand once per element of its user, also through a broadcast: a cosine broadcast over
-        # heads is computed once per head. Walk from the root, carrying how often each instruction is evaluated.
+        # XLA evaluates an operand once per element of its user, through a broadcast too: a cosine broadcast over heads is
+        # computed once per head. So we walk from the root and carry how often each instruction is evaluated.
         demand: dict[str, float] = collections.defaultdict(float)
         instructions = list(computation.instructions.values())
         demand[computation.root.name] = computation.root.size if evaluations is None else evaluations
@@ -276,11 +278,11 @@ class _Program:
             if beta and float(beta) == 0 and len(operands) > 2 and operands[2].arrays[0] == out:
                 work.bytes -= operands[2].bytes
         elif target == TRITON:
-            pass  # our kernels of rows (quant/rows.py, rope.py), which memory bounds
+            pass  # our row kernels (ops/rows.py, ops/rope.py) are bound by memory
         elif target in ("AllocateBuffer", "annotate_device_placement", "Sharding"):
             work.bytes = 0.0
         else:
-            self.unknown[target] = None  # its bytes count, its arithmetic cannot be seen
+            self.unknown[target] = None  # its bytes count; its arithmetic is unknown
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -288,7 +290,7 @@ class _Program:
         tensor = 0.0
         for kind, flops in work.flops.items():
             peak = self.card.peak("bf16" if kind == "attention" else kind)
-            # A card without fp8 tensor cores converts and multiplies in bf16.
+            # Without fp8 tensor cores, XLA converts to bf16 and multiplies that.
             peak = peak or self.card.peak("bf16")
             tensor += flops / (peak * getattr(self.eff, kind))
         memory = work.bytes / (self.card.bandwidth * self.eff.memory)
@@ -348,11 +350,11 @@ class _Program:
 
 
 def estimate(text: str, card: Card, efficiency: Efficiency | None = None) -> Estimate:
-    """The modelled time of the optimised HLO `text` on `card`, kernel by kernel.
+    """Models the time of a program on `card`.
 
     Args:
-      text: `compiled.as_text()` of a program compiled for a GPU.
-      efficiency: share of each peak; None = the defaults for the card.
+      text: its optimised HLO, `compiled.as_text()`, compiled for a GPU.
+      efficiency: shares of the card's peaks; None: the defaults for the card.
     """
     module = hlo.parse(text)
     program = _Program(module, card, efficiency or efficiency_of(card))

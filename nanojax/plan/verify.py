@@ -1,4 +1,4 @@
-"""Each op on a device against the same function on the CPU, products against float64 sums: the cases and their tolerances."""
+"""Cases that check each op on a device against the CPU, and matmuls against float64 sums, with their tolerances."""
 
 import dataclasses
 import functools
@@ -18,20 +18,20 @@ from nanojax.quant import Quantized, quantize_rows, rounding
 INT8 = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", attention="chunked")
 BF16 = Compute(dtype="bf16", attention="chunked")
 
-# Root mean square of the difference over that of the value. Sums are taken in another order, and a value in f32 that lies
-# next to a rounding boundary goes to the other neighbour: of bf16 (2^-8 of it apart) or of the codes (1/127 of the largest).
+# rms(difference) / rms(value). Devices sum in different orders, so an f32 value next to a rounding boundary may be rounded
+# to the other neighbour: in bf16 that is 2^-8 of the value away, in int8 codes 1/127 of the row's largest value.
 EXACT, SUMS, ROUNDED = 0.0, 1e-4, 3e-3
-# Flash attention rounds its probabilities to bf16 elsewhere; the CPU's reference has f32 throughout.
+# Flash attention rounds its probabilities to bf16; the reference on the CPU is f32 throughout.
 FLASH = 1e-2
-# A step of bf16 at x is 2^-7; other noise than the CPU's would make 2e-3.
+# bf16 neighbours are up to 2^-7 of the value apart. If the device drew other noise than the CPU, the difference would be 2e-3.
 DITHER = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function and arguments (a pytree); its outputs on the device must be within `tolerance` of those on the CPU.
+    """A function whose outputs on the device must be within `tolerance` of those on the CPU.
 
-    `reference`, if given, is what the CPU computes instead; it may be numpy.
+    `arguments` is a pytree. `reference`, if given, is what the CPU computes instead of `function`; it may use numpy.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
 
 
 def difference(got: Any, want: Any) -> float:
-    """The largest, over the arrays of two trees, of rms(got - want) / rms(want)."""
+    """The largest rms(got - want) / rms(want) over the arrays of two trees; inf for NaN, Inf or another shape."""
     worst = 0.0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         if a.dtype == jax.dtypes.float0:
@@ -56,7 +56,7 @@ def difference(got: Any, want: Any) -> float:
 
 
 def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """function(*arguments), jitted anew, on the jax device `place`; on a GPU with the options that training compiles with."""
+    """Compiles function(*arguments) for the jax device `place` as training would, and runs it there."""
     with jax.default_device(place):
         lowered = jax.jit(lambda *a: function(*a)).lower(*jax.device_put(arguments, place))
         compiled = xla.compile_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
@@ -64,7 +64,7 @@ def on(place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> 
 
 
 def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
-    """The Case's outcome as JSON."""
+    """Runs a Case: {name, error, tolerance, ok}."""
     got = on(place, case.function, case.arguments)
     want = case.reference(*case.arguments) if case.reference else on(reference, case.function, case.arguments)
     error = difference(got, want)
@@ -72,11 +72,13 @@ def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
 
 
 def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, gpu: bool) -> Iterator[Case]:
-    """Every op. The products are of M tokens at the model's `shapes`, the others small, as the CPU has to follow.
+    """The cases of every op. Matmuls have full size; the other ops are small, because the CPU computes them too.
 
     Args:
-      tiny: smaller still: seconds on a CPU.
-      gpu: attention by cuDNN and kernels for rows, which need a GPU.
+      shapes: (outputs, inputs) of the model's matrices, by name.
+      M: tokens in a matmul.
+      tiny: even smaller, for seconds on a CPU.
+      gpu: use cuDNN attention and Pallas row kernels, which need a GPU.
     """
     yield from _products(shapes, M)
     m, d, head = (64, 64, 32) if tiny else (512, 768, 128)
@@ -89,13 +91,13 @@ def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
 
 
 def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
-    """matmul_t at full size, 16 rows of it compared: int8 sums to the last bit, bf16 in f32 sums."""
+    """matmul_t at full size, of which 16 rows are compared: int8 to the last bit, bf16 with f32 sums."""
 
     def rows(a: Any, b: Any) -> Any:
-        whole = jax.lax.optimization_barrier(linear.matmul_t(a, b))  # XLA would else multiply those rows only
+        whole = jax.lax.optimization_barrier(linear.matmul_t(a, b))  # or XLA would multiply only those rows
         return whole[:: max(1, a.shape[0] // 16)]
 
-    def wide(a: Any, b: Any) -> Any:  # float64 holds every sum of 2^17 products of codes exactly
+    def wide(a: Any, b: Any) -> Any:  # exact: float64 holds any sum of 2^17 products of codes
         return a[:: max(1, a.shape[0] // 16)].astype(np.float64) @ b.astype(np.float64).T
 
     for name, (O, K) in shapes.items():
@@ -108,7 +110,7 @@ def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
 
 
 def _linears(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
-    """The linear ops: y, dX, dW, with stored int8 weights and with bf16 ones; on a GPU in kernels, against XLA's form."""
+    """y, dX and dW of the linear ops with int8 and with bf16 weights; on a GPU, row kernels against XLA's form on the CPU."""
     cpu = jax.devices("cpu")[0]
     for kind, compute in (("int8", INT8), ("bf16", BF16)):
         for op, (O, K), parts in (
@@ -135,7 +137,7 @@ def _linears(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
 def _linear(
     op: str, parts: int, rotation: rope.Rotation, c: Compute, stored: Any, x: Any, dy: Any, other: Any
 ) -> tuple[Any, Any]:
-    """An op's outputs and gradients: norms hand x on, and `other` is its gradient; elsewhere it is the residual."""
+    """An op's outputs and gradients. `other` is the residual, or, for ops that also return x, the gradient of that x."""
     weights = Quantized(*stored) if len(stored) == 2 else stored[0]
     tap = jnp.zeros(weights.shape, jnp.float32)
     if not parts:
@@ -155,7 +157,7 @@ def _linear(
 
 
 def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
-    """Rows quantised, rounding, attention, the chunked loss."""
+    """Quantised rows, rounding, attention, the chunked loss."""
     x, noise = _random(5, m, d), np.random.default_rng(6).random((2, max(m, d)), np.float32)
     yield Case(f"quantize_rows {m}x{d}", lambda x: tuple(quantize_rows(x)), (x,), DITHER)
     old = x.astype(jnp.bfloat16).astype(np.float32)

@@ -28,6 +28,9 @@ class Quantized(NamedTuple):
         return self.codes.shape
 
 
+Stored = jax.Array | Quantized | Packed  # one parameter or optimizer state, in any format
+
+
 def scale_of(amax: jax.Array) -> jax.Array:
     """The scale of int8 codes whose largest magnitude is `amax`."""
     return jnp.where(amax > 0, amax * (1 / 127), 1.0)

@@ -71,13 +71,16 @@ def pack(codes: jax.Array, form: str) -> jax.Array:
     if form == "b2.67":
         W = math.ceil(K / 12)
         digits = jnp.pad(codes.astype(u), [(0, 0)] * len(lead) + [(0, 12 * W - K)]).reshape(*lead, 2, 6, W)
-        number = jnp.sum(digits * (u(6) ** jnp.arange(6, dtype=u))[::-1, None], -2, dtype=u)  # below 6^6 = 46656
+        number = jnp.sum(
+            digits * _column((u(6) ** jnp.arange(6, dtype=u))[::-1], digits.ndim), -2, dtype=u
+        )  # below 6^6 = 46656
         half = lax.div((number << u(16)) + u(6**6 - 1), u(6**6))
         return half[..., 0, :] | half[..., 1, :] << u(16)
     if form == "int3":
         runs = codes.astype(u).reshape(*lead, 32, K // 32)
-        low = (runs & u(3)).reshape(*lead, 2, 16, K // 32) << jnp.arange(0, 32, 2, dtype=u)[:, None]
-        high = (runs >> u(2)) << jnp.arange(32, dtype=u)[:, None]
+        low = (runs & u(3)).reshape(*lead, 2, 16, K // 32)
+        low = low << _column(jnp.arange(0, 32, 2, dtype=u), low.ndim)
+        high = (runs >> u(2)) << _column(jnp.arange(32, dtype=u), runs.ndim)
         words = [jnp.sum(low, -2, dtype=u), jnp.sum(high, -2, dtype=u)[..., None, :]]
         return jnp.concatenate(words, -2).reshape(*lead, 3 * K // 32)
     return _pack_bits(codes, 4)
@@ -87,16 +90,23 @@ def unpack(words: jax.Array, form: str, K: int) -> jax.Array:
     """The inverse of pack: codes int32 [..., K]."""
     lead, u = words.shape[:-1], jnp.uint32
     if form == "b2.67":
-        half = words[..., None, :] >> jnp.repeat(u([0, 16]), 6)[:, None]
-        rest = half * jnp.tile(u(6) ** jnp.arange(6, dtype=u), 2)[:, None]  # modulo 2^16: the digits from i on
+        half = words[..., None, :] >> _column(jnp.repeat(u([0, 16]), 6), words.ndim + 1)
+        rest = half * _column(
+            jnp.tile(u(6) ** jnp.arange(6, dtype=u), 2), half.ndim
+        )  # modulo 2^16: the digits from i on
         digits = ((rest & u(0xFFFF)) * u(6)) >> u(16)
         return digits.reshape(*lead, 12 * words.shape[-1])[..., :K].astype(jnp.int32)
     if form == "int3":
         planes = words.reshape(*lead, 3, K // 32)
-        low = planes[..., :2, None, :] >> jnp.arange(0, 32, 2, dtype=u)[:, None]
-        high = planes[..., 2:, :] >> jnp.arange(32, dtype=u)[:, None]
+        low = planes[..., :2, None, :] >> _column(jnp.arange(0, 32, 2, dtype=u), planes.ndim + 1)
+        high = planes[..., 2:, :] >> _column(jnp.arange(32, dtype=u), planes.ndim)
         return ((low.reshape(*lead, 32, K // 32) & u(3)) | (high & u(1)) << u(2)).astype(jnp.int32).reshape(*lead, K)
     return _unpack_bits(words, 4)
+
+
+def _column(values: jax.Array, ndim: int) -> jax.Array:
+    """values [N] as [..., N, 1] with `ndim` axes."""
+    return values.reshape(*(1,) * (ndim - 2), -1, 1)
 
 
 def _pack_bits(x: jax.Array, bits: int) -> jax.Array:

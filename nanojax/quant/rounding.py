@@ -6,6 +6,7 @@ below 1/256 of a grid step. Accumulators, which d32 rounds 1.6 B of a microbatch
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +88,17 @@ def dithered(x_RC: jax.Array, noise: tuple[jax.Array, jax.Array]) -> jax.Array:
     z = noise[0][:rows, None] + noise[1][None, :columns]
     step = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(x_RC)))) * 2.0**-7
     return x_RC + (z - jnp.floor(z) - 0.5) * step
+
+
+def add_rounded(
+    total: jax.Array, addend: jax.Array, noise: tuple[jax.Array, jax.Array], decay: Any = 1.0, weight: Any = 1.0
+) -> jax.Array:
+    """decay*total + weight*addend in total's dtype; the addend is f32.
+
+    A bf16 total [R,C] is rounded stochastically with `noise` (dither_vectors): rounding to nearest would lose most of d32's
+    256th microbatch. XLA fuses all of this into the matmul that makes the addend.
+    """
+    old = total.astype(jnp.float32) * decay
+    if total.dtype == jnp.bfloat16:
+        old = dithered(old, noise)
+    return (addend * weight + old).astype(total.dtype)

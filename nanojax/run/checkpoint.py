@@ -1,9 +1,9 @@
 """Checkpoints of a run through orbax: train state, data position, config and tokenizer, saved and restored together.
 
 A run folder holds config.json (resolved), tokenizer/, metrics.jsonl and checkpoints/STEP/ with three parts: params, opt
-(optimizer state and step) and meta (JSON: step, data position, config, tokenizer fingerprint, checks); arrays as in
-step.State, so that below 8 bits params["blocks"] is a list of layers where else it is stacks of all. The run's only
-randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are zeros between steps.
+(optimizer state and step) and meta (JSON: layout, step, data position, config, tokenizer fingerprint, checks); arrays as in
+step.State. The run's only randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are
+zeros between steps.
 
 A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
 """
@@ -25,6 +25,7 @@ from nanojax import step as steps
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.quant import decode_tree
+from nanojax.run import legacy
 from nanojax.tokenizer import Tokenizer
 from nanojax.xla import is_out_of_memory
 
@@ -95,6 +96,7 @@ def save(
             raise NotFinite(path)
     step = int(state.step)
     meta = {
+        "layout": legacy.LAYOUT,
         "step": step,
         "data": data,
         "config": configs.to_dict(config),
@@ -128,7 +130,7 @@ def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | N
     """
     shapes = steps.abstract_state(config)
     wanted = {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
-    found = _newest_good(run, wanted, available(run))
+    found = _newest_good(run, config, wanted, available(run))
     if found is None:
         return None
     parts, meta = found
@@ -162,16 +164,18 @@ def load_params(
         if step not in candidates:
             raise UserError(f"{folder / FOLDER}: no checkpoint of step {step}; there are {candidates or 'none'}")
         candidates = [step]
-    found = _newest_good(folder, {"params": steps.abstract_state(config).params}, candidates)
+    found = _newest_good(folder, config, {"params": steps.abstract_state(config).params}, candidates)
     if found is None:
         raise UserError(f"{folder}: no checkpoint yet; train until the first one is saved")
-    params = steps.stacked(found[0]["params"])
+    params = found[0]["params"]
     if dtype is None:
         return config, params, tokenizer
     return config.in_floats(dtype), jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params), tokenizer
 
 
-def _newest_good(run: Path, wanted: dict[str, Any], candidates: list[int]) -> tuple[dict[str, Any], dict] | None:
+def _newest_good(
+    run: Path, config: Config, wanted: dict[str, Any], candidates: list[int]
+) -> tuple[dict[str, Any], dict] | None:
     """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
     for step in reversed(candidates):
@@ -181,7 +185,7 @@ def _newest_good(run: Path, wanted: dict[str, Any], candidates: list[int]) -> tu
             # when one part is damaged, orbax leaves coroutines of the others behind, which warn as they are collected
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
-                parts = _load(folder.absolute(), wanted)
+                parts = _load(folder.absolute(), config, wanted)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -200,26 +204,29 @@ def _newest_good(run: Path, wanted: dict[str, Any], candidates: list[int]) -> tu
     return None
 
 
-def _load(folder: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), wanted)
+def _load(folder: Path, config: Config, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
     # Orbax does not look: a folder that was being deleted, or copied in part, has no such mark.
     for part in ("", *wanted, "meta"):
         if not (folder / part / "commit_success.txt").is_file():
             raise ValueError(f"{(Path(part) / 'commit_success.txt')} is missing")
     with _context():
-        loaded = ocp.load_checkpointables(str(folder), {**abstract, "meta": None})
-    meta = loaded.pop("meta")
+        meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
+        old = meta.get("layout") != legacy.LAYOUT
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+        abstract = jax.tree.map(place, legacy.abstract(config, wanted) if old else wanted)
+        loaded = ocp.load_checkpointables(str(folder), abstract)
     leaves, tree = jax.tree.flatten(loaded)
     del loaded
     copy = jax.jit(jnp.copy)
     for i in range(len(leaves)):
         leaves[i] = copy(leaves[i])
     parts = jax.tree.unflatten(tree, leaves)
+    del leaves
     for path, value in jax.device_get(checks(parts)[0]).items():
         if meta["checks"][path] != int(value):
             raise ValueError(f"{path} is not what was saved")
-    return parts, meta
+    return legacy.upgraded(config, parts) if old else parts, meta
 
 
 def _context() -> ocp.Context:

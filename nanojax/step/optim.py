@@ -1,23 +1,78 @@
-"""Muon and AdamW as optax transforms over one layer's tree, with low-bit states; schedules; which parameter gets which.
+"""Optimizer groups, and Muon and AdamW as optax transforms with low-bit states, over one array at a time.
 
-Muon: https://kellerjordan.github.io/posts/muon with nanochat's rates. AdamW: arXiv 1711.05101. Both keep their state as
-config.stored says; int8 states have one f32 scale per 256 values and are rounded stochastically. The step hands a layer (or
-a chunk of embedding rows) at a time, so no transform ever sees, or makes, a parameter-sized float array.
+Muon: https://kellerjordan.github.io/posts/muon with nanochat's rates. AdamW: arXiv:1711.05101. Both keep their states as
+config.stored says; int8 states have one f32 scale per 256 values and are rounded stochastically. The step hands over one
+layer's matrix, or a chunk of rows, at a time, so no transform ever sees or makes a float array of a parameter's full size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nanojax import weights
 from nanojax.config import Config, Format
-from nanojax.quant import BLOCK, Quantized, decode, encode, is_stored, packed, zeros
-from nanojax.quant.rounding import dither
+from nanojax.quant import BLOCK, Quantized, decode, encode, zeros
+from nanojax.quant.formats import Stored
 
-RULES = {"embed": "adamw", "head": "adamw", "blocks": "muon"}  # every group of parameters and its optimizer
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-PARTS = {"qkv": 3}  # matrices that are several stacked: q, k and v are orthogonalised one by one, as nanochat's are
+
+
+class Group(NamedTuple):
+    """How the weights of one group are updated. `lr` is the rate before the schedule."""
+
+    optimizer: Literal["muon", "adamw"]
+    lr: float
+    betas: tuple[float, float] = (0.0, 0.0)  # AdamW's; Muon's momentum follows its schedule
+    weight_decay: float = 0.0  # AdamW, decoupled
+
+
+def groups(config: Config) -> dict[str, Group]:
+    """nanochat's groups of November 2025. AdamW's rates are scaled by (width/768)^-0.5."""
+    o = config.optim
+    adamw = lambda lr: Group("adamw", lr * (config.model.D / 768) ** -0.5, (o.beta1, o.beta2), o.weight_decay)
+    matrix = adamw(o.matrix_lr) if o.matrix == "adamw" else Group("muon", o.matrix_lr)
+    return {"matrix": matrix, "embed": adamw(o.embed_lr), "head": adamw(o.head_lr)}
+
+
+def group_of(config: Config, name: str, weight: weights.Weight) -> Group:
+    """The weight's group. ValueError where the table names one that does not exist."""
+    known = groups(config)
+    if weight.group not in known:
+        raise ValueError(f"weight {name}: no optimizer group {weight.group!r}; there are {', '.join(known)}")
+    return known[weight.group]
+
+
+def summed_into_momentum(config: Config, weight: weights.Weight) -> bool:
+    """Whether the weight's gradients are summed into its momentum, which then needs no accumulator."""
+    return getattr(config.accumulate, weight.accumulate) == "momentum"
+
+
+class OptState(NamedTuple):
+    """count: updates so far, int32; moments: the optimizer's arrays by name, as stored."""
+
+    count: jax.Array
+    moments: dict[str, Stored]
+
+
+def moments(config: Config, group: Group) -> dict[str, Format]:
+    """Which arrays the group's optimizer keeps per weight, and the format of each."""
+    if group.optimizer == "adamw":
+        return {"mu": config.stored.adam, "nu": config.stored.adam}
+    return {"momentum": config.stored.momentum}
+
+
+def transform(config: Config, name: str, weight: weights.Weight) -> optax.GradientTransformationExtraArgs:
+    """The optax transform that updates the weight; its `update` takes `key` for stochastic rounding."""
+    group = group_of(config, name, weight)
+    if group.optimizer == "adamw":
+        return adamw(config, group)
+    return (
+        orthogonalise(config, group, weight.parts)
+        if summed_into_momentum(config, weight)
+        else muon(config, group, weight.parts)
+    )
 
 
 def schedules(config: Config) -> tuple[optax.Schedule, optax.Schedule]:
@@ -56,59 +111,47 @@ def newton_schulz(g: jax.Array, steps: int, dtype: Any) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-class MuonState(NamedTuple):
-    """count: updates so far, int32; momentum: tree like the parameters, as config.stored.momentum."""
-
-    count: jax.Array
-    momentum: Any
-
-
-def muon(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Updates -lr*sqrt(max(1, rows/columns)) * newton_schulz(momentum of g); takes `key` for stochastic rounding.
-
-    nanochat's momentum: buf = m*buf + (1-m)*g; u = m*buf + (1-m)*g with Nesterov, else buf. With accumulate.blocks=momentum the
-    "gradients" are the finished buf (the step has summed m*buf + (1-m)*g while accumulating) and the state is not read.
-    """
-    o, form = config.optim, config.stored.momentum
-    rate, momentum = schedules(config)
+def orthogonalise(config: Config, group: Group, parts: int = 1) -> optax.GradientTransformationExtraArgs:
+    """Updates -lr*rate*sqrt(max(1, rows/columns)) * newton_schulz(g): Muon where g is already the momentum. No state."""
+    rate, _ = schedules(config)
     dtype = jnp.float32 if config.compute.dtype == "f32" else jnp.bfloat16
-    folded = config.accumulate.blocks == "momentum"
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jnp.int32(0), jax.tree.map(lambda p: zeros(p.shape, form, BLOCK), params, is_leaf=is_stored))
-
-    def update(grads: Any, state: MuonState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, MuonState]:
+    def init(params: Any) -> OptState:
         del params
-        m, lr = momentum(state.count), o.matrix_lr * rate(state.count)
-        updates, bufs = {}, {}
-        for i, (name, g) in enumerate(sorted(grads.items())):
-            if folded:
-                u, bufs[name] = g.astype(jnp.float32), state.momentum[name]
-            else:
-                buf = m * decode(state.momentum[name]) + (1 - m) * g
-                u = m * buf + (1 - m) * g if o.nesterov else buf
-                bufs[name] = encode(buf, form, jax.random.fold_in(key, i), BLOCK)
-            parts = _parts(name, u)
-            rows, columns = parts.shape[-2:]
-            orthogonal = newton_schulz(parts, o.ns_steps, dtype).reshape(g.shape)
-            updates[name] = -lr * max(1.0, rows / columns) ** 0.5 * orthogonal
-        return updates, MuonState(state.count + 1, bufs)
+        return OptState(jnp.int32(0), {})
+
+    def update(g: Any, state: OptState, params: Any = None, **_: Any) -> tuple[jax.Array, OptState]:
+        del params
+        split = g.astype(jnp.float32).reshape(*g.shape[:-2], parts, g.shape[-2] // parts, g.shape[-1])
+        rows, columns = split.shape[-2:]
+        orthogonal = newton_schulz(split, config.optim.ns_steps, dtype).reshape(g.shape)
+        lr = group.lr * rate(state.count)
+        return -lr * max(1.0, rows / columns) ** 0.5 * orthogonal, OptState(state.count + 1, {})
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  its own state type
+
+
+def muon(config: Config, group: Group, parts: int = 1) -> optax.GradientTransformationExtraArgs:
+    """Momentum, then `orthogonalise`.
+
+    nanochat's momentum: buf = m*buf + (1-m)*g; the update is of m*buf + (1-m)*g with Nesterov, otherwise of buf.
+    """
+    form, nesterov = config.stored.momentum, config.optim.nesterov
+    _, momentum = schedules(config)
+    after = orthogonalise(config, group, parts)
+
+    def init(params: Any) -> OptState:
+        return OptState(jnp.int32(0), {"momentum": zeros(params.shape, form, BLOCK)})
+
+    def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
+        del params
+        m = momentum(state.count)
+        buf = m * decode(state.moments["momentum"]) + (1 - m) * g
+        updates, _ = after.update(m * buf + (1 - m) * g if nesterov else buf, OptState(state.count, {}))
+        stored = encode(buf, form, jax.random.fold_in(key, 0), BLOCK)
+        return updates, OptState(state.count + 1, {"momentum": stored})
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
-
-
-def _parts(name: str, x: jax.Array) -> jax.Array:
-    """x [..., O, K] as the matrices it stacks, [..., parts, O/parts, K]."""
-    count = PARTS.get(name, 1)
-    return x.reshape(*x.shape[:-2], count, x.shape[-2] // count, x.shape[-1])
-
-
-class AdamState(NamedTuple):
-    """count: int32; mu, nu: first and second moment (int8: the square root of the second) as config.stored.adam."""
-
-    count: jax.Array
-    mu: Any
-    nu: Any
 
 
 def _encode_nu(nu: jax.Array, form: Format, key: jax.Array) -> Any:
@@ -128,60 +171,27 @@ def _decode_nu(nu: Any) -> jax.Array:
     return jnp.square(decode(nu)) if isinstance(nu, Quantized) else decode(nu)
 
 
-def adamw(config: Config, lr: float) -> optax.GradientTransformationExtraArgs:
-    """Updates -lr*rate*(m_hat/(sqrt(v_hat)+eps) + weight_decay*p); `lr` is scaled by (width/768)^-0.5 here."""
-    o, form = config.optim, config.stored.adam
+def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs:
+    """Updates -lr*rate*(m_hat/(sqrt(v_hat)+eps) + weight_decay*p)."""
+    form, eps = config.stored.adam, config.optim.eps
+    beta1, beta2 = group.betas
     rate, _ = schedules(config)
-    lr = lr * (config.model.D / 768) ** -0.5
 
-    def init(params: Any) -> AdamState:
-        empty = lambda: jax.tree.map(lambda p: zeros(p.shape, form, BLOCK), params, is_leaf=is_stored)
-        return AdamState(jnp.int32(0), empty(), empty())
+    def init(params: Any) -> OptState:
+        empty = lambda: zeros(params.shape, form, BLOCK)
+        return OptState(jnp.int32(0), {"mu": empty(), "nu": empty()})
 
-    def update(grads: Any, state: AdamState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, AdamState]:
+    def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
         count = state.count + 1
-        fix1, fix2 = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (o.beta1, o.beta2))
+        fix1, fix2 = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (beta1, beta2))
         keys = jax.random.split(key)
-
-        def one(g: jax.Array, mu: Any, nu: Any, p: Any) -> tuple[jax.Array, Any, Any]:
-            g = g.astype(jnp.float32)
-            mu = o.beta1 * decode(mu) + (1 - o.beta1) * g
-            nu = o.beta2 * _decode_nu(nu) + (1 - o.beta2) * g * g
-            step = (mu / fix1) / (jnp.sqrt(nu / fix2) + o.eps)
-            if o.weight_decay:
-                step += o.weight_decay * decode(p)
-            return -lr * rate(state.count) * step, encode(mu, form, keys[0], BLOCK), _encode_nu(nu, form, keys[1])
-
-        flat = jax.tree.map(one, grads, state.mu, state.nu, params)
-        pick = lambda i: jax.tree.map(lambda _, out: out[i], grads, flat)
-        return pick(0), AdamState(count, pick(1), pick(2))
+        g = g.astype(jnp.float32)
+        mu = beta1 * decode(state.moments["mu"]) + (1 - beta1) * g
+        nu = beta2 * _decode_nu(state.moments["nu"]) + (1 - beta2) * g * g
+        step = (mu / fix1) / (jnp.sqrt(nu / fix2) + eps)
+        if group.weight_decay:
+            step += group.weight_decay * decode(params)
+        new = {"mu": encode(mu, form, keys[0], BLOCK), "nu": _encode_nu(nu, form, keys[1])}
+        return -group.lr * rate(state.count) * step, OptState(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
-
-
-def step(tx: optax.GradientTransformationExtraArgs, grads: Any, state: Any, params: Any, key: jax.Array) -> Any:
-    """tx.update with its rounding key, (updates, new state); optax's types know no named states."""
-    return tx.update(grads, state, params, key=key)
-
-
-def apply(stored: Any, updates: Any, form: Format, key: jax.Array) -> Any:
-    """Stored parameters plus f32 updates: decode, add, encode stochastically (optax.apply_updates would truncate int8)."""
-    leaves, structure = jax.tree.flatten(updates)
-    parts = zip(structure.flatten_up_to(stored), leaves)
-    new = [encode(decode(p) + u, form, jax.random.fold_in(key, i)) for i, (p, u) in enumerate(parts)]
-    return jax.tree.unflatten(structure, new)
-
-
-def apply_packed(stored: Any, remainder: Any, updates: Any, bits: int, key: jax.Array, step: Any) -> tuple[Any, Any]:
-    """`apply` below 8 bits, (parameters, remainder): dicts by name; `key` is the same at every step (rounding.dither). With 0
-    bits `remainder` is empty.
-
-    What rounding leaves of a weight is not lost (packed.encode_fine): rounded anew to 16 levels and fewer, weights would take
-    up more noise at every step than update.
-    """
-    params, rest = {}, {}
-    for i, (name, u) in enumerate(sorted(updates.items())):
-        noise = dither(jax.random.fold_in(key, i), step, u.shape)
-        x = packed.decode_fine(stored[name], remainder.get(name), bits) + u
-        params[name], rest[name] = packed.encode_fine(x, noise, stored[name], bits)
-    return params, rest

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 
@@ -17,10 +18,10 @@ class HubServer:
     429, 500, short, corrupt; a HEAD one of head429, head500.
     """
 
-    def __init__(self, repo: str, files: Mapping[str, bytes | Path], small: tuple[str, ...] = ()):
+    def __init__(self, repo: str, files: Mapping[str, bytes | Path], small: tuple[str, ...] = ()) -> None:
         self.repo, self.files, self.small = repo, dict(files), small
         self.sha = "a" * 40
-        self.entries: dict[str, dict] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
@@ -30,7 +31,7 @@ class HubServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, format: str, *args) -> None:
+            def log_message(self, format: str, *args: object) -> None:
                 pass
 
             def do_HEAD(self) -> None:
@@ -48,7 +49,7 @@ class HubServer:
         self.thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -80,7 +81,7 @@ class HubServer:
         else:
             self.send(to, 404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
 
-    def entry(self, name: str) -> dict:
+    def entry(self, name: str) -> dict[str, Any]:
         """The tree's line for a file."""
         if name in self.entries:
             return self.entries[name]
@@ -94,7 +95,7 @@ class HubServer:
             self.entries[name] = entry  # hashing a large file for each request would take its time
         return entry
 
-    def answer_json(self, to: BaseHTTPRequestHandler, name: str, content) -> None:
+    def answer_json(self, to: BaseHTTPRequestHandler, name: str, content: object) -> None:
         self.requests[name] += 1
         fault = self.fault(name, head=False)
         if fault:

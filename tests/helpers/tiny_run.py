@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 
 from nanojax import config as configs
 from nanojax import step as steps
@@ -92,15 +93,15 @@ def load(config: Path, run: Path, **overrides: Any) -> configs.Config:
     return configs.load(str(config), arguments(config, run, **overrides)[1:])
 
 
-def spawn(config: Path, run: Path, cache: Path, **overrides: Any) -> subprocess.Popen:
+def spawn(config: Path, run: Path, cache: Path, **overrides: Any) -> subprocess.Popen[str]:
     """The training command as a process, with a compile cache of its own that also keeps what compiles fast."""
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "nanojax.train", *arguments(config, run, **overrides)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(process: subprocess.Popen, condition: Callable[[], Any], seconds: float = 300) -> None:
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any], seconds: float = 300) -> None:
     """Until `condition()`, looking every 2 ms; fails with the process's output if it ends or takes too long instead."""
     begin = time.monotonic()
     while not condition():

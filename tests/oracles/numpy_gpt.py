@@ -1,6 +1,6 @@
 """Independent float64 numpy forward and backward of nanochat's GPT: the oracle that the JAX model is tested against.
 
-Written from the published formulas, not from nanojax/model.py, and sharing no code with it.
+Written from the published formulas, not from nanojax/model, and sharing no code with it.
 
     x = rms(embed[tokens])
     for each layer:
@@ -14,49 +14,53 @@ Written from the published formulas, not from nanojax/model.py, and sharing no c
 Shapes: B batch · T time · D model · N heads · H head dim · F hidden · V vocab · L layers.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+Array = np.ndarray
+Params = dict[str, Any]  # arrays and dicts of them
 NORM_EPS = 2.0**-23  # inside the square root: what torch's F.rms_norm takes in f32, hence nanochat
 
 
-def rms(x, eps=NORM_EPS):
+def rms(x: Array, eps: float = NORM_EPS) -> tuple[Array, Array]:
     """RMSNorm without parameters over the last axis: returns (y, reciprocal rms kept for the backward)."""
     r = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
     return x * r, r
 
 
-def rms_backward(dy, y, r):
+def rms_backward(dy: Array, y: Array, r: Array) -> Array:
     """Gradient of `rms`: y = x r, r = (mean x^2 + eps)^-1/2, so dx = r (dy - y mean(dy y))."""
     return r * (dy - y * np.mean(dy * y, axis=-1, keepdims=True))
 
 
-def rope_tables(T, H, base, start=0):
+def rope_tables(T: int, H: int, base: float, start: int = 0) -> tuple[Array, Array]:
     """cos and sin [T, H/2] of position times inverse frequency base^(-2i/H)."""
     inv_freq = base ** (-np.arange(0, H, 2, dtype=np.float64) / H)
     angle = np.arange(start, start + T, dtype=np.float64)[:, None] * inv_freq[None, :]
     return np.cos(angle), np.sin(angle)
 
 
-def rope(x_BTNH, cos, sin):
+def rope(x_BTNH: Array, cos: Array, sin: Array) -> Array:
     """nanochat's rotation, by minus the angle: (x1 c + x2 s, -x1 s + x2 c) on the two halves of H."""
     x1, x2 = np.split(x_BTNH, 2, axis=-1)
     c, s = cos[None, :, None, :], sin[None, :, None, :]
     return np.concatenate([x1 * c + x2 * s, -x1 * s + x2 * c], axis=-1)
 
 
-def rope_backward(dy_BTNH, cos, sin):
+def rope_backward(dy_BTNH: Array, cos: Array, sin: Array) -> Array:
     """The rotation is orthogonal, so its gradient is the opposite rotation."""
     return rope(dy_BTNH, cos, -sin)
 
 
-def to_float64(params):
+def to_float64(params: Mapping[str, Any]) -> Params:
     """The parameter tree as float64 numpy arrays (bf16 leaves are widened exactly)."""
-    if isinstance(params, dict):
-        return {name: to_float64(leaf) for name, leaf in params.items()}
-    return np.asarray(params).astype(np.float64)
+    widen = lambda leaf: to_float64(leaf) if isinstance(leaf, Mapping) else np.asarray(leaf).astype(np.float64)
+    return {name: widen(leaf) for name, leaf in params.items()}
 
 
-def _block_forward(x, w, cos, sin, H):
+def _block_forward(x: Array, w: Params, cos: Array, sin: Array, H: int) -> tuple[Array, tuple[Array, ...]]:
     B, T, D = x.shape
     N = D // H
     h, r_h = rms(x)
@@ -76,10 +80,12 @@ def _block_forward(x, w, cos, sin, H):
     return out, (h, r_h, q, r_q, k, r_k, v, p, y, g, r_g, u)
 
 
-def _block_backward(dout, w, kept, cos, sin, H):
+def _block_backward(
+    dout: Array, w: Params, kept: tuple[Array, ...], cos: Array, sin: Array, H: int
+) -> tuple[Array, Params]:
     h, r_h, q, r_q, k, r_k, v, p, y, g, r_g, u = kept
     B, T, D = h.shape
-    grad = {}
+    grad: Params = {}
     grad["down"] = np.einsum("btd,btf->df", dout, u * u)
     du = 2.0 * u * (dout @ w["down"])  # d relu(z)^2 / dz = 2 relu(z)
     grad["up"] = np.einsum("btf,btd->fd", du, g)
@@ -98,7 +104,7 @@ def _block_backward(dout, w, kept, cos, sin, H):
     return dmid + rms_backward(dqkv @ w["qkv"], h, r_h), grad
 
 
-def _run(params, tokens, cfg):
+def _run(params: Mapping[str, Any], tokens: Array, cfg: Any) -> tuple[Any, ...]:
     m = getattr(cfg, "model", cfg)
     weights = to_float64(params)
     tokens = np.asarray(tokens)
@@ -114,13 +120,13 @@ def _run(params, tokens, cfg):
     return m, weights, (cos, sin), embedded, blocks, final, t
 
 
-def forward(params, tokens, cfg):
+def forward(params: Mapping[str, Any], tokens: Array, cfg: Any) -> Array:
     """Logits [B, T, V] float64 for int tokens [B, T]."""
     m, *_, t = _run(params, tokens, cfg)
     return m.softcap * t
 
 
-def token_losses(params, tokens, targets, cfg):
+def token_losses(params: Mapping[str, Any], tokens: Array, targets: Array, cfg: Any) -> Array:
     """Negative log likelihood in nats [B, T] float64 of targets [B, T] (any id >= 0)."""
     logits = forward(params, tokens, cfg)
     top = logits.max(-1, keepdims=True)
@@ -128,7 +134,7 @@ def token_losses(params, tokens, targets, cfg):
     return log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
 
 
-def loss_and_grads(params, tokens, targets, cfg):
+def loss_and_grads(params: Mapping[str, Any], tokens: Array, targets: Array, cfg: Any) -> tuple[float, Params]:
     """Mean negative log likelihood (a float, nats per target; negative targets are ignored) and its gradient tree."""
     m, weights, (cos, sin), (x0, r0), blocks, (xf, rf), t = _run(params, tokens, cfg)
     tokens, targets = np.asarray(tokens), np.asarray(targets)
@@ -147,7 +153,7 @@ def loss_and_grads(params, tokens, targets, cfg):
     )
     dlogits *= valid[..., None] / count
     dpre = dlogits * (1.0 - t * t)  # d cap tanh(a / cap) / da = 1 - tanh^2
-    grads = {"head": np.einsum("btv,btd->vd", dpre, xf)}
+    grads: Params = {"head": np.einsum("btv,btd->vd", dpre, xf)}
     dx = rms_backward(dpre @ weights["head"], xf, rf)
     layers = []
     for w, kept in reversed(blocks):
@@ -159,13 +165,13 @@ def loss_and_grads(params, tokens, targets, cfg):
     return loss, grads
 
 
-def random_params(seed, cfg, std=1.0):
+def random_params(seed: int, cfg: Any, std: float = 1.0) -> Params:
     """Float32 parameters with no tensor zero, so that no gradient is (the recipe's init zeroes three)."""
     m = getattr(cfg, "model", cfg)
     rng = np.random.default_rng(seed)
     D, F, V, L = m.width, 4 * m.width, m.vocab, m.depth
 
-    def normal(*shape, scale):
+    def normal(*shape: int, scale: float) -> Array:
         return (rng.standard_normal(shape) * scale * std).astype(np.float32)
 
     return {

@@ -1,14 +1,20 @@
 """Independent float64 numpy training of nanochat's recipe (Nov-2025): Muon, AdamW, schedules, clipping, microbatches.
 
-Written from the published description, not from nanojax/optim.py or step.py, sharing no code with them. Gradients come
-from numpy_gpt's hand-written backward.
+Written from the published description, not from nanojax/step, and sharing no code with it. Gradients come from numpy_gpt's
+hand-written backward.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from oracles import numpy_gpt
+from oracles.numpy_gpt import Array
+
+from nanojax.config import Config
 
 
-def newton_schulz(g, steps=5):
+def newton_schulz(g: Array, steps: int = 5) -> Array:
     """Five quintic iterations that push singular values towards 1; g [rows, columns]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.T if g.shape[0] > g.shape[1] else g
@@ -19,7 +25,7 @@ def newton_schulz(g, steps=5):
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def rate(step, steps, warmup, warmdown, final):
+def rate(step: int, steps: int, warmup: float, warmdown: float, final: float) -> float:
     """nanochat's learning-rate factor at 0-based `step`."""
     up, down = round(warmup * steps), round(warmdown * steps)
     if step < up:
@@ -31,22 +37,23 @@ def rate(step, steps, warmup, warmdown, final):
 
 
 class Recipe:
-    """Parameters and optimizer state; `step` trains on one batch and returns (mean nats a token, gradient norm)."""
+    """Parameters and optimizer state; `step` trains on one batch and returns (mean nats per token, gradient norm)."""
 
-    def __init__(self, params, cfg):
+    def __init__(self, params: Mapping[str, Any], cfg: Config) -> None:
         self.params = numpy_gpt.to_float64(params)
         self.cfg, self.count = cfg, 0
         self.momentum = {name: np.zeros_like(w) for name, w in self.params["blocks"].items()}
         self.adam = {n: [np.zeros_like(self.params[n]), np.zeros_like(self.params[n])] for n in ("embed", "head")}
 
-    def step(self, tokens_ABT1):
+    def step(self, tokens_ABT1: Array) -> tuple[float, float]:
         """tokens [A, B, T+1]: A microbatches whose gradients are averaged."""
-        o, losses, total = self.cfg.optim, [], None
+        o, losses = self.cfg.optim, []
+        total: dict[str, Array] = {}
         for rows in tokens_ABT1:
             loss, grads = numpy_gpt.loss_and_grads(self.params, rows[:, :-1], rows[:, 1:], self.cfg)
             losses.append(loss)
             flat = {"embed": grads["embed"], "head": grads["head"], **grads["blocks"]}
-            total = flat if total is None else {n: total[n] + g for n, g in flat.items()}
+            total = {n: total[n] + g if total else g for n, g in flat.items()}
         grads = {n: g / len(losses) for n, g in total.items()}
         norm = np.sqrt(sum((g * g).sum() for g in grads.values()))
         grads = {n: g * min(1.0, o.clip / (norm + 1e-6)) for n, g in grads.items()}
@@ -58,7 +65,7 @@ class Recipe:
             self._adamw(name, grads[name], lr * scale * factor)
         return float(np.mean(losses)), float(norm)
 
-    def _muon(self, grads, lr):
+    def _muon(self, grads: dict[str, Array], lr: float) -> None:
         o = self.cfg.optim
         warm = min(self.count / o.momentum_warmup, 1)
         m = (1 - warm) * o.momentum_start + warm * o.momentum
@@ -71,7 +78,7 @@ class Recipe:
                 orthogonal = np.concatenate([newton_schulz(u) for u in matrices])
                 self.params["blocks"][name][layer] -= lr * max(1, rows / columns) ** 0.5 * orthogonal
 
-    def _adamw(self, name, g, lr):
+    def _adamw(self, name: str, g: Array, lr: float) -> None:
         o = self.cfg.optim
         mu, nu = self.adam[name]
         mu[:] = o.beta1 * mu + (1 - o.beta1) * g

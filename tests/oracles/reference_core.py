@@ -1,29 +1,36 @@
-"""CORE one example at a time, as slow and plain as it reads: the oracle of core.py and score.py, none of their code.
+"""CORE one example at a time, slow and plain: the oracle of evaluate/core.py and likelihood.py, with none of their code.
 
 As nanochat does it: every prompt of an example is a row of one right-padded batch; all logits, the loss and the argmax
-are computed at every position, and the scored span is cut out. Rows are padded to a `multiple`, as few as jit can bear;
-causality makes that harmless.
+are computed at every position, and the scored span is cut out. Rows are padded to a `multiple` of tokens so that jit compiles
+few shapes; causality makes the padding harmless.
 """
 
 import functools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nanojax import model
+from nanojax.config import Config
+from nanojax.evaluate.core import Task
+from nanojax.tokenizer import Tokenizer
+
+Example = dict[str, Any]  # as the task files have it
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses_and_guesses(config, params, tokens_BT):
+def _losses_and_guesses(config: Config, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """nats [B,T] of every next token (the last one's means nothing) and the argmax [B,T], from all logits."""
     logits = model.forward(config, params, tokens_BT)
     log_p = jax.nn.log_softmax(logits, -1)
     return -jnp.take_along_axis(log_p, jnp.roll(tokens_BT, -1, 1)[..., None], -1)[..., 0], jnp.argmax(logits, -1)
 
 
-def prompts(kind, item, shots, delimiter):
+def prompts(kind: str, item: Example, shots: Sequence[Example], delimiter: str) -> list[str]:
     """The prompts of one example, written out."""
     text = ""
     for shot in shots:
@@ -42,7 +49,15 @@ def prompts(kind, item, shots, delimiter):
     return [start.strip(), start + item["continuation"]]
 
 
-def example(config, params, tokenizer, task, data, index, multiple=64):
+def example(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    task: Task,
+    data: Sequence[Example],
+    index: int,
+    multiple: int = 64,
+) -> bool:
     """True if the model answers example `index` of the list `data` rightly."""
     item = data[index]
     others = [i for i in range(len(data)) if i != index]

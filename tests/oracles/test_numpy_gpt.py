@@ -1,6 +1,8 @@
 """The numpy oracle is itself proven: its gradients against finite differences, and causality by construction."""
 
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from oracles import numpy_gpt
 CFG = SimpleNamespace(depth=2, width=16, head_dim=8, vocab=23, softcap=15.0, rope_base=10000.0)
 
 
-def _leaves(tree, path=()):
+def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     for name, leaf in tree.items():
         if isinstance(leaf, dict):
             yield from _leaves(leaf, (*path, name))
@@ -17,13 +19,13 @@ def _leaves(tree, path=()):
             yield (*path, name), leaf
 
 
-def _get(tree, path):
+def _get(tree: Any, path: Sequence[str]) -> np.ndarray:
     for name in path:
         tree = tree[name]
     return tree
 
 
-def test_every_gradient_equals_central_differences():
+def test_every_gradient_equals_central_differences() -> None:
     """Six tensors, 12 entries each: analytic equals numeric gradient to 1e-6 relative (float64, step 1e-5)."""
     params = numpy_gpt.to_float64(numpy_gpt.random_params(0, CFG))
     rng = np.random.default_rng(1)
@@ -45,7 +47,7 @@ def test_every_gradient_equals_central_differences():
             assert (up - down) / 2e-5 == pytest.approx(grad[at], abs=1e-6 * scale), (path, at)
 
 
-def test_loss_is_the_mean_of_token_losses():
+def test_loss_is_the_mean_of_token_losses() -> None:
     """The training loss is the mean of the per-token losses over the targets that count (1e-12)."""
     params = numpy_gpt.random_params(2, CFG)
     rng = np.random.default_rng(3)
@@ -59,7 +61,7 @@ def test_loss_is_the_mean_of_token_losses():
     assert loss == pytest.approx(nll[0].mean(), rel=1e-12)
 
 
-def test_causal_and_rotation_is_relative():
+def test_causal_and_rotation_is_relative() -> None:
     """Changing token t leaves the logits before t bit-equal; shifting every position leaves q.k unchanged to 1e-12."""
     params = numpy_gpt.random_params(4, CFG)
     tokens = np.random.default_rng(5).integers(0, CFG.vocab, (1, 8))

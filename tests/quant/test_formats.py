@@ -92,7 +92,7 @@ def test_zeros_is_the_encoding_of_zeros(form):
 
 def test_noise_is_uniform_and_independent():
     """2^20 16-bit noises: chi-square over 256 bins, neighbours, and two keys, all within 5 sigma of independence."""
-    a, b = (np.asarray(quant.noise_u16(jax.random.key(k), (1024, 1024)), np.float64) for k in (0, 1))
+    a, b = (np.asarray(rounding.noise_u16(jax.random.key(k), (1024, 1024)), np.float64) for k in (0, 1))
     counts = np.bincount((a.reshape(-1) // 256).astype(int), minlength=256)
     chi = ((counts - 4096) ** 2 / 4096).sum()
     assert abs(chi - 255) < 5 * np.sqrt(2 * 255), chi
@@ -103,7 +103,7 @@ def test_noise_is_uniform_and_independent():
 def test_bf16_of_nonfinite_stays():
     """Inf and NaN are not turned into something else by the random bits."""
     x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
-    y = np.asarray(quant.round_bf16(x, jax.random.key(0)), np.float32)
+    y = np.asarray(rounding.round_bf16(x, jax.random.key(0)), np.float32)
     assert np.isposinf(y[0]) and np.isneginf(y[1]) and np.isnan(y[2])
 
 

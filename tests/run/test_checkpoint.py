@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from orbax.checkpoint import v1 as ocp
 
 from nanojax import quant, step
@@ -67,7 +68,7 @@ def _same(a: step.State, b: step.State) -> bool:
     [{}, INT8, INT8 | {"blocks": "b2.67"}, INT8 | {"blocks": "nf4", "remainder": 0}],
     ids=["f32", "int8", "b2.67", "nf4-without-remainder"],
 )
-def test_round_trip(tiny: Make, tmp_path: Path, stored: dict) -> None:
+def test_round_trip(tiny: Make, tmp_path: Path, stored: dict[str, str | int]) -> None:
     """Every leaf comes back bit by bit with its dtype, the accumulators as zeros, and the meta data with it."""
     config = tiny(stored=stored, model=dict(width=256, vocab=272))
     state = _save(tmp_path / "run", config, [5])[5]
@@ -100,10 +101,10 @@ def test_nan_is_not_saved(tiny: Make, tmp_path: Path) -> None:
     config = tiny()
     _save(tmp_path / "run", config, [1])
     state = _fresh(config)
-    momentum = {**state.opt["blocks"], "up": state.opt["blocks"]["up"].at[1, 2, 3].set(jnp.nan)}
+    up = {**state.opt["up"], "momentum": state.opt["up"]["momentum"].at[1, 2, 3].set(jnp.nan)}
     writer = checkpoint.open_for_saving(tmp_path / "run", config)
-    with pytest.raises(checkpoint.NotFinite, match="opt/opt/blocks/up"):
-        checkpoint.save(writer, config, state._replace(opt={**state.opt, "blocks": momentum}), {}, "abc")
+    with pytest.raises(checkpoint.NotFinite, match="up/momentum"):
+        checkpoint.save(writer, config, state._replace(opt={**state.opt, "up": up}), {}, "abc")
     writer.close()
     assert checkpoint.available(tmp_path / "run") == [1]
 
@@ -196,7 +197,7 @@ def test_copied_elsewhere(tiny: Make, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     code = "import sys, nanojax, numpy; from nanojax.run import checkpoint; "
     code += "numpy.save(sys.argv[2], checkpoint.load_params(sys.argv[1])[1]['head'])"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "copy"), str(tmp_path / "head.npy")]
     subprocess.run(command, env=env, cwd=tmp_path, check=True)
     assert (np.load(tmp_path / "head.npy") == np.asarray(state.params["head"])).all()
@@ -209,12 +210,12 @@ def test_state_may_be_donated_at_once(tiny: Make, tmp_path: Path) -> None:
     state = _noise(_fresh(config), 1)
     expected = jax.tree.map(np.asarray, state)
     advance = jax.jit(step.train_step(config), donate_argnums=0)
-    advance(_noise(_fresh(config), 2), jnp.zeros(config.batch_shape, jnp.int32))
+    advance(_noise(_fresh(config), 2), step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     state = jax.tree.map(jax.jit(jnp.copy), state)
     writer = checkpoint.open_for_saving(tmp_path / "run", config)
     checkpoint.save(writer, config, state, {}, "abc")
     for _ in range(3):
-        state, _ = advance(state, jnp.zeros(config.batch_shape, jnp.int32))
+        state, _ = advance(state, step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     checkpoint.wait(writer)
     writer.close()
     restored = checkpoint.restore(tmp_path / "run", config)

@@ -4,12 +4,14 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import top_kernels
 from helpers import tiny_run
 
 from nanojax import cli, files, step, train
@@ -17,6 +19,7 @@ from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
 
+Step = Callable[[step.State, step.Batch], tuple[step.State, dict[str, jax.Array]]]
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -58,20 +61,20 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     traced, compiled = [], []
     original = step.train_step
 
-    def counting(config: configs.Config):
+    def counting(config: configs.Config) -> Step:
         fn = original(config)
 
-        def step_traced(state, tokens):
+        def step_traced(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
             traced.append(1)
-            return fn(state, tokens)
+            return fn(state, batch)
 
         return step_traced
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(len(metrics.read(tmp_path / "run", "train")))
 
-    monkeypatch.setattr(step, "train_step", counting)
+    monkeypatch.setattr("nanojax.step.step.train_step", counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         never = dict(eval__every=0, eval__prompt="", checkpoint__every=0)
@@ -86,15 +89,16 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     """All of the state's bytes are aliased to the step's output, and the buffers of a restored state are reused."""
     config = tiny_run.load(home / "tiny.py", tmp_path / "run", train__steps=2)
     train.train(config)
-    abstract, tokens = step.abstract_state(config), jax.ShapeDtypeStruct(config.batch_shape, jnp.int32)
-    compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, tokens).compile()
+    abstract, batch = step.abstract_state(config), step.abstract_batch(config)
+    compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, batch).compile()
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    assert compiled.memory_analysis().alias_size_in_bytes == size
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes == size
     restored = checkpoint.restore(tmp_path / "run", config)
     assert restored is not None
     state = restored[0]
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size > 1}
-    new, _ = compiled(state, jnp.zeros(config.batch_shape, jnp.int32))
+    new, _ = compiled(state, step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     reused = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new) if leaf.size > 1}
     assert len(pointers & reused) == len(pointers)
 
@@ -202,16 +206,16 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """A NaN loss at step 8 ends with exit 1, naming step and last good checkpoint; nothing of it is saved or logged."""
     original = step.train_step
 
-    def poisoned(config: configs.Config):
+    def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_seven(state, tokens):
-            state, values = fn(state, tokens)
+        def at_seven(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
             return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
 
         return at_seven
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
     monkeypatch.setattr("sys.argv", ["train", *tiny_run.arguments(home / "tiny.py", tmp_path / "run")])
     monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     with pytest.raises(SystemExit) as stop:
@@ -227,17 +231,17 @@ def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.
     """Parameters that overflow while the loss still looks fine are refused by the save itself."""
     original = step.train_step
 
-    def poisoned(config: configs.Config):
+    def poisoned(config: configs.Config) -> Step:
         fn = original(config)
 
-        def at_three(state, tokens):
-            state, values = fn(state, tokens)
+        def at_three(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
             head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
             return state._replace(params={**state.params, "head": head}), values
 
         return at_three
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
     with pytest.raises(train.Diverged, match=r"step 3: params/head holds NaN or Inf, not saved"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
     assert checkpoint.available(tmp_path / "run") == []
@@ -262,11 +266,6 @@ def test_two_runs_in_one_folder(home: Path, tmp_path: Path) -> None:
 
 def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A trace of 2 steps names the steps and the layers, and the command prints its top kernels."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    import top_kernels
-
     run = tmp_path / "run"
     train.train(tiny_run.load(home / "tiny.py", run, train__steps=5, profile__start=2, profile__steps=2))
     found, traced = top_kernels.kernels(top_kernels.newest_trace(run))
@@ -319,7 +318,19 @@ def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_read_finite() -> None:
-    """Every metric is checked, not only the loss."""
-    with pytest.raises(train.Diverged, match="step 3: grad_norm is inf"):
-        train._read(3, {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)})
+def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite gradient norm stops the run as a NaN loss does, though the loss is finite."""
+    original = step.train_step
+
+    def poisoned(config: configs.Config) -> Step:
+        fn = original(config)
+
+        def at_two(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
+            state, values = fn(state, batch)
+            return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
+
+        return at_two
+
+    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
+    with pytest.raises(train.Diverged, match="step 2: grad_norm is inf"):
+        train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))

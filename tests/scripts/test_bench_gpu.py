@@ -125,7 +125,7 @@ def test_no_time_left(script, monkeypatch, capsys):
 
 def test_mistakes_are_told_in_one_line(script, monkeypatch):
     """No GPU, unknown parts, configs, keys and options, folders that are not there: UserError before anything is measured."""
-    monkeypatch.setattr(script.gpu, "read", lambda: None)
+    monkeypatch.setattr(script.hardware, "read_gpu", lambda: None)
     for arguments, words in (
         ([], "no NVIDIA GPU"),
         (["--device=cpu", "--parts=opps"], "choose from ops"),

@@ -1,5 +1,7 @@
 """The production step against the obvious one: whole-model jax.grad and the same optax update."""
 
+from typing import Any, cast
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,55 +9,69 @@ import numpy as np
 import optax
 import pytest
 
-from nanojax import model, quant, step
-from nanojax.step import optim
+from nanojax import model, quant, step, weights
+from nanojax.config import Config
+from nanojax.step import optim, update
 
 KEY = jax.random.key(3)
 
 
-def batch(config, seed=0):
-    A, B, T1 = config.batch_shape
-    return jax.random.randint(jax.random.key(seed), (A, B, T1), 0, config.model.V)
+def batch(config: Config, seed: int = 0) -> step.Batch:
+    """Random tokens of the config's batch shape."""
+    return step.Batch(jax.random.randint(jax.random.key(seed), config.batch_shape, 0, config.model.V))
 
 
-def perturbed(state, stored):
+def perturbed(state: step.State, config: Config) -> step.State:
     """The state with every matrix non-zero (nanojax starts some at zero), as stored."""
-    f32 = quant.decode_tree(state.params)
-    keys = jax.random.split(KEY, 6)
-    leaves, tree = jax.tree.flatten(f32)
-    f32 = jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
-    forms = {"embed": stored.embed, "head": stored.head}
-    params = {n: quant.encode(f32[n], f) for n, f in forms.items()}
-    params["blocks"] = {n: quant.encode(w, stored.blocks) for n, w in f32["blocks"].items()}
-    return state._replace(params=params)
+    table = weights.table(config.model)
+    floats = quant.decode_tree(state.params)
+    noisy = jax.tree.map(lambda a, k: a + 0.1 * jax.random.normal(k, a.shape), floats, _keys(floats))
+    form = lambda name: getattr(config.stored, table[name].stored)
+    params = {name: quant.encode(w, form(name)) for name, w in noisy.items() if name != "blocks"}
+    blocks = tuple({name: quant.encode(w, form(name)) for name, w in layer.items()} for layer in noisy["blocks"])
+    return state._replace(params={**params, "blocks": blocks})
 
 
-def obvious(config, params, bufs, adam, count, tokens):
-    """(loss, norm, f32 params, momentum, adam) by jax.grad of the whole model, optax.adamw, and Muon on whole stacks."""
+def _keys(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, list(jax.random.split(KEY, len(leaves))))
+
+
+def obvious(
+    config: Config, params: Any, opt: dict[str, Any], count: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array, Any, dict[str, Any]]:
+    """(loss, norm, f32 params, optimizer states) by jax.grad of the whole model, optax.adamw, and Muon on each matrix."""
     rows = tokens.reshape(-1, tokens.shape[-1])
     value, grads = jax.value_and_grad(lambda p: jnp.mean(model.token_losses(config, p, rows)))(params)
     norm = optax.tree.norm(grads)
-    grads = jax.tree.map(
-        lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads
-    )  # torch's clip_grad_norm_
-    tx = optim.muon(config)
-    per_layer = jax.vmap(lambda g, b: tx.update(g, optim.MuonState(count, b), key=KEY)[:2])
-    updates, state = per_layer(grads["blocks"], bufs)
-    new = {"blocks": optax.apply_updates(params["blocks"], updates)}
+    # torch's clip_grad_norm_
+    grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / (norm + 1e-6)), grads)
+    table, group, o = weights.table(config.model), optim.groups(config), config.optim
+    blocks, new_opt = [dict(layer) for layer in params["blocks"]], {}
+    for i, layer in enumerate(grads["blocks"]):
+        for name, g in layer.items():
+            tx = optim.muon(config, group["matrix"], table[name].parts)
+            before: Any = optim.OptState(count, {"momentum": opt[name]["momentum"][i]})
+            update, after = tx.update(g, before, key=KEY)
+            blocks[i][name] = blocks[i][name] + update
+            new_opt.setdefault(name, {"momentum": []})["momentum"].append(cast(Any, after).moments["momentum"])
+    new = {"blocks": tuple(blocks)}
     rate, _ = optim.schedules(config)
-    for name, lr in (("embed", config.optim.embed_lr), ("head", config.optim.head_lr)):
+    for name, lr in (("embed", o.embed_lr), ("head", o.head_lr)):
         lr = lr * (config.model.D / 768) ** -0.5
-        o = config.optim
         aw = optax.adamw(lambda t, lr=lr: lr * rate(t), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
-            u, adam[name] = aw.update(grads[name], adam.get(name) or aw.init(params[name]), params[name])
+            state = opt[name] if isinstance(opt[name], tuple) else aw.init(params[name])
+            u, new_opt[name] = aw.update(grads[name], state, params[name])
         new[name] = params[name] + u
-    return value, norm, new, state.momentum, adam
+    return value, norm, new, new_opt
 
 
-def stacked(accum):
-    """Accumulators with one array a layer as the gradient's stacks."""
-    return accum | {"blocks": {name: jnp.stack(layers) for name, layers in accum["blocks"].items()}}
+def by_layer(config: Config, accum: dict[str, Any]) -> Any:
+    """Accumulators in the tree of the parameters."""
+    table = weights.table(config.model)
+    blocks = tuple({name: accum[name][i] for name in weights.layer_weights(table, i)} for i in range(config.model.L))
+    return {name: a for name, a in accum.items() if table[name].use != "layer"} | {"blocks": blocks}
 
 
 def relative(a, b):
@@ -77,24 +93,24 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
     config = tiny(
         model={"depth": depth}, train={"microbatch": microbatch, "tokens_per_step": 256}, compute={"residuals": policy}
     )
-    state = perturbed(step.init_state(config), config.stored)
+    state = perturbed(step.init_state(config), config)
     run = jax.jit(step.train_step(config))
     want = jax.jit(obvious, static_argnums=0)
-    params, bufs, adam = state.params, state.opt["blocks"], {}
+    params, opt = state.params, state.opt
     for i in range(3):
-        tokens = batch(config, i)
-        value, norm, params, bufs, adam = want(config, params, bufs, adam, jnp.int32(i), tokens)
-        state, metrics = run(state, tokens)
+        value, norm, params, opt = want(config, params, opt, jnp.int32(i), batch(config, i).tokens)
+        state, metrics = run(state, batch(config, i))
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=3e-6)
     assert int(state.step) == 3
     for name in ("embed", "head"):
-        size = jnp.sqrt(adam[name][0].nu)
+        size = jnp.sqrt(opt[name][0].nu)
         usual = (size == 0) | (size > 1e-3 * jnp.mean(size))
         assert jnp.mean(usual) > 0.99
         params[name] = jnp.where(usual, params[name], state.params[name])
     assert max(jax.tree.leaves(relative(state.params, params))) < 3e-6
-    assert max(jax.tree.leaves(relative(state.opt["blocks"], bufs))) < 3e-6
+    for name in ("qkv", "o", "up", "down"):
+        assert relative(state.opt[name]["momentum"], jnp.stack(opt[name]["momentum"])) < 3e-6
     assert all(not np.any(a) for a in jax.tree.leaves(state.accum))
 
 
@@ -104,15 +120,15 @@ def test_gradient_of_any_stored_format(tiny, stored, policy):
     """With f32 compute, the accumulated gradient of parameters stored in any format equals jax.grad at their decoded values,
     1e-6 relative."""
     config = tiny(stored={"blocks": stored, "embed": stored, "head": stored}, compute={"residuals": policy})
-    state = perturbed(step.init_state(config), config.stored)
-    tokens, floats = batch(config), quant.decode_tree(state.params)
+    state = perturbed(step.init_state(config), config)
+    tokens, floats = batch(config).tokens, quant.decode_tree(state.params)
     rows = tokens.reshape(-1, tokens.shape[-1])
     want = jax.jit(jax.grad(lambda p: jnp.mean(model.token_losses(config, p, rows))))(floats)
-    got, one = state.accum, jnp.float32(1)
-    run = jax.jit(lambda accum, rows: step.forward_backward(config, state.params, accum, rows, one, one, KEY)[1])
+    got = state.accum
+    run = jax.jit(lambda accum, rows: step.forward_backward(config, state.params, accum, rows, None, {}, KEY)[1])
     for i in range(tokens.shape[0]):
         got = run(got, tokens[i])
-    assert max(jax.tree.leaves(relative(stacked(got), want))) < 1e-6
+    assert max(jax.tree.leaves(relative(by_layer(config, got), want))) < 1e-6
 
 
 @pytest.mark.slow  # 256 steps a case
@@ -126,7 +142,7 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
     optim_keys = {"embed_lr": 0.02, "matrix_lr": 0.005} | ({"nesterov": False, "clip": 0.0} if folded else {})
     same = {"optim": optim_keys, "accumulate": {"blocks": "momentum" if folded else "f32"}}
     config = tiny(stored={"blocks": form, "embed": form, "head": form}, **same)
-    state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
+    state, tokens = perturbed(step.init_state(config), config), batch(config)
     floats = state._replace(params=quant.decode_tree(state.params))
     want = jax.jit(step.keyed_step, static_argnums=0)(tiny(**same), floats, tokens, KEY)[0].params
     once = lambda key: quant.decode_tree(step.keyed_step(config, state, tokens, key)[0].params)
@@ -145,15 +161,14 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
     nearest errs by: so the first sum is rounded, as its accumulator is zero."""
     config = tiny(train={"tokens_per_step": 1024}, accumulate={"blocks": "bf16", "embed_head": "bf16"})
     exact = tiny(train={"tokens_per_step": 1024})
-    state, tokens = perturbed(step.init_state(config), config.stored), batch(config)
+    state, tokens = perturbed(step.init_state(config), config), batch(config)
 
     def total(c, accum, key):
         def add(accum, inputs):
             i, rows = inputs
-            one = jnp.float32(1)
-            return step.forward_backward(c, state.params, accum, rows, one, one, jax.random.fold_in(key, i))[1], None
+            return step.forward_backward(c, state.params, accum, rows, None, {}, jax.random.fold_in(key, i))[1], None
 
-        return jax.lax.scan(add, accum, (jnp.arange(16), tokens))[0]
+        return jax.lax.scan(add, accum, (jnp.arange(16), tokens.tokens))[0]
 
     want = jax.jit(lambda: total(exact, step.init_state(exact).accum, KEY))()
     many = jax.jit(lambda keys: jax.lax.map(lambda k: total(config, state.accum, k), keys))(jax.random.split(KEY, 64))
@@ -174,9 +189,10 @@ def test_folded_momentum_equals_heavy_ball(tiny):
     for i in range(5):
         a, _ = run_a(a, batch(apart, i))
         b, _ = run_b(b, batch(apart, i))
-    assert "blocks" not in a.accum
+    assert set(a.accum) == {"embed", "head"}
     assert max(jax.tree.leaves(relative(a.params, b.params))) < 1e-5
-    assert max(jax.tree.leaves(relative(stacked(a.opt)["blocks"], b.opt["blocks"]))) < 1e-5
+    for name in ("qkv", "o", "up", "down"):
+        assert relative(jnp.stack(a.opt[name]["momentum"]), b.opt[name]["momentum"]) < 1e-5
 
 
 FORMATS = {
@@ -240,7 +256,7 @@ def test_same_seed_same_bits(tiny):
     a = once()
     chex.assert_trees_all_equal(a, once())
     b = step.init_state(other)
-    assert not np.array_equal(a.params["blocks"]["up"].codes, b.params["blocks"]["up"].codes)
+    assert not np.array_equal(a.params["blocks"][0]["up"].codes, b.params["blocks"][0]["up"].codes)
 
 
 def test_embedding_and_head_rows_in_chunks(tiny, monkeypatch):
@@ -249,7 +265,7 @@ def test_embedding_and_head_rows_in_chunks(tiny, monkeypatch):
     state, tokens = step.init_state(config), batch(config)
     run = lambda: jax.jit(lambda: step.keyed_step(config, state, tokens, KEY)[0])()
     whole = run()
-    monkeypatch.setattr(step, "ROWS_BYTES", config.model.V * config.model.D * 4 // 8)
+    monkeypatch.setattr(update, "ROWS_BYTES", config.model.V * config.model.D * 4 // 8)
     parts = run()
     chex.assert_trees_all_close(parts, whole, rtol=1e-6, atol=1e-9)
 
@@ -258,6 +274,8 @@ def test_init_follows_nanochat(tiny):
     """Standard deviations of each tensor at initialisation, 3%: embedding 1, q/k/v and up as published, the rest zero."""
     params = model.init_params(tiny(model={"width": 128}), KEY)
     np.testing.assert_allclose(np.std(params["embed"]), 1.0, rtol=0.03)
-    np.testing.assert_allclose(np.std(params["blocks"]["qkv"]), 128**-0.5, rtol=0.03)
-    np.testing.assert_allclose(np.std(params["blocks"]["up"]), 128**-0.5, rtol=0.03)
-    assert not np.any(params["head"]) and not np.any(params["blocks"]["o"]) and not np.any(params["blocks"]["down"])
+    for layer in params["blocks"]:
+        np.testing.assert_allclose(np.std(layer["qkv"]), 128**-0.5, rtol=0.03)
+        np.testing.assert_allclose(np.std(layer["up"]), 128**-0.5, rtol=0.03)
+        assert not np.any(layer["o"]) and not np.any(layer["down"])
+    assert not np.any(params["head"])

@@ -1,0 +1,89 @@
+"""What a step turns into the next: parameters, optimizer state and accumulators, all of it donated."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nanojax import weights
+from nanojax.config import Config
+from nanojax.model import Params, init_params
+from nanojax.quant import BLOCK, zeros
+from nanojax.quant.packed import LEVELS
+from nanojax.step import optim
+
+Arrays = dict[str, Any]  # by the weight's name: one array, or a tuple of one per layer
+
+
+class State(NamedTuple):
+    """The state of training.
+
+    Attributes:
+      step: updates so far, int32.
+      params: as stored (model.params).
+      opt: {weight: {"momentum"} or {"mu", "nu"}, and "remainder" below 8 bits}, as stored. Arrays of a layer's weight are
+        stacked over its layers, except a momentum that gradients are summed into: one array per layer.
+      accum: {weight: where its gradients are summed}, one array per layer for a layer's weight; zeros between steps. A weight
+        whose gradients are summed into its momentum has none.
+    """
+
+    step: jax.Array
+    params: Params
+    opt: dict[str, dict[str, Any]]
+    accum: Arrays
+
+
+def init_state(config: Config) -> State:
+    """Fresh state from config.train.seed. Call it under jit: eagerly it would hold f32 copies."""
+    table = weights.table(config.model)
+    opt: dict[str, dict[str, Any]] = {}
+    accum: Arrays = {}
+    for name, weight in table.items():
+        group = optim.group_of(config, name, weight)
+        into_momentum = optim.summed_into_momentum(config, weight)
+        stack = (len(weight.layers), *weight.shape) if weight.use == "layer" else weight.shape
+        opt[name] = {m: zeros(stack, form, BLOCK) for m, form in optim.moments(config, group).items()}
+        if into_momentum:
+            opt[name]["momentum"] = _sums(weight, config.stored.momentum)
+        else:
+            accum[name] = _sums(weight, getattr(config.accumulate, weight.accumulate))
+        if remainder_bits(config, weight):
+            opt[name]["remainder"] = jnp.zeros((*stack[:-1], stack[-1] * config.stored.remainder // 8), jnp.uint8)
+    return State(jnp.int32(0), init_params(config, jax.random.key(config.train.seed)), opt, accum)
+
+
+def abstract_state(config: Config) -> State:
+    """Shapes and dtypes of the state, nothing allocated."""
+    return jax.eval_shape(lambda: init_state(config))
+
+
+def remainder_bits(config: Config, weight: weights.Weight) -> int:
+    """Bits per value of the weight's remainder (quant/packed.py); 0 at 8 bits and above."""
+    return config.stored.remainder if getattr(config.stored, weight.stored) in LEVELS else 0
+
+
+def block_bits(config: Config) -> tuple[float, float]:
+    """Bits per weight of the layers' matrices, scales and padding included: in params, and in remainders."""
+    state, table = abstract_state(config), weights.table(config.model)
+    layered = [name for name, weight in table.items() if weight.use == "layer"]
+    count = sum(table[name].count for name in layered)
+    remainders = [state.opt[name].get("remainder") for name in layered]
+    stored, rest = (
+        8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / count
+        for tree in (state.params["blocks"], remainders)
+    )
+    return stored, rest
+
+
+def edge_chunks(weight: weights.Weight, most_bytes: int) -> int:
+    """Chunks of rows in which a weight that exists once is updated: the fewest equal ones below `most_bytes` in f32."""
+    rows = weight.shape[0]
+    least = math.ceil(math.prod(weight.shape) * 4 / most_bytes)
+    return next(n for n in range(least, rows + 1) if rows % n == 0)
+
+
+def _sums(weight: weights.Weight, form: str) -> Any:
+    """Zeros that the weight's gradients are added to."""
+    empty = lambda: jnp.zeros(weight.shape, {"f32": jnp.float32, "bf16": jnp.bfloat16}[form])
+    return tuple(empty() for _ in weight.layers) if weight.use == "layer" else empty()
