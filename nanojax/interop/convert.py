@@ -25,7 +25,7 @@ from nanojax.config import Compute, Config, Model, Stored, Train, resolve, to_di
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, legacy
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file, about where transformers splits too
@@ -72,7 +72,7 @@ def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -
 
 def _config(name: str, model: Model, params: Any) -> Config:
     """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
-    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for matrix in params["blocks"].values()})
+    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for layer in params["blocks"] for matrix in layer.values()})
     if len(dtypes) != 1:
         raise UserError(f"{name}: block matrices of different dtypes ({', '.join(dtypes)}); convert them to one")
     stored = Stored(blocks=dtypes[0], embed=DTYPES[params["embed"].dtype], head=DTYPES[params["head"].dtype])
@@ -237,6 +237,7 @@ def to_run(found: Imported, run: Path) -> None:
         if not ok:
             raise UserError(f"{path} holds NaN or Inf; not imported")
     meta = {
+        "layout": legacy.LAYOUT,
         "step": found.step,
         "data": {},
         "config": to_dict(found.config),
@@ -251,16 +252,16 @@ def to_run(found: Imported, run: Path) -> None:
 
 
 def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
-    """(numpy float parameters, names of those that were quantised). dtype None: floats keep theirs, quantised get f32."""
-    quantised: list[str] = []
+    """(numpy float parameters, names of weights that were quantised). dtype None: floats keep theirs, quantised get f32."""
+    quantised: dict[str, None] = {}
 
     def one(path: Any, leaf: Any) -> np.ndarray:
         own = jnp.float32 if is_stored(leaf) else leaf.dtype
         if is_stored(leaf):
-            quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+            quantised[path[-1].key] = None
         return np.asarray(decode(leaf, checkpoint.DTYPES[dtype] if dtype else own))
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), quantised
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), list(quantised)
 
 
 def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:

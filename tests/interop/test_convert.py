@@ -43,7 +43,7 @@ def _config(tokenizer: Tokenizer, blocks="f32", embed="f32", head="f32", vocab=N
 def _params(config: Config, seed=0):
     s = config.stored
     raw = jax.tree.map(jnp.asarray, numpy_gpt.random_params(seed, config))
-    blocks = {n: encode(w, s.blocks) for n, w in raw["blocks"].items()}
+    blocks = tuple({n: encode(w, s.blocks) for n, w in layer.items()} for layer in raw["blocks"])
     return {"embed": encode(raw["embed"], s.embed), "blocks": blocks, "head": encode(raw["head"], s.head)}
 
 
@@ -94,12 +94,12 @@ def test_quantised_parameters_export_as_the_floats_they_stand_for(tokenizer, tmp
     config = _config(tokenizer, blocks="int8", embed="bf16")
     params = _params(config)
     floats, quantised = convert.floats(params)
-    assert quantised == [f"blocks/{n}" for n in ("down", "o", "qkv", "up")]
-    q = params["blocks"]["up"]
-    assert np.array_equal(floats["blocks"]["up"], np.asarray(q.codes, np.float32) * np.asarray(q.scale))
+    assert quantised == ["down", "o", "qkv", "up"]
+    q = params["blocks"][1]["up"]
+    assert np.array_equal(floats["blocks"][1]["up"], np.asarray(q.codes, np.float32) * np.asarray(q.scale))
     assert floats["embed"].dtype == layouts.BF16
     _export("hf", tmp_path / "out", config, floats, tokenizer)
-    assert np.array_equal(convert.load(tmp_path / "out").params["blocks"]["up"], floats["blocks"]["up"])
+    assert np.array_equal(convert.load(tmp_path / "out").params["blocks"][1]["up"], floats["blocks"][1]["up"])
 
 
 def test_import_makes_a_run_folder_that_loads_and_samples(tokenizer, tmp_path):
