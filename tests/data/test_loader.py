@@ -305,19 +305,21 @@ def test_restore_at_step_one_million_is_fast(folder: Path, tokenizer: Tokenizer)
     state["position"] = position
     state["passes"][0] |= {"number": number, "start": number * total}
     state["visits"] = {name: number for name in state["visits"]}
-    seconds = 1e9
-    for _ in range(3):  # the machine may be shared: the best of three
+
+    def restore() -> tuple[float, np.ndarray, int]:
         begin = time.perf_counter()
         resumed = train_iterator(folder, 8, 64, 0, 512)
         resumed.set_state(state)
         batch = next(resumed)
-        seconds = min(seconds, time.perf_counter() - begin)
+        return time.perf_counter() - begin, batch, state_of(resumed)["position"]
+
+    seconds, batch, after = min((restore() for _ in range(3)), key=lambda r: r[0])  # the machine may be shared
     print(f"\nrestore at step 1,000,000 of 300 shards: {seconds:.3f} s")
     assert seconds < 1.0
     again = train_iterator(folder, 8, 64, 0, 512)
     again.set_state(state)
     np.testing.assert_array_equal(next(again), batch)
-    assert state_of(resumed)["position"] == position + 8
+    assert after == position + 8
 
 
 def test_state_made_by_hand_equals_walking_there(folder: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ def tokenizer() -> Tokenizer:
     return train(iter([TEXT]), 320)
 
 
-def _config(tokenizer: Tokenizer, blocks="f32", embed="f32", head="f32", vocab=None) -> Config:
+def _config(
+    tokenizer: Tokenizer, blocks: Any = "f32", embed: Any = "f32", head: Any = "f32", vocab: int | None = None
+) -> Config:
     m = Model(depth=2, width=64, head_dim=32, vocab=vocab or tokenizer.vocab_size, seq=64)
     stored = Stored(blocks=blocks, embed=embed, head=head)
     return resolve(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from nanojax.quant.rounding import dither
 KEY = jax.random.key(0)
 FORMS = list(packed.LEVELS)
 SOME = ["nf4", "b2.67"]  # uneven and even levels
-BITS = [0, 2, 4]  # of remainders
+BITS: list[Literal[0, 2, 4]] = [0, 2, 4]  # of remainders
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -250,7 +250,7 @@ def test_products_see_the_stored_values() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_step_keeps_remainders(bits: int):
+def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
     and leaves remainders that are within their level's cell."""
     config = dataclasses.replace(tiny("int3"), stored=Stored(blocks="int3", remainder=bits))
