@@ -179,7 +179,7 @@ def test_presets_are_nanochats(hub: HubServer, tmp_path: Path) -> None:
     get(hub, tmp_path, shards=1)
     record = json.loads((tmp_path / "download.json").read_text())
     assert record["repo"] == REPO and record["revision"] == hub.sha
-    expected = hashlib.sha256(hub.files["shard_00000.jsonl"]).hexdigest()
+    expected = hashlib.sha256(hub.data("shard_00000.jsonl")).hexdigest()
     assert record["files"]["shard_00000.jsonl"]["sha256"] == expected
     assert module.PRESETS["fineweb-edu"] == "karpathy/fineweb-edu-100b-shuffle"
     assert module.PRESETS["climbmix"] == "karpathy/climbmix-400b-shuffle"

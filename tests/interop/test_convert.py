@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from nanojax import sample
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Stored, Train, resolve
+from nanojax.config import Compute, Config, EdgeFormat, Format, Model, Stored, Train, resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
 from nanojax.quant import encode
 from nanojax.run import checkpoint
@@ -32,7 +32,13 @@ def tokenizer() -> Tokenizer:
     return train(iter([TEXT]), 320)
 
 
-def _config(tokenizer: Tokenizer, blocks="f32", embed="f32", head="f32", vocab=None) -> Config:
+def _config(
+    tokenizer: Tokenizer,
+    blocks: Format = "f32",
+    embed: EdgeFormat = "f32",
+    head: EdgeFormat = "f32",
+    vocab: int | None = None,
+) -> Config:
     m = Model(depth=2, width=64, head_dim=32, vocab=vocab or tokenizer.vocab_size, seq=64)
     stored = Stored(blocks=blocks, embed=embed, head=head)
     return resolve(

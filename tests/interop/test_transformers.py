@@ -54,7 +54,7 @@ def test_logits_of_all_three_agree(exported):
     config, params, theirs, _ = exported
     tokens = np.random.default_rng(0).integers(0, config.model.V, (2, 80)).astype(np.int32)
     oracle = numpy_gpt.forward(params, tokens, config)
-    ours = np.asarray(model.forward(config, params, tokens))
+    ours = np.asarray(model.forward(config, params, jnp.asarray(tokens)))
     with torch.no_grad():
         full = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
         past, parts = None, []
@@ -64,7 +64,7 @@ def test_logits_of_all_three_agree(exported):
             parts.append(out.logits.numpy())
     cache, ours_cached = model.empty_cache(config, 2, 80), []
     for start, end in ((0, 70), (70, 71), (71, 80)):
-        logits, cache = model.forward_cached(config, params, tokens[:, start:end], cache, jnp.int32(start))
+        logits, cache = model.forward_cached(config, params, jnp.asarray(tokens[:, start:end]), cache, jnp.int32(start))
         ours_cached.append(np.asarray(logits))
     for name, logits in {
         "ours": ours,
@@ -105,7 +105,7 @@ def test_transformers_own_folder_is_read(transformers, tokenizer, tmp_path):
     tokens = np.random.default_rng(1).integers(0, config.model.V, (1, 64)).astype(np.int32)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    assert np.abs(np.asarray(model.forward(found.config, found.params, tokens)) - expected).max() < 1e-4
+    assert np.abs(np.asarray(model.forward(found.config, found.params, jnp.asarray(tokens))) - expected).max() < 1e-4
 
 
 def test_bf16_export_loads_as_bf16(transformers, tokenizer, tmp_path):

@@ -96,7 +96,7 @@ def test_rope_kernels(N, H, scaled, calls):
     for a, b in zip(*gradients, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert np.mean(np.asarray(a) != np.asarray(b)) <= 1e-3
-    close(*gradients, 3e-3)
+    close(gradients[0], gradients[1], 3e-3)
 
 
 def test_heads_that_kernels_cannot_halve(calls):
