@@ -55,6 +55,7 @@ def test_encoding_again_is_exact(form: str):
         np.testing.assert_array_equal(again.scale, q.scale)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_hundred_updates_of_nothing(form: str, bits: int):
@@ -70,6 +71,7 @@ def test_hundred_updates_of_nothing(form: str, bits: int):
     jax.tree.map(np.testing.assert_array_equal, last, first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_fine_grid(form: str, bits: int):
@@ -100,6 +102,7 @@ def test_fine_grid(form: str, bits: int):
     assert np.all((np.abs(np.mean(values, 0) - x) <= (above - below) / 200 + 1e-6)[fits])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", SOME)
 def test_small_updates_add_up(form: str):
     """400 pushes, half up, half down, of 1/4000 of the outermost level: values that stay inside move by a tenth of it to 3% in
@@ -136,6 +139,7 @@ def test_error_is_that_of_the_levels(form: str):
     np.testing.assert_allclose(error, nearest, atol=1e-6)
 
 
+@pytest.mark.long
 def test_error_on_normal_data():
     """Error / deviation of normal data: uniform levels, 2*2.46/(levels-1)/sqrt(12) within 5%; NF4 below int4."""
     x = normal(512, 1024)
@@ -188,6 +192,7 @@ def test_dither_is_even():
     assert abs(first.mean() - 0.5) < 0.02 and first.min() > 0 and first.max() < 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("form", SOME)
 def test_held_scales(form: str, bits: int):
@@ -224,6 +229,7 @@ def tiny(form: str, **stored: str) -> Config:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["nf4", "b2.67"])
 def test_trains(form: str):
     """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
@@ -243,6 +249,7 @@ def test_trains(form: str):
     assert whole["blocks"]["up"].shape == (2, 256, 64) and whole["blocks"]["up"].dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_products_see_the_stored_values():
     """The model on packed matrices gives the logits of the model on their decoded values (float products, 1e-5)."""
     config = dataclasses.replace(tiny("nf4"), compute=Compute(residuals="all", loss_chunk=32))
@@ -253,6 +260,7 @@ def test_products_see_the_stored_values():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 def test_step_keeps_remainders(bits: Literal[0, 2, 4]) -> None:
     """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
@@ -275,6 +283,7 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]) -> None:
             assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt["remainder"][name]), name
 
 
+@pytest.mark.long
 def test_adamw_for_matrices():
     """optim.matrix=adamw with int8 moments learns a repeated batch; its state is two int8 trees for the blocks."""
     config = dataclasses.replace(tiny("int3", adam="int8"), optim=Optim(matrix="adamw", matrix_lr=0.003))

@@ -42,6 +42,7 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     script.main()
 
 
+@pytest.mark.long
 def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     """Two seeds of two arms train; a second call trains nothing; the table follows from the files; arms share data."""
     texts = [tmp_path / "train.txt", tmp_path / "valid.txt"]
