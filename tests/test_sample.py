@@ -45,6 +45,7 @@ def test_cache_equals_full_forward(tiny: Make) -> None:
     assert (logits.argmax(-1) == full.argmax(-1)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 257, 270])
 def test_greedy_is_the_full_forwards_argmax(tiny: Make, length: int) -> None:
     """Greedy text equals repeated argmax of the full forward, for prompts around every chunk and padding boundary."""
@@ -59,6 +60,7 @@ def test_greedy_is_the_full_forwards_argmax(tiny: Make, length: int) -> None:
     assert new == logits[length - 1 : length + 5].argmax(-1).tolist()
 
 
+@pytest.mark.long
 def test_draws(tiny: Make) -> None:
     """2,000 draws follow the softmax of logits/temperature: chi-squared below its 99.9 % point."""
     config = tiny()
@@ -84,6 +86,7 @@ def test_draws(tiny: Make) -> None:
         assert chi < freedom * (1 - spread + 3.09 * math.sqrt(spread)) ** 3  # Wilson-Hilferty's 99.9 % point
 
 
+@pytest.mark.long
 def test_seeds_rows_and_end(tiny: Make) -> None:
     """The same seed gives the same text, another seed another; a row that met `end` is -1 from there on."""
     config = tiny()
@@ -137,6 +140,7 @@ def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     run_main(sample.main)
 
 
+@pytest.mark.long
 def test_command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """One sample is streamed, piece by piece, and equals the text of the API; several are numbered."""
     config, params, tokenizer = checkpoint.load_params(run, "f32")

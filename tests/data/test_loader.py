@@ -11,7 +11,7 @@ import pytest
 from nanojax import tokenizer as tokenizers
 from nanojax.cli import UserError
 from nanojax.data import loader
-from nanojax.data.loader import train_iterator, valid_batches
+from nanojax.data.loader import TrainIterator, train_iterator, valid_batches
 from nanojax.data.shards import Writer, find_shards
 from nanojax.tokenizer import Tokenizer
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 MEMORY_LIMIT = 1.5  # GB, of the whole process tree of tokenize
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "megabytes, vocab",
     [

@@ -362,6 +362,7 @@ def test_full_disk_is_one_line_and_resumable(data: Path, tokenizer: Tokenizer) -
     assert files(data / "out") == files(data / "whole")
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_restarts_exactly(data: Path, tokenizer: Tokenizer) -> None:
     """kill -9 at three moments, each followed by the same command: at the end the shards equal an undisturbed run's."""
     for n in range(3, 9):

@@ -106,6 +106,7 @@ def test_scores_equal_full_logits_with_contexts_shared(tokenizer):
             assert np.array_equal(answer.hits, logits.argmax(-1) == np.array(branch, int))
 
 
+@pytest.mark.long
 def test_batched_equals_one_at_a_time(tokenizer, bundle):
     """All kinds, 0 and more shots, ties and empty spans: every example scored exactly as by the slow oracle."""
     config, params = _model(tokenizer)

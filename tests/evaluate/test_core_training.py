@@ -34,6 +34,7 @@ def _overrides(home: Path) -> dict:
     }
 
 
+@pytest.mark.long
 def test_core_is_logged_at_its_steps(home: Path) -> None:
     """At steps 2 and 3 of 3; the last record is what evaluating the saved parameters gives; TensorBoard has the same."""
     run = home / "run"

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from nanojax import sample
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Stored, Train, resolve
+from nanojax.config import Compute, Config, EdgeFormat, Format, Model, Stored, Train, resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
 from nanojax.quant import encode
 from nanojax.run import checkpoint
@@ -105,6 +105,7 @@ def test_quantised_parameters_export_as_the_floats_they_stand_for(tokenizer, tmp
     assert np.array_equal(convert.load(tmp_path / "out").params["blocks"][1]["up"], floats["blocks"][1]["up"])
 
 
+@pytest.mark.long
 def test_import_makes_a_run_folder_that_loads_and_samples(tokenizer, tmp_path):
     """to_run: load_params returns the same bits, config and step; sampling from it equals sampling from the source."""
     config = _config(tokenizer)
@@ -329,6 +330,7 @@ def test_nanochat_export_refuses_what_it_cannot_say(tokenizer, tmp_path):
         _export("hf", tmp_path / "full", config, jax.tree.map(np.asarray, found.params), tokenizer)
 
 
+@pytest.mark.long
 def test_the_command_both_ways(tokenizer, tmp_path):
     """python -m nanojax.interop: import, export, import again gives the first bits; bad input exits 2."""
     config = _config(tokenizer, "bf16", "bf16", "bf16")

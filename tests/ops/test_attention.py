@@ -16,7 +16,7 @@ def plain(q, k, v):
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(s, -1), v)
 
 
-@pytest.mark.parametrize("T", [1, 7, 256, 600])
+@pytest.mark.parametrize("T", [1, 7, 256, pytest.param(600, marks=pytest.mark.long)])
 def test_chunked_equals_plain(T):
     """Output and the three gradients within 2e-5 of the plain formula, at lengths below, at and above one chunk."""
     q, k, v, do = (jax.random.normal(jax.random.key(i), (2, T, 3, 16)) for i in range(4))

@@ -71,6 +71,7 @@ def test_nearest_is_within_half_a_step():
     assert bool(jnp.all(error <= jnp.max(jnp.abs(x), -1, keepdims=True) / 254 * (1 + 1e-5)))
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=40))
 def test_any_finite_row_encodes(values):

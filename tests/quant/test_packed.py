@@ -12,7 +12,7 @@ import pytest
 from nanojax import config as configs
 from nanojax import model, quant, step
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Optim, Stored, Train
+from nanojax.config import Compute, Config, Format, Model, Optim, Stored, Train
 from nanojax.quant import packed
 from nanojax.quant.rounding import dither
 
@@ -54,6 +54,7 @@ def test_encoding_again_is_exact(form: str):
         np.testing.assert_array_equal(again.scale, q.scale)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_hundred_updates_of_nothing(form: str, bits: int):
@@ -61,14 +62,15 @@ def test_hundred_updates_of_nothing(form: str, bits: int):
     old = packed.encode(normal(64, 256), form)
     first = packed.encode_fine(normal(64, 256), jax.random.uniform(KEY, (64, 256)), old, bits)
 
-    def update(stored: tuple, i: jax.Array) -> tuple:
+    def update(stored: Any, i: jax.Array) -> tuple[Any, None]:
         noise = jnp.clip(dither(KEY, i, (64, 256)), 2e-4, 1 - 2e-4)
-        return packed.encode_fine(packed.decode_fine(*stored, bits), noise, stored[0], bits), None
+        return packed.encode_fine(packed.decode_fine(stored[0], stored[1], bits), noise, stored[0], bits), None
 
     last, _ = jax.jit(lambda stored: jax.lax.scan(update, stored, jnp.arange(100)))(first)
     jax.tree.map(np.testing.assert_array_equal, last, first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_fine_grid(form: str, bits: int):
@@ -99,6 +101,7 @@ def test_fine_grid(form: str, bits: int):
     assert np.all((np.abs(np.mean(values, 0) - x) <= (above - below) / 200 + 1e-6)[fits])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", SOME)
 def test_small_updates_add_up(form: str):
     """400 pushes, half up, half down, of 1/4000 of the outermost level: values that stay inside move by a tenth of it to 3% in
@@ -110,13 +113,15 @@ def test_small_updates_add_up(form: str):
     scale = jnp.repeat(start[0].scale.astype(jnp.float32), 64, -1)
     push = scale / 4000 * jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)
 
-    def update(carry: tuple, i: jax.Array) -> tuple:
-        return packed.encode_fine(packed.decode_fine(*carry, 4) + push, dither(KEY, i, (16, 64)), carry[0], 4), None
+    def update(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        return packed.encode_fine(
+            packed.decode_fine(carry[0], carry[1], 4) + push, dither(KEY, i, (16, 64)), carry[0], 4
+        ), None
 
     last, _ = jax.jit(lambda carry: jax.lax.scan(update, carry, jnp.arange(400)))(start)
     still = jnp.repeat(last[0].scale == start[0].scale, 64, -1) & (jnp.abs(x) < 0.8 * scale)
     assert float(jnp.mean(still)) > 0.3
-    moved = ((packed.decode_fine(*last, 4) - packed.decode_fine(*start, 4)) / push)[still] / 400
+    moved = ((packed.decode_fine(last[0], last[1], 4) - packed.decode_fine(start[0], start[1], 4)) / push)[still] / 400
     assert float(jnp.mean(moved)) == pytest.approx(1, abs=0.03)
     assert float(jnp.max(jnp.abs(moved - 1))) * 0.1 < 3 * float(np.max(np.diff(packed.LEVELS[form]))) / 15
 
@@ -133,6 +138,7 @@ def test_error_is_that_of_the_levels(form: str):
     np.testing.assert_allclose(error, nearest, atol=1e-6)
 
 
+@pytest.mark.long
 def test_error_on_normal_data():
     """Error / deviation of normal data: uniform levels, 2*2.46/(levels-1)/sqrt(12) within 5%; NF4 below int4."""
     x = normal(512, 1024)
@@ -166,7 +172,7 @@ def test_int8_rows(form: str):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_stochastic_rounding_has_no_bias(form: str):
+def test_stochastic_rounding_has_no_bias(form: Format) -> None:
     """The mean of 1,000 draws is the value within 5 standard errors of the widest step, for values inside the scale."""
     x = jnp.clip(normal(2, 64), -1, 1).at[:, 0].set(1.0)
     many = jax.jit(jax.vmap(lambda k: quant.decode(quant.encode(x, form, k))))(jax.random.split(KEY, 1000))
@@ -185,12 +191,13 @@ def test_dither_is_even():
     assert abs(first.mean() - 0.5) < 0.02 and first.min() > 0 and first.max() < 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("form", SOME)
 def test_held_scales(form: str, bits: int):
     """Small updates leave scales alone; blocks that double or halve get a scale that fits, within 10%."""
     stored = packed.encode_fine(normal(4, 128), jnp.full((4, 128), 0.5), packed.encode(normal(4, 128), form), bits)
-    x, noise = packed.decode_fine(*stored, bits), jnp.full((4, 128), 0.5)
+    x, noise = packed.decode_fine(stored[0], stored[1], bits), jnp.full((4, 128), 0.5)
     still, _ = packed.encode_fine(x + 1e-3 * normal(4, 128, seed=2), noise, stored[0], bits)
     np.testing.assert_array_equal(still.scale, stored[0].scale)
     np.testing.assert_array_equal(still.words, stored[0].words)
@@ -221,6 +228,7 @@ def tiny(form: str, **stored: Any) -> Config:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["nf4", "b2.67"])
 def test_trains(form: str):
     """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
@@ -249,6 +257,7 @@ def test_products_see_the_stored_values() -> None:
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
@@ -271,6 +280,7 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
             assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt[name]["remainder"]), name
 
 
+@pytest.mark.long
 def test_adamw_for_matrices():
     """optim.matrix=adamw with int8 moments learns a repeated batch; its state is two int8 trees for the blocks."""
     config = dataclasses.replace(tiny("int3", adam="int8"), optim=Optim(matrix="adamw", matrix_lr=0.003))

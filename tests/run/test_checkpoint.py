@@ -63,6 +63,7 @@ def _same(a: step.State, b: step.State) -> bool:
     return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "stored",
     [{}, INT8, INT8 | {"blocks": "b2.67"}, INT8 | {"blocks": "nf4", "remainder": 0}],
@@ -113,6 +114,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", [1, pytest.param(3, marks=pytest.mark.slow)])
 # orbax does not await its other coroutines and futures when one of them fails
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -175,6 +177,7 @@ def test_damaged_config(tmp_path: Path, content: str) -> None:
         checkpoint.read_config(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_other_dtypes(tiny: Make, tmp_path: Path, dtype: str) -> None:
     """An int8 run loaded as f32 or bf16 has the decoded values exactly, and a config that computes in them."""
@@ -203,6 +206,7 @@ def test_copied_elsewhere(tiny: Make, tmp_path: Path) -> None:
     assert (np.load(tmp_path / "head.npy") == np.asarray(state.params["head"])).all()
 
 
+@pytest.mark.long
 def test_state_may_be_donated_at_once(tiny: Make, tmp_path: Path) -> None:
     """The asynchronous save holds the values of the call, though the next step overwrites the buffers meanwhile."""
     config = tiny(model=dict(vocab=272))

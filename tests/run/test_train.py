@@ -56,6 +56,7 @@ def test_same_command_after_the_end(whole: Path, home: Path, capsys: pytest.Capt
     assert "all 12 steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The train step is traced once and compiled once in a run of 7 steps; nothing at all compiles after step 2."""
     traced, compiled = [], []
@@ -85,6 +86,7 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert compiled and sum(at in (2, 3, 4, 5, 6) for at in compiled) == 0
 
 
+@pytest.mark.long
 def test_donation(home: Path, tmp_path: Path) -> None:
     """All of the state's bytes are aliased to the step's output, and the buffers of a restored state are reused."""
     config = tiny_run.load(home / "tiny.py", tmp_path / "run", train__steps=2)
@@ -155,6 +157,7 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
     print(f"{cut} of {kills} kills fell into a save")
 
 
+@pytest.mark.long
 def test_kill_9(home: Path, compile_cache: Path) -> None:
     """Two kill -9 at random moments: everything equals the uninterrupted run bit by bit."""
     _kill_and_resume(home, compile_cache, kills=2, steps=80, seed=0)
@@ -166,6 +169,7 @@ def test_kill_9_twenty_times(home: Path, compile_cache: Path) -> None:
     _kill_and_resume(home, compile_cache, kills=20, steps=200, seed=1)
 
 
+@pytest.mark.long
 def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """The first SIGINT waits for a step of 20 seconds; the second ends the process within 3, status 130."""
     run = tmp_path / "run"
@@ -183,6 +187,7 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
     assert checkpoint.available(run) == []
 
 
+@pytest.mark.long
 def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0."""
     run = tmp_path / "run"
@@ -264,6 +269,7 @@ def test_two_runs_in_one_folder(home: Path, tmp_path: Path) -> None:
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A trace of 2 steps names the steps and the layers, and the command prints its top kernels."""
     run = tmp_path / "run"
@@ -278,6 +284,7 @@ def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         top_kernels.newest_trace(tmp_path / "nothing")
 
 
+@pytest.mark.long
 def test_int8_resume(home: Path, tmp_path: Path) -> None:
     """The same bit-exactness with everything stored in int8 and rounded stochastically: 4 + 4 steps equal 8."""
     low = dict(
@@ -308,6 +315,7 @@ def test_help(subcommand: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
         assert "--model.seq=256" in text
 
 
+@pytest.mark.long
 def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """The real command: one line on stderr, exit 2, nothing on stdout, nothing written."""
     for extra in ({"model__dept": 3}, {"model__vocab": 299}, {"compute__residuals": "auto"}):

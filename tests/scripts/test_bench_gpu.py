@@ -81,6 +81,7 @@ def test_difference_sees_nan_and_shape():
     assert verify.difference((x, 1.5 * x), (x, x)) == pytest.approx(0.5)
 
 
+@pytest.mark.long
 def test_curve_that_leaves_the_cpus_fails(script, tmp_path, monkeypatch, capsys):
     """Real losses of three f32 steps fall; curves 0.05 nats apart make exit code 1 and are in the JSON."""
     falling = script.losses(script.small("f32", True), CPU, 3)
@@ -96,6 +97,7 @@ def test_curve_that_leaves_the_cpus_fails(script, tmp_path, monkeypatch, capsys)
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_parts_in_processes_of_their_own(tmp_path):
     """The command from another folder: rates and a step, each in a child; every key that readers need, values above 0."""
     out = tmp_path / "out.json"

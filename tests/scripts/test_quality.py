@@ -31,8 +31,9 @@ def load_script() -> ModuleType:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     module = load_script()
-    module.SIZES = {"d1": Model(depth=1, width=64)}
-    module.PLANS = {"two": [("d1", arm, 1.0, seed) for seed in (0, 1) for arm in ("f32", "b2.67")]}
+    small = {"d1": Model(depth=1, width=64)}
+    runs = {"two": [("d1", arm, 1.0, seed) for seed in (0, 1) for arm in ("f32", "b2.67")]}
+    vars(module).update(SIZES=small, PLANS=runs)
     return module
 
 
@@ -41,6 +42,7 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     script.main()
 
 
+@pytest.mark.long
 def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     """Two seeds of two arms train; a second call trains nothing; the table follows from the files; arms share data."""
     texts = [tmp_path / "train.txt", tmp_path / "valid.txt"]
