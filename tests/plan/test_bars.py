@@ -1,4 +1,4 @@
-"""The memory bars, on XLA's own figures: every shipped config compiled for its card, which need not be there."""
+"""The memory bars, by XLA's own figures: every shipped config compiled for its card, which need not be present."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
 pytestmark = [pytest.mark.plan, NO_COMPILER]
 
-# GiB at the peak that a config may need, and the least rows of a microbatch (T = 2048)
+# The most peak GiB that a config may need, and the least rows per microbatch (T = 2048)
 BARS = {"d32_4070_bf16": (10.5, 4), "d32_4070": (10.5, 1), "d32_4070_laptop": (6.8, 1), "d12_4070": (2.5, 1)}
 PLAN_LINE = re.compile(
     r"plan \((?P<card>\w+)\): peak (?P<gib>[\d.]+) GiB, (?P<rate>[\d.]+)(?P<k>k?) tok/s modelled, "
@@ -31,7 +31,7 @@ PLAN_LINE = re.compile(
 )
 MODELLED = 7500  # tokens/s of d32_4070, by our own roofline
 LADDER = ["d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]  # at most 10.5 GiB, 5 % slower than d32_4070
-TRAFFIC = 300e3  # bytes a token and layer outside matmuls and attention, embedding, head and update included
+TRAFFIC = 300e3  # bytes per token and layer outside matmuls and attention, including embedding, head and update
 # A config's tests stay in one worker, which compiles it once. Those without a bar take minutes together: slow.
 GROUPS = {"d32_4070_15b": "d32_4070", "d32_4070_20b": "d32_4070"}  # the same step
 
@@ -61,26 +61,26 @@ def test_the_command_answers_in_two_minutes_with_every_key():
     command = [sys.executable, "-m", "nanojax.plan", "--config=d32_4070", "--card=rtx4070", "--json", "--no-cache"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True)
     took = time.monotonic() - begin
-    told = json.loads(done.stdout)
+    plan = json.loads(done.stdout)
     keys = {"parameters", "tokens_total", "tokens_per_step", "flops_per_token", "peak_bytes", "temp_bytes"}
     keys |= {"residual_bytes", "alias_bytes", "modelled_tokens_per_second", "days", "kwh", "cost"}
-    assert keys <= set(told)
-    assert told["parameters"] == 1_879_048_192
-    assert told["flops_per_token"] == 12_079_595_520
-    assert told["days"] == pytest.approx(told["tokens_total"] / told["modelled_tokens_per_second"] / 86400)
-    assert told["kwh"] == pytest.approx(told["days"] * 24 * 0.2)
+    assert keys <= set(plan)
+    assert plan["parameters"] == 1_879_048_192
+    assert plan["flops_per_token"] == 12_079_595_520
+    assert plan["days"] == pytest.approx(plan["tokens_total"] / plan["modelled_tokens_per_second"] / 86400)
+    assert plan["kwh"] == pytest.approx(plan["days"] * 24 * 0.2)
     assert took < 120, f"{took:.0f} s"
 
 
 @each(["d32_4070"])
 def test_modelled_speed(name):
-    """What d32 on the RTX 4070 is for: no change may make the compiled step slower than the bar."""
+    """No change may make d32's compiled step on the RTX 4070 slower than the bar."""
     assert plan_of(name).tokens_per_second >= MODELLED
 
 
 @each(LADDER)
 def test_below_8_bits(name):
-    """Fewer bits fit the bar too, and decoding them costs at most 5 % of int8 storage's speed."""
+    """Formats below 8 bits fit the bar too, and decoding them costs at most 5 % of the speed with int8."""
     plan = plan_of(name)
     assert plan.memory.peak / GIB <= 10.5, plan.summary
     assert plan.tokens_per_second >= 0.95 * plan_of("d32_4070").tokens_per_second, plan.summary
@@ -88,7 +88,7 @@ def test_below_8_bits(name):
 
 @each(["d32_4070"])
 def test_traffic(name):
-    """What kernels that are neither matmul nor attention read and write in d32's step, by the compiled program."""
+    """The traffic of d32's kernels that are neither matmul nor attention, by the compiled program."""
     plan = plan_of(name)
     moved = sum(k.bytes for k in plan.estimate.kernels if "matmul" not in k.kind and k.kind != "attention")
     assert moved / (plan.config.train.tokens_per_step * plan.config.model.L) <= TRAFFIC
@@ -114,15 +114,15 @@ def test_config_fits_its_card(name):
 
 @each(FOR_A_CARD)
 def test_no_parameter_sized_temporary(name):
-    """Temporaries that are not residuals stay below 0.15 of the parameters' bytes, as stored; of the ladder's lower rungs, in
-    bf16: Newton-Schulz needs the same floats whatever a weight is stored in."""
+    """Temporaries that are not residuals take at most 0.15 of the parameters' bytes: as stored, or as bf16 for the formats
+    below 8 bits, because Newton-Schulz needs the same floats whatever format a weight is stored in."""
     plan = plan_of(name)
     allowed = 0.15 * (plan.memory.params if name in BARS else 2 * plan.config.model.parameters)
     assert 0 < plan.memory.temporaries <= allowed, f"{plan.memory.largest}"
 
 
 @each(FOR_A_CARD)
-def test_docstring_tells_the_plan(name):
+def test_docstring_has_the_plan(name):
     """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 %."""
     text = configs.find(name).read_text()
     told = PLAN_LINE.search(text)
@@ -182,8 +182,8 @@ def test_more_kept_needs_more_memory(small):
     assert kept[2] == pytest.approx(small.model.L * small.model.T * small.model.D * 2, rel=0.01)  # bf16
 
 
-def test_bits_are_told(small):
-    """A plan shows and lists what a weight really takes, scales included: NF4 4.25 bits, and 2 of remainder."""
+def test_bits_are_shown(small):
+    """A plan shows the bits per weight, scales included: NF4 4.25 bits, and 2 of remainder."""
     config = configs.override(small, {"stored.blocks": "nf4", "stored.remainder": 2})
     plan, out = planner.make(config, hardware.CARDS["rtx4070"]), io.StringIO()
     report.show(plan, Console(file=out, width=160), {})
@@ -196,7 +196,7 @@ def test_bits_are_told(small):
 
 
 def test_table_shows_every_config_whole(small):
-    """132 columns, what `--table` takes when piped, hold every cell of every shipped config uncut."""
+    """At 132 columns, the width of a piped `--table`, no cell of any shipped config is cut."""
     plan, out = planner.make(small, hardware.CARDS["rtx4070"]), io.StringIO()
     plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
     plans = []
@@ -205,7 +205,7 @@ def test_table_shows_every_config_whole(small):
         bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
         plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
     report.show_table(plans, Console(file=out, width=132), energy.PRICES)
-    assert "…" not in out.getvalue()  # rich's mark where it cut a cell
+    assert "…" not in out.getvalue()  # rich's mark of a cut cell
     assert all(f" {p.config.name} " in out.getvalue() for p in plans)
 
 

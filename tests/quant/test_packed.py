@@ -1,4 +1,4 @@
-"""Formats below 8 bits: exact packing and re-encoding, errors as theory says, even dither, training that works."""
+"""Formats below 8 bits: exact packing and re-encoding, errors that match theory, even dither, training that works."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 @pytest.mark.parametrize("K", [64, 192, 2048])
 @pytest.mark.parametrize("form", FORMS)
 def test_packing_is_exact(form: str, K: int):
-    """unpack(pack(codes)) is codes, for random ones and for the largest code everywhere (the words' highest bits)."""
+    """unpack(pack(codes)) is codes, for random ones and for the largest code everywhere, which uses the words' highest bits."""
     top = len(packed.LEVELS[form]) - 1
     for codes in (jax.random.randint(KEY, (3, 5, K), 0, top + 1), jnp.full((3, 5, K), top)):
         words = packed.pack(codes, form)
@@ -38,7 +38,7 @@ def test_packing_is_exact(form: str, K: int):
 
 
 def test_bits_count_everything():
-    """Bits a value, from the bytes of real arrays of d32's row: 4.25, 3.25 and 2.92."""
+    """Bits per value, from the bytes of real arrays as wide as d32's rows: 4.25, 3.25 and 2.92."""
     for form, expected in {"int4": 4.25, "nf4": 4.25, "int3": 3.25, "b2.67": 171 * 32 / 2048 + 0.25}.items():
         q = packed.encode(normal(4, 2048), form)
         assert 8 * (q.words.nbytes + q.scale.nbytes) / (4 * 2048) == expected
@@ -46,7 +46,7 @@ def test_bits_count_everything():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_encoding_again_is_exact(form: str):
-    """Decoded values encode to the same words and scales, to nearest and with any noise."""
+    """Decoded values encode to the same words and scales, rounded to nearest or with any noise."""
     q = packed.encode(normal(16, 256), form)
     x, noise = packed.decode(q), jax.random.uniform(KEY, (16, 256), minval=1e-4, maxval=1 - 1e-4)
     for again in (packed.encode(x, form), packed.encode(x, form, noise)):
@@ -57,7 +57,7 @@ def test_encoding_again_is_exact(form: str):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_hundred_updates_of_nothing(form: str, bits: int):
-    """Words, remainders and scales of normal data stay what they are, bit for bit, through 100 updates by zero."""
+    """Words, remainders and scales of normal data do not change, bit for bit, in 100 updates by zero."""
     old = packed.encode(normal(64, 256), form)
     first = packed.encode_fine(normal(64, 256), jax.random.uniform(KEY, (64, 256)), old, bits)
 
@@ -72,8 +72,8 @@ def test_hundred_updates_of_nothing(form: str, bits: int):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("form", SOME)
 def test_fine_grid(form: str, bits: int):
-    """Against numpy, where a scale is held: encode_fine rounds to one of the two neighbours on the grid that linear
-    interpolation between levels gives; products read the level nearest to that; the mean over even noise is x (1/200 step)."""
+    """Against numpy, with a fixed scale: encode_fine rounds to a neighbour on the grid that interpolates linearly between
+    levels; matmuls read the level nearest to it; the mean over even noise is x (1/200 of a step)."""
     table, points = np.asarray(packed.LEVELS[form]), 2**bits
     x = np.asarray(normal(8, 128, seed=4))
     middle = jnp.full(x.shape, 0.5)
@@ -101,8 +101,8 @@ def test_fine_grid(form: str, bits: int):
 
 @pytest.mark.parametrize("form", SOME)
 def test_small_updates_add_up(form: str):
-    """400 pushes, half up, half down, of 1/4000 of the outermost level: values that stay inside move by a tenth of it to 3% in
-    the mean, none is off by more than three steps of the grid."""
+    """400 pushes by 1/4000 of the outermost level, up for half of the values, down for the others: values that stay inside
+    move by a tenth of it in the mean (3%), and none is off by more than three steps of the grid."""
     x = jnp.clip(normal(16, 64, seed=6), -1.2, 1.2)
     start = packed.encode_fine(x, jnp.full((16, 64), 0.5), packed.encode(x, form), 4)
     for _ in range(2):  # until the scale is that of values on the grid
@@ -146,7 +146,7 @@ def test_error_on_normal_data():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_zeros(form: str):
-    """Stored zeros decode to 0, encoded zeros too, and a first update from them lands on its own scale."""
+    """Stored zeros and encoded zeros decode to 0, and the first update from them gets a scale of its own."""
     assert not np.any(packed.decode(packed.zeros((3, 128), form)))
     q = packed.encode(jnp.zeros((3, 128)), form)
     assert not np.any(packed.decode(q)) and not np.any(packed.int8_rows(q)[0])
@@ -157,7 +157,7 @@ def test_zeros(form: str):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_int8_rows(form: str):
-    """Codes for int8 products are the decoded values to half a step of the row's largest scale / 127."""
+    """The codes for int8 matmuls are the decoded values to half a step of the row's largest scale / 127."""
     q = packed.encode(normal(8, 256) * jnp.exp(normal(8, 256, seed=1)), form)
     codes, scale = packed.int8_rows(q)
     assert codes.dtype == jnp.int8
@@ -175,8 +175,8 @@ def test_stochastic_rounding_has_no_bias(form: str):
 
 
 def test_dither_is_even():
-    """A push of 5% of a level per step moves a value once in 20 steps: after 400 all have moved 20 +- 2 levels, with a
-    deviation below 1, where independent noise would give one of 4.4; phases do not run out after 65,536 steps."""
+    """A push of 5% of a level per step moves a value once in 20 steps. After 400 steps all have moved 20 +- 2 levels with a
+    deviation below 1 (independent noise: 4.4). Phases do not run out after 65,536 steps."""
     values, draw = jnp.zeros((64, 64)), jax.jit(dither, static_argnums=2)
     for i in range(400):
         values += (draw(KEY, jnp.int32(i), (64, 64)) < 0.05).astype(jnp.float32)
@@ -201,8 +201,8 @@ def test_held_scales(form: str, bits: int):
 
 
 def test_products_read_the_least_squares_scale():
-    """With a remainder, six levels of normal data err by 0.25 deviations, where a scale of block maxima gives 0.30: the
-    best six equidistant levels there are err by 0.243 (Max 1960, table 2: 0.0595)."""
+    """With a remainder, six levels of normal data err by 0.25 deviations; scales of block maxima err by 0.30, and the best
+    six equidistant levels by 0.243 (Max 1960, table 2: 0.0595)."""
     x = normal(512, 1024)
     q = packed.encode(x, "b2.67")
     error = lambda stored: float(jnp.sqrt(jnp.mean(jnp.square(packed.decode(stored) - x))))
@@ -223,7 +223,7 @@ def tiny(form: str, **stored: str) -> Config:
 
 @pytest.mark.parametrize("form", ["nf4", "b2.67"])
 def test_trains(form: str):
-    """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
+    """The model learns a repeated batch: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
     config = tiny(form)
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train = jax.jit(step.train_step(config), donate_argnums=0)
@@ -252,8 +252,8 @@ def test_products_see_the_stored_values():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_step_keeps_remainders(bits: int):
-    """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
-    and leaves remainders that are within their level's cell."""
+    """opt's remainders take bits/8 bytes per weight, start as zeros, and do not exist for 0 bits. Steps change every matrix
+    and leave remainders that are within their level's cell."""
     config = dataclasses.replace(tiny("int3"), stored=Stored(blocks="int3", remainder=bits))
     before = jax.jit(step.init_state, static_argnums=0)(config)
     remainders = before.opt.get("remainder", {})
@@ -266,7 +266,7 @@ def test_step_keeps_remainders(bits: int):
     first = step.stacked(before.params)["blocks"]
     for name, p in step.stacked(after.params)["blocks"].items():
         assert np.any(p.words != first[name].words), name
-        if bits:  # products read the level nearest to it: half of the widest cell off at most, and off somewhere
+        if bits:  # matmuls read the nearest level: off by at most half of the widest cell, and off somewhere
             x = packed.decode_fine(p, after.opt["remainder"][name], bits)
             off = jnp.abs(x - quant.decode(p)).reshape(*p.scale.shape, 64) / p.scale[..., None].astype(jnp.float32)
             assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt["remainder"][name]), name
@@ -287,7 +287,7 @@ def test_adamw_for_matrices():
 
 
 def test_mistakes():
-    """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are told in one line."""
+    """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are refused in one line."""
     with pytest.raises(UserError, match="0, 2 or 4"):
         configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
