@@ -5,14 +5,13 @@ plan (rtx4070): peak 2.4 GiB, 45.7k tok/s modelled, 22.6 hours
 python -m nanojax.train --config=d12_4070
 """
 
-from nanojax.config import Accumulate, Compute, Config, Model, Stored, Train
+from nanojax.config import Compute, Config, Model, Stored, Train
 
 
 def get_config() -> Config:
     return Config(
         model=Model(depth=12),
         stored=Stored(blocks="bf16", embed="bf16", head="bf16", momentum="bf16", adam="bf16"),
-        accumulate=Accumulate(blocks="f32", embed_head="f32"),
         compute=Compute(dtype="bf16", residuals="all", loss_chunk=512),
         train=Train(tokens_per_step=524288, microbatch=2),
     )

@@ -23,7 +23,7 @@ Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
 EdgeFormat = Literal["f32", "bf16", "int8"]
 Operands = Literal["float", "int8"]
 
-# Keys that were renamed. A run's old config.json is read under the new name; a command line is told the new name.
+# old -> new name. An old name in a run's config.json is read as the new one; on a command line it is an error.
 RENAMED = {"accumulate.dtype": "accumulate.blocks", "accumulate.edges": "accumulate.embed_head"}
 
 

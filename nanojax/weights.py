@@ -61,7 +61,7 @@ class Weight(NamedTuple):
     parts: int = 1
 
     @property
-    def count(self) -> int:
+    def parameters(self) -> int:
         """Parameters, over all layers."""
         return math.prod(self.shape) * (len(self.layers) if self.use == "layer" else 1)
 
@@ -99,7 +99,7 @@ def layer_weights(rows: Table, layer: int) -> Table:
 
 def parameters(m: Sizes) -> int:
     """Parameters of the whole model."""
-    return sum(weight.count for weight in table(m).values())
+    return sum(weight.parameters for weight in table(m).values())
 
 
 def flops_per_token(m: Sizes) -> int:
@@ -107,4 +107,4 @@ def flops_per_token(m: Sizes) -> int:
 
     An embedding is looked up, not multiplied. Causality is not deducted.
     """
-    return 6 * sum(w.count for w in table(m).values() if w.use != "rows") + 12 * m.L * m.D * m.T
+    return 6 * sum(w.parameters for w in table(m).values() if w.use != "rows") + 12 * m.L * m.D * m.T

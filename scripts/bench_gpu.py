@@ -1,4 +1,4 @@
-"""Measures an NVIDIA GPU: right results against the CPU, matmul, attention and copy rates, the step's tokens/s and memory.
+"""Checks an NVIDIA GPU's results against the CPU, and measures its rates and the step's tokens/s and memory.
 
   python scripts/bench_gpu.py                                  all parts, d32_4070 and d32_4070_bf16, within 8 minutes
   python scripts/bench_gpu.py --quick                          small shapes, 4 layers, within 3 minutes
@@ -6,15 +6,15 @@
   python scripts/bench_gpu.py --parts=step --config=d32_4070 --depth=8 --train.microbatch=2
   python scripts/bench_gpu.py --device=cpu                     the same parts at tiny sizes: tests this script
 
-Works from a plain checkout with the packages of nanojax[cuda12]; no network, no data. Each part runs in a process of its
-own, so that its peak of memory is its own and a failure ends only itself. A part that finds no time left is skipped and
-says so. Exit code 1: a result is wrong or a part failed; the JSON says which.
+Runs from a plain checkout with the packages of nanojax[cuda12]; it needs no network and no data. Each part runs in a process
+of its own, so that peak memory is measured per part and a failure ends only that part. A part for which no time is left is
+skipped and says so. Exit code 1: a result is wrong or a part failed; the JSON says which.
 
 parts:
-  ops    each op's values and gradients on the GPU against the same function on the CPU; products against float64 sums
-  curve  the losses of some 20 steps of a small int8 and a small f32 model, GPU against CPU
-  step   per config: seconds of a step, tokens/s; memory as compiled and as used
-  rates  matmuls in bf16 and int8 at the model's shapes, copy, attention
+  ops    values and gradients of each op on the GPU against the CPU; matmuls against float64 sums
+  curve  the losses of 20 steps of a small int8 and a small f32 model, GPU against CPU
+  step   per config: seconds per step, tokens/s, memory as compiled and as used
+  rates  bf16 and int8 matmuls at the model's shapes, copy, attention
 """
 
 import argparse
@@ -38,17 +38,17 @@ from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.hardware import GIB
 
-PARTS = ("ops", "curve", "step", "rates")  # what matters most comes first: the time may not suffice for all
+PARTS = ("ops", "curve", "step", "rates")  # the most important first: there may not be time for all
 DEFAULTS = ("d32_4070", "d32_4070_bf16")
 TINY = ["--model.depth=1", "--model.width=64", "--model.head_dim=32", "--model.vocab=128", "--model.seq=32"]
 TINY += ["--train.tokens_per_step=64", "--train.microbatch=2", "--compute.loss_chunk=32", "--compute.attention=chunked"]
-# Nats, at any of the steps. Sums in another order (CPU, chunks of the loss and of attention) leave int8 6e-4, f32 1e-6 apart.
+# Nats, at any step. Another order of sums (CPU, chunks of loss and attention) makes a difference of 6e-4 in int8, 1e-6 in f32.
 CURVE = {"int8": 0.01, "f32": 0.003}
-Keep = Callable[[dict[str, Any]], None]  # writes down a part's results as they grow, should the time run out
+Keep = Callable[[dict[str, Any]], None]  # saves a part's results so far, in case the time runs out
 
 
 class Clock:
-    """What is left of the time, and the progress lines."""
+    """The time that is left, and progress lines that show it."""
 
     def __init__(self, minutes: float) -> None:
         self.begin = time.monotonic()
@@ -91,7 +91,7 @@ def ops(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict
 
 
 def small(kind: str, tiny: bool) -> Config:
-    """The model of the curves: d32_4070's formats, or f32 throughout."""
+    """The config of a curve: a small model in d32_4070's formats, or in f32."""
     size = TINY if tiny else ["--model.depth=2", "--model.width=384", "--model.vocab=1024", "--model.seq=256"]
     size = [*size, "--train.tokens_per_step=1024", "--compute.loss_chunk=256"] if not tiny else size
     config = configs.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
@@ -100,7 +100,7 @@ def small(kind: str, tiny: bool) -> Config:
 
 
 def losses(config: Config, place: Any, steps: int) -> list[float]:
-    """Loss of each of the first steps on the jax device `place`, in nats a token; state and data are the same everywhere."""
+    """The losses of the first steps on the jax device `place`, in nats per token. State and data do not depend on it."""
     import jax
     import numpy as np
 
@@ -114,7 +114,7 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
     config = dataclasses.replace(config, compute=compute)
     with jax.default_device(jax.devices("cpu")[0]):
         state = jax.device_get(jax.jit(step.init_state, static_argnums=0)(config))
-    # f32 products would be TF32 on a GPU; bf16 and int8 ones are what they are
+    # or f32 matmuls would be TF32 on a GPU; bf16 and int8 ones do not change
     with jax.default_device(place), jax.default_matmul_precision("highest"):
         state = jax.device_put(state, place)
         chance = 1 / np.arange(1, config.model.V + 1)
@@ -155,7 +155,7 @@ def curve(a: argparse.Namespace, _: Config, clock: Clock, keep: Keep) -> dict[st
 
 
 def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict[str, Any]:
-    """Part `step` of one config. The memory used includes what XLA's autotuning tried out."""
+    """Part `step` of one config. The memory used includes that of XLA's autotuning."""
     import jax
 
     from nanojax import step
@@ -187,14 +187,14 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
         clock.say(f"skipped: {out['skipped']}")
         return out
     del compiled
-    clock.say("timing steps of 2 and of 4 microbatches; the latter are compiled first")
+    clock.say("timing steps of 2 and of 4 microbatches; compiles the latter first")
     seconds = measure.seconds_per_step(config, repeats=1 if a.tiny else 3)
     out |= {"seconds_per_step": seconds, "tokens_per_step": train.tokens_per_step}
     out["tokens_per_second"] = train.tokens_per_step / seconds
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     out["used_peak_bytes"] = used
     memory = f"; memory used {used / GIB:.2f} GiB" if used else ""
-    clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s a step{memory}")
+    clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s per step{memory}")
     return out
 
 
@@ -214,7 +214,7 @@ def rates(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> di
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, checked. `overrides`: what is left, --section.key=value."""
+    """The checked command line. `overrides` holds the --section.key=value arguments."""
     parser = Parser("python scripts/bench_gpu.py", __doc__ or "")
     parser.add_argument(
         "--config", default=",".join(DEFAULTS), help="configs of step; ops and rates have the first's shapes"
@@ -242,7 +242,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load(a: argparse.Namespace, name: str) -> Config:
-    """Config `name` as asked for: --depth, --quick and --device=cpu are overrides like any other."""
+    """Config `name` with --depth, --quick, --device=cpu and the overrides applied."""
     config = configs.load(name)
     depth = a.depth if a.depth is not None else 4 if a.quick else None
     changes = TINY if a.tiny else [f"--model.depth={depth}", f"--model.width={config.model.D}"] if depth else []
@@ -271,12 +271,15 @@ def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:
 
 
 def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dict[str, Any]:
-    """The part's results from a process of its own, which is ended when the time is up."""
+    """The part's results from a process of its own, which is killed when the time is up."""
     with tempfile.TemporaryDirectory(prefix="nanojax-bench-") as folder:
         out = Path(folder) / "part.json"
         command = [sys.executable, __file__, f"--parts={part}", f"--config={name}", f"--device={a.device}"]
         command += [f"--minutes={clock.left / 60:.3f}", f"--out={out}", *a.overrides]
-        command += [f"--depth={a.depth}"] * (a.depth is not None) + ["--quick"] * a.quick
+        if a.depth is not None:
+            command.append(f"--depth={a.depth}")
+        if a.quick:
+            command.append("--quick")
         child = subprocess.Popen(command)
         try:
             child.wait(timeout=max(1.0, clock.left))
@@ -292,13 +295,13 @@ def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dic
     if stopped:
         results.setdefault("ok", True)
         results["skipped"] = "stopped, the time was up; --minutes gives more"
-    elif child.returncode != (0 if results["ok"] else 1):  # it did not come to its end
+    elif child.returncode != (0 if results["ok"] else 1):  # it did not finish
         results |= {"ok": False, "failed": f"exit code {child.returncode}; its messages are above"}
     return results
 
 
 def machine(a: argparse.Namespace) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """The machine and versions that the numbers come from."""
     from importlib.metadata import version
 
     reading = None if a.tiny else hardware.read_gpu()
@@ -315,10 +318,10 @@ def main() -> None:
     a = arguments()
     clock = Clock(a.minutes)
     todo = [(part, name) for part in a.parts for name in (a.config if part == "step" else a.config[:1])]
-    # the second config's step costs as much as all other parts: last
+    # last: the second config's step takes as long as all other parts
     todo.sort(key=lambda t: t[0] == "step" and t[1] != a.config[0])
     for _, name in todo:
-        load(a, name)  # mistakes are told before anything is measured
+        load(a, name)  # reports mistakes before anything is measured
     out: dict[str, Any] = {"machine": machine(a), "command": sys.argv[1:], "parts": {}}
     for part, name in todo:
         key = f"step {name}" if part == "step" else part

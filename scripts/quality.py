@@ -1,13 +1,13 @@
-"""What low-bit storage and int8 compute cost in loss: one small model trained by many arms, as a table and a figure.
+"""Measures what low-bit storage and int8 compute cost in loss: one small model trained by many arms; a table, a figure.
 
   python -m nanojax.data prepare --input train.jsonl.xz valid.jsonl.xz --valid last --vocab 2048 --out data/quality
   python scripts/quality.py run main --data data/quality --out runs/quality
   python scripts/quality.py run rates knobs ladder ladder-rates summed larger --data data/quality --out runs/quality
   python scripts/quality.py report --out runs/quality
 
-Arms of one seed share initialisation and data order. A run is one JSONL file; finished runs are skipped, so the same
-command goes on where it was stopped. `report` writes table.md and, with matplotlib (pip install nanojax[figures]),
-loss.png, at any time. Codes, scales and rounding are those of training on a GPU; only the order of float sums differs.
+Arms with one seed share initialisation and data order. Each run is one JSONL file. Finished runs are skipped, so the same
+command continues where it was stopped. `report` writes table.md and, with matplotlib (pip install nanojax[figures]),
+loss.png; it needs only some finished runs. Codes, scales and rounding are those of training on a GPU; only float sums differ.
 """
 
 import argparse
@@ -29,13 +29,14 @@ import numpy as np
 
 from nanojax import config as configs
 from nanojax import model, step
-from nanojax.cli import Bar, UserError, run_main
+from nanojax.cli import Bar, Parser, UserError, run_main
 from nanojax.config import Compute, Config, Data, Model, Train
 from nanojax.data import loader
+from nanojax.hardware import GIB
 
-VALID_TOKENS = 131072  # of the validation text; paired differences of two arms vary by about 0.001 nats at this size
-CURVE = 10  # steps of which the mean training loss is one point
-EVALUATIONS = 4  # during a run, all but the last on a quarter of the validation tokens
+VALID_TOKENS = 131072  # at this size paired differences of two arms vary by about 0.001 nats
+CURVE = 10  # steps whose mean training loss is one point
+EVALUATIONS = 4  # per run; all but the last use a quarter of the validation tokens
 
 SIZES = {"d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
 
@@ -44,7 +45,7 @@ BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
 
 
 def shipped(name: str) -> dict[str, Any]:
-    """What config `name` changes of how parameters and state are stored, computed and updated, whatever the model's size."""
+    """The keys of config `name` that say how parameters and state are stored, computed and updated, at any model size."""
     given, usual = (configs.keys(c) for c in (configs.load_unresolved(name), Config()))
     sections = ("stored.", "accumulate.", "optim.", "compute.")
     sized = ("compute.residuals", "compute.loss_chunk")
@@ -94,8 +95,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 SEEDS = (0, 1, 2)
-LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # whose state would fit d32 on 12 GB
-SHOWN = ("f32", "int8-bf16", "int8-int8", *LADDER)  # in the figure; the table has all
+LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # with these, d32's state fits 12 GB
+SHOWN = ("f32", "int8-bf16", "int8-int8", *LADDER)  # in the figure; the table has every arm
 KNOBS = ("momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
@@ -133,7 +134,7 @@ def file_of(out: Path, run: Run) -> Path:
 
 
 def train(config: Config, run: Run, path: Path) -> None:
-    """Trains one arm and writes its file: a head line, {step, loss} and {step, valid} lines, a line with done=true."""
+    """Trains one arm. Its file has a head line, {step, loss} and {step, valid} lines, and a last line with done=true."""
     A, B, _ = config.batch_shape
     batches = loader.train_iterator(config.data.path, A * B, config.model.T, config.train.seed, config.model.V)
     limit = max(1, VALID_TOKENS // (8 * config.model.T))
@@ -174,7 +175,7 @@ def train(config: Config, run: Run, path: Path) -> None:
 
 
 def commit() -> str:
-    """Commit of the code that runs, `+` if files differ from it; empty outside a checkout."""
+    """The commit of the running code, with `+` if files differ from it; empty outside a checkout."""
     git = ["git", "-C", str(Path(step.__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -202,7 +203,7 @@ class Result:
 
     @property
     def falls(self) -> bool:
-        """Whether the mean training loss of each fifth of the run is below that of the fifth before."""
+        """Whether the mean training loss of each fifth of the run is below that of the previous fifth."""
         n = max(1, len(self.curve) // 5)
         means = [statistics.fmean(y for _, y in self.curve[i : i + n]) for i in range(0, n * (len(self.curve) // n), n)]
         return all(b < a for a, b in pairwise(means))
@@ -222,7 +223,7 @@ def read(path: Path) -> Result:
 
 
 def rows_of(results: Iterable[Result]) -> list[list[str]]:
-    """Table rows, one per size, arm and rate: loss and its difference to f32 at the same rate and seed, over seeds."""
+    """Table rows per size, arm and rate: mean over seeds of the loss and of its difference to f32 at the same rate and seed."""
     found = {r.run: r for r in results}
     arms = list(ARMS)
     groups = sorted({run[:3] for run in found}, key=lambda g: (g[0], g[2] != 1, g[2], arms.index(g[1])))
@@ -245,7 +246,7 @@ def rows_of(results: Iterable[Result]) -> list[list[str]]:
 
 
 def unigram(c: Config) -> float:
-    """Validation nats a token of a model that knows only how often the run's training text has each token (plus one)."""
+    """Validation nats per token of a unigram model of the run's training text, with add-one smoothing."""
     A, B, _ = c.batch_shape
     batches = loader.train_iterator(c.data.path, A * B, c.model.T, c.train.seed, c.model.V)
     counts = np.ones(c.model.V)
@@ -270,7 +271,9 @@ def report(out: Path) -> None:
     heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to f32", "Δ training", "falls", "s"]
     lines = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows_of(results))]
     c = results[0].config
-    facts = f"T {c.model.T}, vocabulary {c.model.V}, {c.train.tokens_per_step} tokens a step, {c.train.tokens:,} tokens"
+    facts = (
+        f"T {c.model.T}, vocabulary {c.model.V}, {c.train.tokens_per_step} tokens per step, {c.train.tokens:,} tokens"
+    )
     facts += f"; commits {', '.join(sorted({r.commit for r in results}))}"
     if Path(c.data.path).is_dir():
         facts += f"; unigrams of the training text give {unigram(c):.2f} validation nats"
@@ -282,15 +285,17 @@ def report(out: Path) -> None:
 
 
 def d32_state(arm: str) -> float:
-    """GiB of d32's state, accumulators included, in this arm's formats and everything else as in d32_4070."""
+    """GiB of d32's state, accumulators included, in this arm's formats, with everything else as in d32_4070."""
     changes = {k: v for k, v in ARMS[arm][1].items() if k.startswith(("stored.", "optim.", "accumulate."))}
     config = configs.resolve(configs.override(configs.load_unresolved("d32_4070"), changes))
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(step.abstract_state(config))) / 2**30
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(step.abstract_state(config))) / GIB
 
 
 def figure(path: Path, results: list[Result]) -> None:
-    """Of the arms SHOWN, smallest size, rate 1: training loss, and validation difference to f32 by tokens and by the memory
-    that d32's state would take."""
+    """Draws the arms SHOWN at the smallest size and rate 1.
+
+    Training loss by tokens; validation difference to f32 by tokens, and by the memory that d32's state would take.
+    """
     try:
         import matplotlib
 
@@ -338,8 +343,7 @@ def figure(path: Path, results: list[Result]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser("python scripts/quality.py", __doc__ or "")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train what is not finished yet")
     run.add_argument("plans", nargs="+", choices=list(PLANS), metavar="PLAN", help=", ".join(PLANS))

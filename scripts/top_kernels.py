@@ -1,4 +1,4 @@
-"""Prints the kernels of a run's profiler trace that took the most time, and the layers they come from.
+"""Prints the kernels of a run's profiler trace that took the most time, and the layers that they come from.
 
 python -m nanojax.train --config=demo --profile.start=10 --profile.steps=3
 python scripts/top_kernels.py runs/demo
@@ -15,11 +15,11 @@ from rich.table import Table
 
 from nanojax.cli import Parser, UserError, run_main
 
-CONTAINERS = ("while", "call", "conditional")  # their time is that of the kernels inside them
+CONTAINERS = ("while", "call", "conditional")  # their time is the time of the kernels inside them
 
 
 class Kernel(NamedTuple):
-    """One HLO instruction: its time over the trace in ns, how often it ran, the jax operation it came from."""
+    """One HLO instruction: its total time in ns, how often it ran, and the jax operation that it came from."""
 
     name: str
     ns: float
@@ -36,7 +36,7 @@ def newest_trace(folder: Path) -> Path:
 
 
 def kernels(trace: Path) -> tuple[list[Kernel], int]:
-    """(kernels, most time first; traced steps). Time is summed over threads or streams."""
+    """The kernels, most time first, and the number of traced steps. Times are summed over threads and streams."""
     try:
         data = ProfileData.from_serialized_xspace(trace.read_bytes())
         events = [event for plane in data.planes for line in plane.lines for event in line.events]
@@ -59,7 +59,7 @@ def kernels(trace: Path) -> tuple[list[Kernel], int]:
 
 
 def _sources(trace: Path) -> dict[str, str]:
-    """HLO instruction -> jax's name of the operation, from the step.hlo.txt that the run wrote beside the trace."""
+    """jax's operation per HLO instruction, from the step.hlo.txt that the run wrote beside the trace."""
     for folder in trace.parents:
         text = folder / "step.hlo.txt"
         if text.is_file():
@@ -86,7 +86,7 @@ def main() -> None:
     if not found:
         raise UserError(f"{trace}: holds no kernels; trace at least one whole step")
     total = sum(k.ns for k in found)
-    table = Table(title=f"{trace}: {steps} steps, {total / 1e6 / max(1, steps):.1f} ms of kernels a step")
+    table = Table(title=f"{trace}: {steps} steps, {total / 1e6 / max(1, steps):.1f} ms of kernels per step")
     for column in ("ms/step", "share", "calls/step"):
         table.add_column(column, justify="right")
     table.add_column("kernel", overflow="fold")

@@ -116,59 +116,50 @@ def _fractions_of_one(rng: random.Random) -> tuple[list[str], str]:
     return [f"--optim.{key}={rng.choice(['1.5', '-0.1', '2', '100'])}"], f"--optim.{key}="
 
 
-def _sizes(rng: random.Random) -> tuple[list[str], str]:
-    return rng.choice(
-        [
-            (["--model.head_dim=33"], "model.head_dim"),
-            (["--model.width=65"], "head_dim"),
-            (["--model.width=100"], "head_dim"),
-            (["--model.vocab=65537"], "65536"),
-            (["--train.tokens_per_step=100"], "try 128"),
-            (["--model.seq=33"], "66"),
-            (["--train.microbatch=3"], "microbatch"),
-            (["--compute.loss_chunk=48"], "loss_chunk"),
-            (["--model.depth=1000000000"], "10^12"),
-            (["--train.seed=4294967296"], "2^32"),
-            (["--model.head_dim=1"], "even"),
-            (["--train.steps=3000000000"], "2^31"),
-            (["--optim.warmup=0.9", "--optim.warmdown=0.9"], "exceed"),
-            (["--accumulate.blocks=momentum"], "nesterov"),
-            (["--compute.residuals=everything"], "residuals"),
-            (["--compute.residuals=qkv+nothing"], "residuals"),
-        ]
-    )
+SIZES = [
+    (["--model.head_dim=33"], "model.head_dim"),
+    (["--model.width=65"], "head_dim"),
+    (["--model.width=100"], "head_dim"),
+    (["--model.vocab=65537"], "65536"),
+    (["--train.tokens_per_step=100"], "try 128"),
+    (["--model.seq=33"], "66"),
+    (["--train.microbatch=3"], "microbatch"),
+    (["--compute.loss_chunk=48"], "loss_chunk"),
+    (["--model.depth=1000000000"], "10^12"),
+    (["--train.seed=4294967296"], "2^32"),
+    (["--model.head_dim=1"], "even"),
+    (["--train.steps=3000000000"], "2^31"),
+    (["--optim.warmup=0.9", "--optim.warmdown=0.9"], "exceed"),
+    (["--accumulate.blocks=momentum"], "nesterov"),
+    (["--compute.residuals=everything"], "residuals"),
+    (["--compute.residuals=qkv+nothing"], "residuals"),
+]
 
 
-def _folders(rng: random.Random) -> tuple[list[str], str]:
-    return rng.choice(
-        [
-            (["--data.path=/nonexistent/data"], "/nonexistent/data"),
-            (["--data.path="], "data"),
-            (["--data.path={}"], "{}"),
-            (["--data.path={}/tiny.py"], "tiny.py"),
-            (["--train.run={}/tiny.py/run"], "cannot write"),
-            (["--train.run=/proc/nanojax"], "cannot write"),
-            (["--model.vocab=299"], "300"),
-            (["--model.vocab=1"], "300"),
-            (["--model.seq=65536", "--train.tokens_per_step=131072"], "65537"),
-        ]
-    )
+FOLDERS = [
+    (["--data.path=/nonexistent/data"], "/nonexistent/data"),
+    (["--data.path="], "data"),
+    (["--data.path={}"], "{}"),
+    (["--data.path={}/tiny.py"], "tiny.py"),
+    (["--train.run={}/tiny.py/run"], "cannot write"),
+    (["--train.run=/proc/nanojax"], "cannot write"),
+    (["--model.vocab=299"], "300"),
+    (["--model.vocab=1"], "300"),
+    (["--model.seq=65536", "--train.tokens_per_step=131072"], "65537"),
+]
 
 
-def _forms(rng: random.Random) -> tuple[list[str], str]:
-    return rng.choice(
-        [
-            (["model.depth=3"], "expected --section.key=value"),
-            (["--model.depth"], "expected --section.key=value"),
-            (["--model.depth", "3"], "expected"),
-            (["-x"], "expected"),
-            (["--=3"], "no such key"),
-            ([""], "expected"),
-            (["--config=tinny"], "no such config"),
-            (["--config={}/none.py"], "no such file"),
-            (["--config="], "missing"),
-        ]
-    )
+FORMS = [
+    (["model.depth=3"], "expected --section.key=value"),
+    (["--model.depth"], "expected --section.key=value"),
+    (["--model.depth", "3"], "expected"),
+    (["-x"], "expected"),
+    (["--=3"], "no such key"),
+    ([""], "expected"),
+    (["--config=tinny"], "no such config"),
+    (["--config={}/none.py"], "no such file"),
+    (["--config="], "missing"),
+]
 
 
 MISTAKES: list[Mistake] = [
@@ -180,9 +171,9 @@ MISTAKES: list[Mistake] = [
     _not_positive,
     _negative,
     _fractions_of_one,
-    _sizes,
-    _folders,
-    _forms,
+    lambda rng: rng.choice(SIZES),
+    lambda rng: rng.choice(FOLDERS),
+    lambda rng: rng.choice(FORMS),
 ]
 
 

@@ -115,7 +115,7 @@ def test_impossible_sizes_are_refused(size: int) -> None:
         tokenizers.train(iter(["text"]), size)
 
 
-def test_too_little_text_is_told() -> None:
+def test_too_little_text_is_an_error() -> None:
     """A text with too few pairs for the size says how many ids it yields; no smaller vocabulary in silence."""
     with pytest.raises(UserError, match="only yields"):
         tokenizers.train(iter(["tiny"]), 4096)

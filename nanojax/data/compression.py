@@ -48,7 +48,8 @@ def reference_encoders() -> tuple[dict[str, Callable[[str], list[int]]], list[st
         or os.environ.get("DATA_GYM_CACHE_DIR")
         or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     )
-    encoders, missing = {}, []
+    encoders = {}
+    missing = []
     for name, urls in REFERENCES.items():
         # tiktoken names a cached file by the sha1 of its address, and downloads the ones that are missing.
         if all((folder / hashlib.sha1(url.encode()).hexdigest()).exists() for url in urls):

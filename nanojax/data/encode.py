@@ -56,7 +56,9 @@ def encode(documents: list[str | text.Dropped]) -> Encoded:
     tokenizer = _worker_tokenizer
     assert tokenizer is not None
     counts = collections.Counter(read=len(documents))
-    pieces, sizes, hashes = [], [], []
+    pieces: list[np.ndarray] = []  # begin token, document, begin token, document, ...
+    sizes: list[int] = []
+    hashes: list[int] = []
     bos = np.array([tokenizer.bos], np.uint16)
     for document in documents:
         for part in clean(document):
@@ -91,7 +93,8 @@ def tasks(source: text.Source, start: int, key: str) -> Iterator[Task]:
         chars += len(document) if isinstance(document, str) else 1000
         if chars >= TASK_CHARS:
             yield Task(source, task, meter.fraction, last=False)
-            task, chars = [], 0
+            task = []
+            chars = 0
     yield Task(source, task, 1.0, last=True)
 
 

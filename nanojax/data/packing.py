@@ -42,7 +42,7 @@ def plan_rows(begins: np.ndarray, total: int, row: int) -> Plan:
     """Plans rows of `row` tokens over documents that begin at the sorted positions `begins` [documents] of `total`."""
     # A piece costs its tokens plus a repeated begin token (`again` = 1) when it is a rest. Pieces that cost less than a
     # row wait in one stack per cost; bit c of `waiting` says that stack c is not empty, so "the largest that fits" is
-    # one mask and one bit_length of a Python integer (~0.3 us) and a shard of 100 M tokens is planned in a second.
+    # one mask and one bit_length of a Python integer (~0.3 us) and planning 100 M tokens takes a second.
     stacks: list[list[tuple[int, int, int]]] = [[] for _ in range(row)]  # (start, length, again)
     waiting = 0
     first, start, length = [0], [], []

@@ -65,7 +65,8 @@ def text_documents(inputs: list[str], key: str = "text", by: str | None = None) 
 def text_rows(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, T: int, names: list[str]) -> Iterator[Row]:
     """Rows [T+1] of the documents' tokens in order. `names` receives each source at its first appearance."""
     index: dict[str, int] = {}
-    tokens, sources = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    tokens = np.zeros(0, np.int32)  # not yet in a row
+    sources = np.zeros(0, np.int32)
 
     def row(part: np.ndarray, part_sources: np.ndarray) -> Row:
         padding = T - len(part)

@@ -164,7 +164,8 @@ def shots_of(index: int, count: int, shots: int) -> list[int]:
 
 def prompts_of(task: Task, examples: Sequence[dict[str, Any]], index: int) -> list[str]:
     """The prompts whose tokens are compared: one per choice or context, or [without, with] the continuation."""
-    item, delimiter = examples[index], task.delimiter
+    item = examples[index]
+    delimiter = task.delimiter
     shots = [examples[i] for i in shots_of(index, len(examples), task.shots)]
     if task.kind == "multiple_choice":
         head = "".join(f"{s['query']}{delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)

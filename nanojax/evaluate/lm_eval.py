@@ -76,8 +76,9 @@ class NanojaxLM(LM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of both; white space at the end of the context moves to the continuation, as in the harness's models."""
-        stripped = context.rstrip()
-        continuation, context = context[len(stripped) :] + continuation, stripped
+        space = context[len(context.rstrip()) :]
+        continuation = space + continuation
+        context = context.rstrip()
         whole = self.tok.encode(context + continuation)
         head = self.tok.encode(context)
         room = self.config.model.T

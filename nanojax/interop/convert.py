@@ -25,13 +25,23 @@ from nanojax.config import Compute, Config, Model, Stored, Train, resolve, to_di
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, legacy
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file, about where transformers splits too
 NORM_EPS = 2.0**-23  # ours and nanochat's; transformers' default of 1e-6 changes outputs by 4e-7 relative
 Float = Literal["f32", "bf16"]
 DTYPES: dict[Any, Float] = {np.dtype(np.float32): "f32", BF16: "bf16"}
+# Names of the sizes: vocabulary, layers, width, heads, key-value heads (default: as many as heads), tokens per row.
+NANOCHAT_SIZES = ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "sequence_len")
+TRANSFORMERS_SIZES = (
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 SAFETENSORS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
 
 
@@ -62,7 +72,7 @@ def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -
 
 def _config(name: str, model: Model, params: Any) -> Config:
     """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
-    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for matrix in params["blocks"].values()})
+    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for layer in params["blocks"] for matrix in layer.values()})
     if len(dtypes) != 1:
         raise UserError(f"{name}: block matrices of different dtypes ({', '.join(dtypes)}); convert them to one")
     stored = Stored(blocks=dtypes[0], embed=DTYPES[params["embed"].dtype], head=DTYPES[params["head"].dtype])
@@ -82,22 +92,30 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _whole(where: Path, found: Mapping[str, Any], key: str, default: Any = None) -> int:
-    value = found.get(key, default)
+def _whole(where: Path, found: Mapping[str, Any], key: str) -> int:
+    value = found.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise UserError(f"{where}: {key} is {value!r}, expected a positive whole number")
     return value
 
 
-def _model(where: Path, width: int, heads: int, kv_heads: int, **keys: Any) -> Model:
-    """The sizes of a model with that many heads; `keys` are further keys of Model."""
-    if kv_heads != heads:
-        raise UserError(
-            f"{where}: {kv_heads} key-value heads for {heads} heads; grouped-query attention is not supported"
-        )
-    if width % heads:
-        raise UserError(f"{where}: width {width} is not a multiple of {heads} heads")
-    return Model(width=width, head_dim=width // heads, **keys)
+def _model(where: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Model:
+    """The sizes in `found` under `names`. UserError if one is missing or they are of a model this project lacks."""
+    vocab, depth, width, heads, kv_heads, seq = names
+    D = _whole(where, found, width)
+    N = _whole(where, found, heads)
+    grouped = _whole(where, {kv_heads: N, **found}, kv_heads)
+    if grouped != N:
+        raise UserError(f"{where}: {grouped} key-value heads for {N} heads; grouped-query attention is not supported")
+    if D % N:
+        raise UserError(f"{where}: width {D} is not a multiple of {N} heads")
+    return Model(
+        depth=_whole(where, found, depth),
+        width=D,
+        head_dim=D // N,
+        vocab=_whole(where, found, vocab),
+        seq=_whole(where, found, seq),
+    )
 
 
 def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Imported:
@@ -109,15 +127,7 @@ def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Im
     sizes = _json(meta_path).get("model_config")
     if not isinstance(sizes, dict):
         raise UserError(f"{meta_path}: no model_config in it")
-    model = _model(
-        meta_path,
-        vocab=_whole(meta_path, sizes, "vocab_size"),
-        depth=_whole(meta_path, sizes, "n_layer"),
-        width=_whole(meta_path, sizes, "n_embd"),
-        heads=_whole(meta_path, sizes, "n_head"),
-        kv_heads=_whole(meta_path, sizes, "n_kv_head", sizes.get("n_head")),
-        seq=_whole(meta_path, sizes, "sequence_len"),
-    )
+    model = _model(meta_path, sizes, NANOCHAT_SIZES)
     path = folder / f"model_{step:06d}.pt"
     found = {name.removeprefix("_orig_mod."): array for name, array in torch_file.read(path).items()}
     listed = {name: (array.shape, array.dtype) for name, array in found.items()}
@@ -165,17 +175,8 @@ def _transformers_config(path: Path) -> tuple[Model, tuple[str, ...]]:
     eps = given.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 <= eps <= 1e-5:
         raise UserError(f"{path}: rms_norm_eps is {eps!r}; only up to 1e-5 is close enough to our 2^-23")
-    model = _model(
-        path,
-        vocab=_whole(path, given, "vocab_size"),
-        depth=_whole(path, given, "num_hidden_layers"),
-        width=_whole(path, given, "hidden_size"),
-        heads=_whole(path, given, "num_attention_heads"),
-        kv_heads=_whole(path, given, "num_key_value_heads", given.get("num_attention_heads")),
-        seq=_whole(path, given, "max_position_embeddings"),
-        softcap=float(cap),
-        rope_base=float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
-    )
+    base = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
+    model = dataclasses.replace(_model(path, given, TRANSFORMERS_SIZES), softcap=float(cap), rope_base=base)
     if _whole(path, given, "intermediate_size") != model.F:
         raise UserError(
             f"{path}: intermediate_size is {given['intermediate_size']}, expected 4*hidden_size = {model.F}"
@@ -236,6 +237,7 @@ def to_run(found: Imported, run: Path) -> None:
         if not ok:
             raise UserError(f"{path} holds NaN or Inf; not imported")
     meta = {
+        "layout": legacy.LAYOUT,
         "step": found.step,
         "data": {},
         "config": to_dict(found.config),
@@ -250,16 +252,16 @@ def to_run(found: Imported, run: Path) -> None:
 
 
 def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
-    """(numpy float parameters, names of those that were quantised). dtype None: floats keep theirs, quantised get f32."""
-    quantised: list[str] = []
+    """(numpy float parameters, names of weights that were quantised). dtype None: floats keep theirs, quantised get f32."""
+    quantised: dict[str, None] = {}
 
     def one(path: Any, leaf: Any) -> np.ndarray:
         own = jnp.float32 if is_stored(leaf) else leaf.dtype
         if is_stored(leaf):
-            quantised.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+            quantised[path[-1].key] = None
         return np.asarray(decode(leaf, checkpoint.DTYPES[dtype] if dtype else own))
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), quantised
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), list(quantised)
 
 
 def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:

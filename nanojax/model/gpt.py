@@ -84,12 +84,14 @@ class Block(Module):
         B, T, D = x_BTD.shape
         rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
         x_MD, start = x_BTD.reshape(B * T, D), jnp.asarray(start, jnp.int32)
-        q, k, v, x_MD = qkv_linear(c, ("attn_in", "qkv"), rotation, *self.weight("qkv"), x_MD, start)
+        heads: Any = qkv_linear(c, ("attn_in", "qkv"), rotation, *self.weight("qkv"), x_MD, start)
+        q, k, v, x_MD = heads
         out_BTNH, kept = attend(q, k, v)
         x_MD = linear(c, "proj_in", *self.weight("o"), out_BTNH.reshape(B * T, D), x_MD)
-        (hidden_MF,), x_MD = norm_linear(c, "mlp_in", *self.weight("up"), x_MD)
-        x_MD = relu2_linear(c, "mlp_hidden", *self.weight("down"), hidden_MF, x_MD)
-        return x_MD.reshape(x_BTD.shape), kept
+        hidden: Any = norm_linear(c, "mlp_in", *self.weight("up"), x_MD)
+        (hidden_MF,), x_MD = hidden
+        out_MD: Any = relu2_linear(c, "mlp_hidden", *self.weight("down"), hidden_MF, x_MD)
+        return out_MD.reshape(x_BTD.shape), kept
 
 
 class Head(Module):
@@ -112,10 +114,14 @@ def enter(config: Config, rows: dict[str, jax.Array], params: Any, taps: Any) ->
     return Embed(config).apply({"params": {}}, rows["embed"]), ()  # pyright: ignore[reportReturnType]
 
 
-def block(config: Config, i: int, layer: Any, taps: Any, x_BTD: jax.Array, shared: Any, attend: Any, start: Any = 0):
+def block(
+    config: Config, i: int, layer: Any, taps: Any, x_BTD: jax.Array, shared: Any, attend: Any, start: Any = 0
+) -> tuple[jax.Array, Any]:
     """Block; all layers are alike."""
     del i, shared
-    return Block(config).apply(variables(layer, taps), x_BTD, attend, start)
+    return Block(config).apply(  # pyright: ignore[reportReturnType]  no mutable variables
+        variables(layer, taps), x_BTD, attend, start
+    )
 
 
 def leave(config: Config, params: Any, taps: Any, x_BTD: jax.Array, shared: Any) -> jax.Array:

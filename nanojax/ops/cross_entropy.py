@@ -56,7 +56,7 @@ def loss_and_grads(
         loss += jnp.sum(losses if even else losses * weights[0])
         return (total, loss), norm_backward(dh, h, r).astype(x.dtype)
 
-    xs, ts, *ws = chunks(c, x_MD, targets_M, *(() if even else (weights_M,)))
+    xs, ts, *ws = chunks(c, x_MD, targets_M, *(() if isinstance(weights_M, float) else (weights_M,)))
     (total_VD, loss), dx = lax.scan(chunk, (total_VD, jnp.float32(0)), (xs, ts, jnp.arange(len(xs)), *ws))
     return loss, total_VD, dx.reshape(x_MD.shape)
 

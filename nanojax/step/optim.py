@@ -50,9 +50,9 @@ def summed_into_momentum(config: Config, weight: weights.Weight) -> bool:
 
 
 class OptState(NamedTuple):
-    """count: updates so far, int32; moments: the optimizer's arrays by name, as stored."""
+    """step: updates so far, int32; moments: the optimizer's arrays by name, as stored."""
 
-    count: jax.Array
+    step: jax.Array
     moments: dict[str, Stored]
 
 
@@ -125,8 +125,8 @@ def orthogonalise(config: Config, group: Group, parts: int = 1) -> optax.Gradien
         split = g.astype(jnp.float32).reshape(*g.shape[:-2], parts, g.shape[-2] // parts, g.shape[-1])
         rows, columns = split.shape[-2:]
         orthogonal = newton_schulz(split, config.optim.ns_steps, dtype).reshape(g.shape)
-        lr = group.lr * rate(state.count)
-        return -lr * max(1.0, rows / columns) ** 0.5 * orthogonal, OptState(state.count + 1, {})
+        lr = group.lr * rate(state.step)
+        return -lr * max(1.0, rows / columns) ** 0.5 * orthogonal, OptState(state.step + 1, {})
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  its own state type
 
@@ -138,18 +138,18 @@ def muon(config: Config, group: Group, parts: int = 1) -> optax.GradientTransfor
     """
     form, nesterov = config.stored.momentum, config.optim.nesterov
     _, momentum = schedules(config)
-    after = orthogonalise(config, group, parts)
+    after: Any = orthogonalise(config, group, parts)
 
     def init(params: Any) -> OptState:
         return OptState(jnp.int32(0), {"momentum": zeros(params.shape, form, BLOCK)})
 
     def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
         del params
-        m = momentum(state.count)
+        m = momentum(state.step)
         buf = m * decode(state.moments["momentum"]) + (1 - m) * g
-        updates, _ = after.update(m * buf + (1 - m) * g if nesterov else buf, OptState(state.count, {}))
+        updates, _ = after.update(m * buf + (1 - m) * g if nesterov else buf, OptState(state.step, {}))
         stored = encode(buf, form, jax.random.fold_in(key, 0), BLOCK)
-        return updates, OptState(state.count + 1, {"momentum": stored})
+        return updates, OptState(state.step + 1, {"momentum": stored})
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
 
@@ -182,7 +182,7 @@ def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs
         return OptState(jnp.int32(0), {"mu": empty(), "nu": empty()})
 
     def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
-        count = state.count + 1
+        count = state.step + 1
         fix1, fix2 = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (beta1, beta2))
         keys = jax.random.split(key)
         g = g.astype(jnp.float32)
@@ -192,6 +192,6 @@ def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs
         if group.weight_decay:
             step += group.weight_decay * decode(params)
         new = {"mu": encode(mu, form, keys[0], BLOCK), "nu": _encode_nu(nu, form, keys[1])}
-        return -group.lr * rate(state.count) * step, OptState(count, new)
+        return -group.lr * rate(state.step) * step, OptState(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`

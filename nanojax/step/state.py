@@ -67,7 +67,7 @@ def block_bits(config: Config) -> tuple[float, float]:
     """Bits per weight of the layers' matrices, scales and padding included: in params, and in remainders."""
     state, table = abstract_state(config), weights.table(config.model)
     layered = [name for name, weight in table.items() if weight.use == "layer"]
-    count = sum(table[name].count for name in layered)
+    count = sum(table[name].parameters for name in layered)
     remainders = [state.opt[name].get("remainder") for name in layered]
     stored, rest = (
         8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / count

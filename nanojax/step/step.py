@@ -67,7 +67,7 @@ def accumulate(config: Config, state: State, batch: Batch, key: jax.Array) -> tu
     """Gradients of the step's loss summed over its microbatches, by weight, and the loss."""
     table = weights.table(config.model)
     folded = [name for name, weight in table.items() if optim.summed_into_momentum(config, weight)]
-    m = optim.schedules(config)[1](state.step)
+    m = jnp.asarray(optim.schedules(config)[1](state.step))
 
     def microbatch(
         carry: tuple[Arrays, jax.Array], inputs: tuple[jax.Array, Batch]

@@ -94,10 +94,10 @@ def test_every_broken_file_is_one_line(whole: Path, tmp_path: Path, part: int, m
         with pytest.raises(SystemExit) as exit:
             run_main(main)
         lines = capsys.readouterr().err.splitlines()
-        told = [line for line in lines if line.startswith("error: ")]
+        errors = [line for line in lines if line.startswith("error: ")]
         note = f"case {case}: {victim.name} {how}: {lines}"
-        assert exit.value.code == 2 and len(told) == 1 and lines[-1] == told[0], note
-        assert (victim.name in told[0] or f"{victim.stem}.bin" in told[0]) and len(told[0]) < 600, note
+        assert exit.value.code == 2 and len(errors) == 1 and lines[-1] == errors[0], note
+        assert (victim.name in errors[0] or f"{victim.stem}.bin" in errors[0]) and len(errors[0]) < 600, note
         assert not any("Traceback" in line for line in lines), note
         if victim.parent.name == "text":
             assert [p.name for p in (folder / "new").iterdir()] == ["tokenizer"], note

@@ -141,7 +141,7 @@ def test_killed_downloads_go_on(hub: HubServer, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_requests_are_one_line(hub: HubServer, tmp_path: Path, arguments: tuple, message: str) -> None:
-    """No such repository, not a repository name, more shards than there are: told at once, without repeats."""
+    """No such repository, not a repository name, more shards than there are: reported at once, without retries."""
     with pytest.raises(UserError, match=message):
         download(arguments[0], tmp_path, arguments[1], 1, WAIT, quiet=True)
     assert not list(tmp_path.glob("shard_*"))

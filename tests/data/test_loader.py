@@ -15,7 +15,7 @@ from nanojax.data.loader import TrainIterator, train_iterator, valid_batches
 from nanojax.data.shards import Writer, find_shards
 from nanojax.tokenizer import Tokenizer
 
-D32_ON_A_4070 = 9_700  # tokens a second (issue: the loader must do 200 times that)
+D32_ON_A_4070 = 9_700  # tokens per second; the loader must do 200 times that
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_going_back_in_a_running_iterator(folder: Path) -> None:
 
 
 def test_resume_with_another_batch_size(folder: Path) -> None:
-    """Rows go on where they were when the resumed run has another number of rows a batch."""
+    """A run that is resumed with another number of rows per batch continues at the next row."""
     iterator = train_iterator(folder, 8, 64, 3, 512)
     take(iterator, 5)
     state = state_of(iterator)
@@ -241,7 +241,7 @@ def test_bad_folders_are_one_line(folder: Path, tokenizer: Tokenizer, damage: st
         train_iterator(folder, 4, seq, 0, vocab)
 
 
-def test_too_little_validation_is_told(folder: Path) -> None:
+def test_too_little_validation_is_an_error(folder: Path) -> None:
     """Fewer validation rows than one batch is an error with both numbers, not an evaluation over nothing."""
     with pytest.raises(UserError, match=r"validation has \d+ rows of 65 tokens, fewer than one batch of 1000"):
         valid_batches(folder, 1000, 64)
@@ -284,7 +284,7 @@ def test_resume_refuses_what_would_change_the_batches(
 
 
 def test_a_shard_gone_at_a_pass_border_stops_the_run_by_name(folder: Path) -> None:
-    """A shard that disappears while training is told at the next pass, from grain's thread, as a UserError."""
+    """A shard that disappears while training is reported at the next pass, from grain's thread, as a UserError."""
     iterator = train_iterator(folder, 1, 64, 0, 512)
     for path in folder.glob("train_00002*"):
         path.unlink()
@@ -336,8 +336,8 @@ def test_state_made_by_hand_equals_walking_there(folder: Path) -> None:
     np.testing.assert_array_equal(take(resumed, 50), take(iterator, 50))
 
 
-def test_throughput_is_200_times_what_d32_eats(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Batches of 8 x 2,048 from shards of web-like documents come at 200 x 9,700 tokens a second or more."""
+def test_throughput_is_200_times_what_d32_consumes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Batches of 8 x 2,048 from shards of web-like documents come at 200 x 9,700 tokens per second or more."""
     rng = np.random.default_rng(0)
     tokenizer.save(tmp_path / "tokenizer")
     for number in range(2):
@@ -366,7 +366,7 @@ def test_long_planning_shows_progress(folder: Path, monkeypatch, capsys) -> None
 
 
 def test_open_files_are_bounded(folder: Path, tokenizer: Tokenizer, monkeypatch) -> None:
-    """With more shards than OPEN_SHARDS the loader keeps only so many open, and batches stay the same."""
+    """With more shards than OPEN_SHARDS the loader keeps only OPEN_SHARDS open, and batches stay the same."""
     for number in range(3, 40):
         add_shard(folder, tokenizer, number, 10)
     expected = take(train_iterator(folder, 4, 64, 0, 512), 60)

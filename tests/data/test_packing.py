@@ -20,7 +20,7 @@ CORPUS = Path(__file__).parents[3] / "shared" / "corpora" / "train.jsonl.xz"
 
 
 def tokens_of(lengths: list[int]) -> np.ndarray:
-    """uint16 documents of these lengths: the begin token, then numbers that tell every position (up to 50,000)."""
+    """uint16 documents of these lengths: the begin token, then numbers that identify every position (up to 50,000)."""
     tokens = (np.arange(sum(lengths)) % 50_000).astype(np.uint16)
     tokens[np.cumsum([0, *lengths[:-1]])] = BOS
     return tokens
@@ -98,7 +98,7 @@ def test_documents_that_fit_are_rarely_cut() -> None:
 
 
 def corpus_lengths() -> list[int]:
-    """Document lengths in tokens of the shared corpus, at its 4.2 bytes a token."""
+    """Document lengths in tokens of the shared corpus, at its 4.2 bytes per token."""
     with lzma.open(CORPUS) as file:
         return [1 + len(json.loads(line)["text"]) * 10 // 42 for line in file]
 

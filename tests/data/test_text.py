@@ -1,4 +1,4 @@
-"""Text sources and the rules for documents: every kind read alike, damage told by name, rules as stated."""
+"""Text sources and the rules for documents: every kind read alike, damaged files named, rules as stated."""
 
 import gzip
 import importlib.util
@@ -101,7 +101,7 @@ def test_sotu_is_a_source() -> None:
         (lambda p: (p / "x").mkdir(), "no file of a known kind"),
     ],
 )
-def test_nothing_to_read_is_told(tmp_path: Path, make, message: str) -> None:
+def test_nothing_to_read_is_an_error(tmp_path: Path, make, message: str) -> None:
     """A path that is not there, or a folder without text, is a UserError that names it."""
     make(tmp_path)
     target = tmp_path / "absent" if message == "no such file" else tmp_path
@@ -159,7 +159,7 @@ def test_damaged_containers_are_named(tmp_path: Path, kind: str, damage: str) ->
         (b'{"text": "cut off\n', "line 2: not JSON"),
     ],
 )
-def test_bad_json_lines_are_told_with_their_number(tmp_path: Path, line: bytes, message: str) -> None:
+def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: bytes, message: str) -> None:
     """A line that is not JSON or has no text under the key is one UserError with file and line number."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line)
@@ -167,7 +167,7 @@ def test_bad_json_lines_are_told_with_their_number(tmp_path: Path, line: bytes, 
         read(path)
 
 
-def test_parquet_without_the_column_is_told(tmp_path: Path) -> None:
+def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
     """A missing or non-text column is named with what there is instead."""
     path = write(tmp_path / "a.parquet", DOCUMENTS)
     with pytest.raises(UserError, match=r"no column 'body' .it has: id, text"):
@@ -216,7 +216,7 @@ def test_rules_for_documents() -> None:
 
 
 def test_split_rules() -> None:
-    """hash:F takes about F of the documents; `last` and globs take files; bad rules are told."""
+    """hash:F takes about F of the documents; `last` and globs take files; bad rules are errors."""
     sources = [text.Source(f"s{n}.parquet", Path(f"s{n}.parquet"), 1) for n in range(4)]
     hashes = np.array([clean.document_hash(f"document {n}") for n in range(20_000)], np.uint64)
     chosen = Split("hash:0.1").chosen(hashes)
@@ -230,7 +230,7 @@ def test_split_rules() -> None:
             Split(rule).files(sources)
 
 
-def test_unreadable_file_is_told(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     """A file removed after it was found is a UserError that names it."""
     path = write(tmp_path / "a.jsonl", DOCUMENTS)
     source = text.find([str(path)])[0]

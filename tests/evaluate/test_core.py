@@ -108,7 +108,7 @@ def test_scores_equal_full_logits_with_contexts_shared(tokenizer):
 
 @pytest.mark.long
 def test_batched_equals_one_at_a_time(tokenizer, bundle):
-    """All kinds, 0 and more shots, ties and empty spans: every single example as the slow oracle says (exact)."""
+    """All kinds, 0 and more shots, ties and empty spans: every example scored exactly as by the slow oracle."""
     config, params = _model(tokenizer)
     batched = likelihood.scorer(config, params)
     right = 0
@@ -229,12 +229,12 @@ def test_the_official_layout_is_read(official):
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab, least", [(65536, 5), (4096, 2)])
 def test_official_tasks_batched_equal_and_faster(official, vocab, least):
-    """On all 22 tasks, 3 examples each: every example as one at a time says, and at nanochat's vocabulary 5 times faster.
+    """On all 22 tasks, 3 examples each: scored as one example at a time, and 5 times faster at nanochat's vocabulary.
 
-    A d4 of width 256. One at a time is as nanochat does it (reference_core.py), jitted, lengths rounded up to 64. Both
-    are timed in one process in a second pass, after a first has compiled their shapes. What is won is the context of
-    several choices computed once, logits of the scored positions only, and the last layer there only; so it depends
-    on the vocabulary: the head is 84% of a d4's multiplications at 65,536 and 25% at 4,096.
+    A d4 of width 256. One at a time is nanochat's way (reference_core.py), jitted, lengths rounded up to 64. Both are
+    timed in one process, in a second pass, after the first has compiled their shapes. The gain comes from computing the
+    context of several choices once, and logits and last layer at the scored positions only. It therefore depends on the
+    vocabulary: the head is 84% of a d4's multiplications at 65,536 and 25% at 4,096.
     """
     texts = (json.dumps(e, ensure_ascii=False) for t in official for e in core.load_examples(t))
     tokenizer = train(texts, vocab)

@@ -112,7 +112,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any], secon
 
 
 def stop_after(run: Path, records: int) -> threading.Thread:
-    """A thread that sends this process a SIGTERM once the run has logged so many steps; to be joined."""
+    """A thread that sends this process a SIGTERM once the run has logged `records` steps; to be joined."""
 
     def watch() -> None:
         while len(metrics.read(run, "train")) < records:
@@ -134,8 +134,8 @@ def saved(run: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
     return meta["step"], {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}, meta["data"]
 
 
-def told(run: Path) -> list[dict[str, Any]]:
-    """What the records say, without what depends on the clock and on where the run was cut."""
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """The records without what depends on the clock and on where the run was interrupted."""
     clock = ("time", "tokens_per_s", "mfu", "watts", "kwh")
     return [{k: v for k, v in r.items() if k not in clock} for r in metrics.read(run) if r["kind"] != "start"]
 
@@ -148,4 +148,4 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert leaves_a.keys() == leaves_b.keys()
     for path, leaf in leaves_a.items():
         assert leaf.dtype == leaves_b[path].dtype and leaf.tobytes() == leaves_b[path].tobytes(), path
-    assert told(a) == told(b)
+    assert records_of(a) == records_of(b)

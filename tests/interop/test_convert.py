@@ -49,7 +49,7 @@ def _config(
 def _params(config: Config, seed=0):
     s = config.stored
     raw = jax.tree.map(jnp.asarray, numpy_gpt.random_params(seed, config))
-    blocks = {n: encode(w, s.blocks) for n, w in raw["blocks"].items()}
+    blocks = tuple({n: encode(w, s.blocks) for n, w in layer.items()} for layer in raw["blocks"])
     return {"embed": encode(raw["embed"], s.embed), "blocks": blocks, "head": encode(raw["head"], s.head)}
 
 
@@ -78,11 +78,11 @@ def test_round_trip_is_bit_exact(kind, forms, tokenizer, tmp_path):
     assert found.config.model == config.model and found.config.stored == config.stored
     assert found.tokenizer.fingerprint == tokenizer.fingerprint
     assert found.step == (7 if kind == "nanochat" else 0)
-    assert not list((tmp_path / "out").glob("*.partial"))
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_sharded_safetensors_and_a_missing_shard(tokenizer, tmp_path, monkeypatch):
-    """A model over the shard size is split with an index and read back bit-exact; a lost shard is told by name."""
+    """A model over the shard size is split with an index and read back bit-exact; a lost shard is named."""
     monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
     config = _config(tokenizer)
     params = _params(config)
@@ -96,16 +96,16 @@ def test_sharded_safetensors_and_a_missing_shard(tokenizer, tmp_path, monkeypatc
 
 
 def test_quantised_parameters_export_as_the_floats_they_stand_for(tokenizer, tmp_path):
-    """int8 blocks leave as exactly codes*scale in f32, and their names are told."""
+    """int8 blocks leave as exactly codes*scale in f32, and their names are returned."""
     config = _config(tokenizer, blocks="int8", embed="bf16")
     params = _params(config)
-    floats, told = convert.floats(params)
-    assert told == [f"blocks/{n}" for n in ("down", "o", "qkv", "up")]
-    q = params["blocks"]["up"]
-    assert np.array_equal(floats["blocks"]["up"], np.asarray(q.codes, np.float32) * np.asarray(q.scale))
+    floats, quantised = convert.floats(params)
+    assert quantised == ["down", "o", "qkv", "up"]
+    q = params["blocks"][1]["up"]
+    assert np.array_equal(floats["blocks"][1]["up"], np.asarray(q.codes, np.float32) * np.asarray(q.scale))
     assert floats["embed"].dtype == layouts.BF16
     _export("hf", tmp_path / "out", config, floats, tokenizer)
-    assert np.array_equal(convert.load(tmp_path / "out").params["blocks"]["up"], floats["blocks"]["up"])
+    assert np.array_equal(convert.load(tmp_path / "out").params["blocks"][1]["up"], floats["blocks"][1]["up"])
 
 
 @pytest.mark.long
@@ -324,7 +324,7 @@ def test_merges_rebuild_every_token(tokenizer):
 def test_nanochat_export_refuses_what_it_cannot_say(tokenizer, tmp_path):
     """A wider vocabulary than the tokenizer's, or another softcap, which nanochat's files cannot express."""
     config = _config(tokenizer, vocab=384)
-    with pytest.raises(UserError, match="as wide as its tokenizer"):
+    with pytest.raises(UserError, match="as many ids in the model as in the tokenizer"):
         _export("nanochat", tmp_path / "a", config, jax.tree.map(np.asarray, _params(config)), tokenizer)
     found = Imported(config, _params(config), tokenizer, 0)
     (tmp_path / "full").mkdir()
@@ -352,7 +352,7 @@ def test_the_command_both_ways(tokenizer, tmp_path):
     assert not (tmp_path / "run2").exists()
 
 
-def test_a_pt_file_of_another_kind_is_told(tmp_path):
+def test_a_pt_file_of_another_kind_is_an_error(tmp_path):
     """An old-format (bare pickle) file and a zip of something else are refused with what is expected."""
     path = tmp_path / "m.pt"
     path.write_bytes(pickle.dumps({"a": 1}))

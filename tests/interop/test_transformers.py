@@ -43,9 +43,9 @@ def exported(request, transformers, tokenizer, tmp_path):
     """(config, params, transformers' model on the exported folder, the folder)."""
     config, params = _model(request.param, tokenizer)
     convert.export_transformers(tmp_path / "hf", config, params, tokenizer)
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.dtype == torch.float32
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return config, params, theirs.eval(), tmp_path / "hf"
 
 
@@ -153,7 +153,7 @@ def test_torch_reads_what_we_write(tokenizer, tmp_path):
     assert state["transformer.wte.weight"].dtype == torch.bfloat16
     assert np.array_equal(state["transformer.wte.weight"].view(torch.int16).numpy(), params["embed"].view(np.int16))
     k = state["transformer.h.1.attn.c_k.weight"]
-    assert k.is_contiguous() and np.array_equal(k.numpy(), params["blocks"]["qkv"][1, 128:256])
+    assert k.is_contiguous() and np.array_equal(k.numpy(), params["blocks"][1]["qkv"][128:256])
     token_bytes = torch.load(tmp_path / "token_bytes.pt", weights_only=True)
     assert np.array_equal(token_bytes.numpy(), tokenizer.bytes_per_token())
 
@@ -203,11 +203,11 @@ def test_gradients_of_the_oracle_equal_autograd():
 
     x = norm(w["embed"][tokens])
     for i in range(2):
-        q, k, v = (norm(x) @ w["blocks"]["qkv"][i].T).view(2, 11, 3, 2, 16).unbind(2)
+        q, k, v = (norm(x) @ w["blocks"][i]["qkv"].T).view(2, 11, 3, 2, 16).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (norm(rotate(q)), norm(rotate(k)), v))
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + y.transpose(1, 2).reshape(2, 11, 32) @ w["blocks"]["o"][i].T
-        x = x + torch.relu(norm(x) @ w["blocks"]["up"][i].T).square() @ w["blocks"]["down"][i].T
+        x = x + y.transpose(1, 2).reshape(2, 11, 32) @ w["blocks"][i]["o"].T
+        x = x + torch.relu(norm(x) @ w["blocks"][i]["up"].T).square() @ w["blocks"][i]["down"].T
     logits = 15 * torch.tanh(norm(x) @ w["head"].T / 15)
     loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 29), torch.tensor(targets).reshape(-1))
     loss.backward()

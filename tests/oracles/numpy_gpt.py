@@ -10,7 +10,7 @@ Written from the published formulas, not from nanojax/model, and sharing no code
     logits = cap * tanh(rms(x) Whead^T / cap)
 
 `cfg` is a nanojax Config or its `.model` section, or anything with `head_dim`, `softcap` and `rope_base`.
-`params` is the nanojax layout (weights [out, in], blocks stacked over layers) as float arrays.
+`params` is the nanojax layout (weights [out, in], blocks a tuple of layers) as float arrays.
 Shapes: B batch · T time · D model · N heads · H head dim · F hidden · V vocab · L layers.
 """
 
@@ -56,8 +56,8 @@ def rope_backward(dy_BTNH: Array, cos: Array, sin: Array) -> Array:
 
 def to_float64(params: Mapping[str, Any]) -> Params:
     """The parameter tree as float64 numpy arrays (bf16 leaves are widened exactly)."""
-    widen = lambda leaf: to_float64(leaf) if isinstance(leaf, Mapping) else np.asarray(leaf).astype(np.float64)
-    return {name: widen(leaf) for name, leaf in params.items()}
+    wide = {name: np.asarray(leaf).astype(np.float64) for name, leaf in params.items() if name != "blocks"}
+    return wide | ({"blocks": tuple(map(to_float64, params["blocks"]))} if "blocks" in params else {})
 
 
 def _block_forward(x: Array, w: Params, cos: Array, sin: Array, H: int) -> tuple[Array, tuple[Array, ...]]:
@@ -111,8 +111,7 @@ def _run(params: Mapping[str, Any], tokens: Array, cfg: Any) -> tuple[Any, ...]:
     cos, sin = rope_tables(tokens.shape[1], m.head_dim, m.rope_base)
     x, r_x = rms(weights["embed"][tokens])
     embedded, blocks = (x, r_x), []
-    for layer in range(weights["blocks"]["qkv"].shape[0]):
-        w = {name: stack[layer] for name, stack in weights["blocks"].items()}
+    for w in weights["blocks"]:
         x, kept = _block_forward(x, w, cos, sin, m.head_dim)
         blocks.append((w, kept))
     final = rms(x)
@@ -159,7 +158,7 @@ def loss_and_grads(params: Mapping[str, Any], tokens: Array, targets: Array, cfg
     for w, kept in reversed(blocks):
         dx, grad = _block_backward(dx, w, kept, cos, sin, m.head_dim)
         layers.append(grad)
-    grads["blocks"] = {name: np.stack([g[name] for g in reversed(layers)]) for name in ("qkv", "o", "up", "down")}
+    grads["blocks"] = tuple(reversed(layers))
     grads["embed"] = np.zeros_like(weights["embed"])
     np.add.at(grads["embed"], tokens, rms_backward(dx, x0, r0))
     return loss, grads
@@ -174,13 +173,16 @@ def random_params(seed: int, cfg: Any, std: float = 1.0) -> Params:
     def normal(*shape: int, scale: float) -> Array:
         return (rng.standard_normal(shape) * scale * std).astype(np.float32)
 
+    def layer() -> Params:
+        return {
+            "qkv": normal(3 * D, D, scale=D**-0.5),
+            "o": normal(D, D, scale=D**-0.5),
+            "up": normal(F, D, scale=D**-0.5),
+            "down": normal(D, F, scale=F**-0.5),
+        }
+
     return {
         "embed": normal(V, D, scale=1.0),
-        "blocks": {
-            "qkv": normal(L, 3 * D, D, scale=D**-0.5),
-            "o": normal(L, D, D, scale=D**-0.5),
-            "up": normal(L, F, D, scale=D**-0.5),
-            "down": normal(L, D, F, scale=F**-0.5),
-        },
+        "blocks": tuple(layer() for _ in range(L)),
         "head": normal(V, D, scale=D**-0.5),
     }

@@ -42,17 +42,18 @@ class Recipe:
     def __init__(self, params: Mapping[str, Any], cfg: Config) -> None:
         self.params = numpy_gpt.to_float64(params)
         self.cfg, self.count = cfg, 0
-        self.momentum = {name: np.zeros_like(w) for name, w in self.params["blocks"].items()}
+        self.momentum = [{name: np.zeros_like(w) for name, w in layer.items()} for layer in self.params["blocks"]]
         self.adam = {n: [np.zeros_like(self.params[n]), np.zeros_like(self.params[n])] for n in ("embed", "head")}
 
     def step(self, tokens_ABT1: Array) -> tuple[float, float]:
         """tokens [A, B, T+1]: A microbatches whose gradients are averaged."""
         o, losses = self.cfg.optim, []
-        total: dict[str, Array] = {}
+        total: dict[Any, Array] = {}
         for rows in tokens_ABT1:
             loss, grads = numpy_gpt.loss_and_grads(self.params, rows[:, :-1], rows[:, 1:], self.cfg)
             losses.append(loss)
-            flat = {"embed": grads["embed"], "head": grads["head"], **grads["blocks"]}
+            flat: dict[Any, Array] = {"embed": grads["embed"], "head": grads["head"]}
+            flat |= {(i, name): g for i, layer in enumerate(grads["blocks"]) for name, g in layer.items()}
             total = {n: total[n] + g if total else g for n, g in flat.items()}
         grads = {n: g / len(losses) for n, g in total.items()}
         norm = np.sqrt(sum((g * g).sum() for g in grads.values()))
@@ -65,18 +66,18 @@ class Recipe:
             self._adamw(name, grads[name], lr * scale * factor)
         return float(np.mean(losses)), float(norm)
 
-    def _muon(self, grads: dict[str, Array], lr: float) -> None:
+    def _muon(self, grads: dict[Any, Array], lr: float) -> None:
         o = self.cfg.optim
         warm = min(self.count / o.momentum_warmup, 1)
         m = (1 - warm) * o.momentum_start + warm * o.momentum
-        for name, buf in self.momentum.items():
-            buf[:] = m * buf + (1 - m) * grads[name]
-            update = m * buf + (1 - m) * grads[name]
-            for layer in range(len(buf)):
-                matrices = np.split(update[layer], 3) if name == "qkv" else [update[layer]]
+        for i, layer in enumerate(self.momentum):
+            for name, buf in layer.items():
+                buf[:] = m * buf + (1 - m) * grads[i, name]
+                update = m * buf + (1 - m) * grads[i, name]
+                matrices = np.split(update, 3) if name == "qkv" else [update]
                 rows, columns = matrices[0].shape
                 orthogonal = np.concatenate([newton_schulz(u) for u in matrices])
-                self.params["blocks"][name][layer] -= lr * max(1, rows / columns) ** 0.5 * orthogonal
+                self.params["blocks"][i][name] -= lr * max(1, rows / columns) ** 0.5 * orthogonal
 
     def _adamw(self, name: str, g: Array, lr: float) -> None:
         o = self.cfg.optim

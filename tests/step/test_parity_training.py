@@ -1,6 +1,7 @@
 """Fifty steps of training against an independent numpy implementation of the published recipe."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles.numpy_recipe import Recipe
@@ -11,7 +12,7 @@ from nanojax.config import Compute, Config, Model, Optim, Train, resolve
 STEPS = 50
 
 
-def _batches(config):
+def _batches(config: Config) -> np.ndarray:
     """Fifty batches [A,B,T+1] of a Markov chain with three successors a token: something to learn."""
     rng = np.random.default_rng(0)
     V, (A, B, T1) = config.model.V, config.batch_shape
@@ -24,7 +25,7 @@ def _batches(config):
 
 
 @pytest.mark.parametrize("depth", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_fifty_steps_equal_numpy(depth):
+def test_fifty_steps_equal_numpy(depth: int) -> None:
     """Same nanochat init, same batches, f32: losses and gradient norms within 1e-3, every parameter tensor within 1e-3.
 
     Losses in nats; norms and tensors relative (tensor: norm of the difference over the norm of the distance travelled).
@@ -40,7 +41,7 @@ def test_fifty_steps_equal_numpy(depth):
     ours, theirs = [], []
     for tokens in _batches(config):
         theirs.append(oracle.step(tokens))
-        state, metrics = step(state, tokens)
+        state, metrics = step(state, steps.Batch(jnp.asarray(tokens)))
         ours.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     ours, theirs = np.array(ours), np.array(theirs)
     assert theirs[0, 0] == pytest.approx(np.log(48)) and theirs[-5:, 0].mean() < theirs[0, 0] - 0.3  # it has learnt

@@ -104,7 +104,8 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=3e-6)
     assert int(state.step) == 3
     for name in ("embed", "head"):
-        size = jnp.sqrt(opt[name][0].nu)
+        adam: Any = opt[name]
+        size = jnp.sqrt(adam[0].nu)
         usual = (size == 0) | (size > 1e-3 * jnp.mean(size))
         assert jnp.mean(usual) > 0.99
         params[name] = jnp.where(usual, params[name], state.params[name])
@@ -223,7 +224,8 @@ def test_donated_completely_and_learns(tiny, formats):
     state = jax.jit(lambda: step.init_state(config))()
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     run = jax.jit(step.train_step(config), donate_argnums=0).lower(state, batch(config)).compile()
-    assert run.memory_analysis().alias_size_in_bytes == bytes_
+    memory: Any = run.memory_analysis()
+    assert memory.alias_size_in_bytes == bytes_
     losses = []
     for _ in range(20):
         state, metrics = run(state, batch(config))
