@@ -182,7 +182,7 @@ def no_compile() -> Iterator[list[str]]:
     """Names of jax's compile events that happened; must stay empty."""
     happened: list[str] = []
 
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if "compile" in event:
             happened.append(event)
 

@@ -1,14 +1,14 @@
-"""What a run tells: metrics.jsonl (the source of truth), TensorBoard events, and one progress bar or plain lines.
+"""The logs of a run: metrics.jsonl (the source of truth), TensorBoard events, and a progress bar or plain lines.
 
 Each line of metrics.jsonl is one record with a `kind`:
   start    {step, device, jax, time}                       written at every (re)start
   train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
-  eval     {step, nll (nats a token), bpb (bits a byte), tokens, bytes, time}
+  eval     {step, nll (nats per token), bpb (bits per byte), tokens, bytes, time}
   core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
-`step` counts finished updates. mfu is nanochat's FLOPs a token times tokens/s over the card's dense bf16 peak,
-whatever dtype computes; null on an unknown device. watts (mean since the last reading) and kwh (of the run) are null
-where there is no NVIDIA driver to ask.
+`step` counts finished updates. mfu is nanochat's FLOPs per token times tokens/s over the card's dense bf16 peak, whatever
+the dtype of compute; null on an unknown device. watts (mean since the last reading) and kwh (of the whole run) are null
+without an NVIDIA driver.
 """
 
 import collections
@@ -29,13 +29,13 @@ from nanojax.cli import UserError, duration, short
 from nanojax.config import Config
 
 FILE = "metrics.jsonl"
-LINE_SECONDS = 10.0  # where there is no terminal, at most one line of training per this many seconds
-POWER_SECONDS = 10.0  # nvidia-smi takes 50 ms where NVML's Python module is missing
-WINDOW = 20  # log lines that tokens/s and ETA are averaged over
+LINE_SECONDS = 10.0  # without a terminal, at most one line per this many seconds
+POWER_SECONDS = 10.0  # between readings: without NVML's Python module, nvidia-smi takes 50 ms
+WINDOW = 20  # log lines over which tokens/s and ETA are averaged
 
 
 def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl, of one kind if given; without a last line cut off by a crash."""
+    """The records of a run folder's metrics.jsonl, of one kind if given. A last line cut off by a crash is left out."""
     path = Path(run) / FILE
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -49,7 +49,7 @@ def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Drops the records of steps after `step`, which a resumed run will write again."""
+    """Drops the records of steps after `step`; a resumed run writes them again."""
     if not (run / FILE).exists():
         return
     kept = "".join(json.dumps(r) + "\n" for r in read(run) if r["step"] <= step)
@@ -66,7 +66,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Metrics:
-    """The open logs of a run. `step` is the step that was restored; everything logged later is forgotten first."""
+    """The open logs of a run. `step` is the restored step; records of later steps are dropped first."""
 
     def __init__(self, config: Config, run: Path, step: int, console: Console | None = None):
         self.config = config
@@ -99,7 +99,7 @@ class Metrics:
         self.restart_clock(step)
 
     def restart_clock(self, step: int) -> None:
-        """Leaves what happened since the last record (evaluation, saving) out of tokens/s. The device must be idle."""
+        """Excludes the time since the last record (evaluation, saving) from tokens/s. The device must be idle."""
         self.marks = collections.deque([(time.monotonic(), step)], maxlen=WINDOW + 1)
 
     def train(self, step: int, values: dict[str, float]) -> None:
@@ -157,16 +157,16 @@ class Metrics:
                 self.board.add_scalar(f"core/{name}", value, step)
 
     def say(self, text: str) -> None:
-        """A line for the reader, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         self.console.print(text)
 
     def flush(self) -> None:
-        """To the disk: called before a checkpoint of the same step, so that a restored step is never missing here."""
+        """Writes the log to the disk. Called before each checkpoint, so that no restored step is missing from the log."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Stops the bar and closes the files."""
         self.bar.stop()
         self.flush()
         self.file.close()

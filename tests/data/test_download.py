@@ -179,7 +179,9 @@ def test_presets_are_nanochats(hub: HubServer, tmp_path: Path) -> None:
     get(hub, tmp_path, shards=1)
     record = json.loads((tmp_path / "download.json").read_text())
     assert record["repo"] == REPO and record["revision"] == hub.sha
-    expected = hashlib.sha256(hub.data("shard_00000.jsonl")).hexdigest()
+    content = hub.files["shard_00000.jsonl"]
+    assert isinstance(content, bytes)
+    expected = hashlib.sha256(content).hexdigest()
     assert record["files"]["shard_00000.jsonl"]["sha256"] == expected
     assert module.PRESETS["fineweb-edu"] == "karpathy/fineweb-edu-100b-shuffle"
     assert module.PRESETS["climbmix"] == "karpathy/climbmix-400b-shuffle"

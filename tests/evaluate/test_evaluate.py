@@ -110,8 +110,8 @@ def test_no_text(run):
 def test_files_and_sources(tmp_path):
     """Compressed JSON lines by a key's value, text by file; a key that is not there is one line."""
     lines = [{"source": "x", "text": "peace and law"}, {"source": "y", "text": "honor"}, {"source": "x", "text": "law"}]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "m.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    compressed = lzma.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
+    (tmp_path / "m.jsonl.xz").write_bytes(compressed)
     (tmp_path / "t.txt").write_text("the state")
     by_key = list(bpb.text_documents([str(tmp_path / "m.jsonl.xz")], by="source"))
     assert by_key == [("x", "peace and law"), ("y", "honor"), ("x", "law")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,7 @@ def tokenizer() -> Tokenizer:
 
 
 def _config(
-    tokenizer: Tokenizer,
-    blocks: Format = "f32",
-    embed: EdgeFormat = "f32",
-    head: EdgeFormat = "f32",
-    vocab: int | None = None,
+    tokenizer: Tokenizer, blocks: Any = "f32", embed: Any = "f32", head: Any = "f32", vocab: int | None = None
 ) -> Config:
     m = Model(depth=2, width=64, head_dim=32, vocab=vocab or tokenizer.vocab_size, seq=64)
     stored = Stored(blocks=blocks, embed=embed, head=head)

@@ -18,7 +18,7 @@ def plain(q, k, v):
 
 @pytest.mark.parametrize("T", [1, 7, 256, pytest.param(600, marks=pytest.mark.long)])
 def test_chunked_equals_plain(T):
-    """Output and the three gradients within 2e-5 of the plain formula, at lengths below, at and above one chunk."""
+    """The output and the three gradients are within 2e-5 of the plain formula, at lengths below, at and above one chunk."""
     q, k, v, do = (jax.random.normal(jax.random.key(i), (2, T, 3, 16)) for i in range(4))
     out, vjp = jax.vjp(plain, q, k, v)
     ours, ours_vjp = jax.vjp(attention.chunked, q, k, v)
@@ -27,7 +27,7 @@ def test_chunked_equals_plain(T):
 
 
 def test_no_square_matrix():
-    """No intermediate of forward and backward at T=2048 is as large as half of B*N*T*T, for the whole batch."""
+    """At T=2048 no intermediate of forward or backward is as large as half of B*N*T*T."""
     B, T, N, H = 2, 2048, 2, 32
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
     both = lambda q, k, v: jax.vjp(attention.chunked, q, k, v)[1](q)
@@ -37,7 +37,7 @@ def test_no_square_matrix():
 
 
 def test_cached_equals_plain():
-    """New queries over a cache with empty places behind them see exactly their past."""
+    """New queries over a cache with empty places after them attend to exactly their past."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, 3, 16)) for i in range(3))
     pad = lambda a: jnp.pad(a, ((0, 0), (0, 12), (0, 0), (0, 0)), constant_values=9.0)
     got = attention.cached(q[:, 13:17], pad(k), pad(v), jnp.int32(13))

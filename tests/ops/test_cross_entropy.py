@@ -37,7 +37,7 @@ def test_loss_and_grads_exact(tiny: Callable[..., Config], chunk: int, weighted:
     head = 0.3 * jax.random.normal(keys[0], (128, 64))
     x, total = jax.random.normal(keys[1], (64, 64)), jax.random.normal(keys[3], (128, 64))
     targets = jax.random.randint(keys[2], (64,), 0, 128)
-    each = 0.01 * jax.random.normal(keys[4], (64,)) * (jnp.arange(64) % 3 > 0)
+    each = 0.01 * jax.random.normal(keys[4], (64,)) * (jnp.arange(64) % 3 > 0).astype(jnp.float32)
     weights = each if weighted else 0.01
     want, (dhead, dx) = jax.value_and_grad(whole, (1, 2))(config, head, x, targets, weights)
     got, dhead_got, dx_got = loss_and_grads(config, head, 0 * total, x, targets, weights)

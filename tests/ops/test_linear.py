@@ -1,4 +1,4 @@
-"""The int8 linear layers against sums of integers in numpy, written from the formulas that linear.py states; their error."""
+"""The int8 linear layers against integer sums in numpy, from the formulas in linear.py; and what quantisation costs."""
 
 import dataclasses
 from typing import Any
@@ -15,10 +15,10 @@ from nanojax.quant import packed
 
 INT8 = Compute(dtype="f32", forward="int8", dx="int8", dw="int8")
 M = 128
-NARROW, WIDE = (96, 256), (192, 64)  # [O,K]: dW quantises dy where O < K, x where O >= K
+NARROW, WIDE = (96, 256), (192, 64)  # [O,K]: dW quantises dy if O < K, x if O >= K
 SHAPES = [NARROW, WIDE]
 OPS = ["linear", "norm_linear", "relu2_linear"]
-# Codes and integer sums are equal; what is left are two or three f32 multiplications and a sum (residual, norm).
+# Codes and integer sums are equal; two or three f32 multiplications and a sum (residual, norm) may differ.
 RTOL, ATOL = 2e-6, 2e-6
 
 
@@ -34,7 +34,7 @@ def inputs(shape: tuple[int, int], seed: int = 0) -> tuple[jax.Array, jax.Array,
 
 
 def store(w: jax.Array, form: str) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
-    """w as stored, and the codes and scales [O,1] that the products are to use."""
+    """w as stored, and the codes and scales [O,1] that the matmuls should use."""
     stored = jax.jit(quant.encode, static_argnums=1)(w, form)
     if isinstance(stored, quant.Packed):
         codes, scale = jax.jit(packed.int8_rows)(stored)
@@ -73,7 +73,7 @@ def forward(w: Any, x: Any) -> np.ndarray:
 
 
 def backward(w: Any, x: Any, dy: np.ndarray, dx8: bool = True, dw8: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """(dX, dW) of dy f32 [M,O]; with dx8 or dw8 False that product is of the decoded floats."""
+    """(dX, dW) of dy f32 [M,O]; with dx8 or dw8 False that matmul takes the decoded floats."""
     (wq, sw), (xq, sx) = w, x
     dq, sd = rows_of(dy * sw.T)
     if dx8:
@@ -90,7 +90,7 @@ def backward(w: Any, x: Any, dy: np.ndarray, dx8: bool = True, dw8: bool = True)
 
 
 def oracle(op: str, w: Any, x: np.ndarray, dy: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
-    """y, dx, dw in f64. `other` is the residual, or for norm_linear the gradient that reaches x on its other way."""
+    """y, dx, dw in f64. `other` is the residual; for norm_linear it is the gradient of the x that the op returns."""
     if op == "linear":
         saved = rows_of(x)
         dx, dw = backward(w, saved, dy)
@@ -164,7 +164,7 @@ def test_equals_sums_of_integers(op, shape, form):
 
 @pytest.mark.parametrize("form", sorted(packed.LEVELS))
 def test_packed_weights(form):
-    """Weights below 8 bits: the products are those of `int8_rows`' codes, 2e-6, which lie within half a code of the weights."""
+    """Weights below 8 bits: the matmuls use the codes of `int8_rows` (2e-6), which lie within half a code of the weights."""
     w, x, dy, other = inputs(WIDE)
     stored, (codes, scale) = store(w, form)
     off = np.abs(codes * scale - np.asarray(jax.jit(quant.decode)(stored)))
@@ -177,8 +177,8 @@ def test_packed_weights(form):
 @pytest.mark.parametrize("dx", ["float", "int8"])
 @pytest.mark.parametrize("dw", ["float", "int8"])
 def test_each_product_by_itself(shape, dx, dw):
-    """int8 forward with either gradient in floats: floats multiply what the codes stand for, 2e-6; and dW quantises dy over
-    the tokens where dX left no codes of it."""
+    """int8 forward with either gradient in floats: the float matmul takes the decoded codes (2e-6), and dW quantises dy over
+    the tokens if dX made no codes of it."""
     w, x, dy, _ = inputs(shape)
     stored, codes = store(w, "int8")
     c = dataclasses.replace(INT8, dx=dx, dw=dw)
@@ -189,7 +189,7 @@ def test_each_product_by_itself(shape, dx, dw):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float_forward_with_int8_gradients(shape):
-    """Only backward int8: x is kept as floats and quantised there; y is the float product, 2e-6."""
+    """Only backward in int8: x is saved as floats and quantised there; y is the float matmul (2e-6)."""
     w, x, dy, other = inputs(shape)
     stored, (wq, sw) = store(w, "int8")
     got = call("linear", dataclasses.replace(INT8, forward="float"), stored, x, dy, other)
@@ -212,7 +212,7 @@ def test_float_weights_without_a_tap_take_the_gradient(compute, form):
 
 @pytest.mark.parametrize("op", ["linear", "relu2_linear"])
 def test_without_a_residual(op):
-    """No residual is a residual of zeros, bit for bit."""
+    """No residual equals a residual of zeros, bit for bit."""
     w, x, dy, other = inputs(NARROW)
     stored, _ = store(w, "int8")
     with_zeros = call(op, INT8, stored, x, dy, jnp.zeros_like(other))
@@ -279,8 +279,7 @@ def test_inverse_rms_and_its_gradient():
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_and_columns_of_zeros(op):
-    """Tokens without activation or gradient, outputs without weights: no NaN, the oracle's values, and zeros where zeros went
-    in."""
+    """Tokens and outputs that are all zeros: no NaN, the oracle's values, and zeros in the rows that were zeros."""
     w, x, dy, other = inputs(WIDE)
     other = jnp.zeros_like(other if op != "norm_linear" else x)
     w, x, dy = w.at[3].set(0), x.at[5].set(0), dy.at[7].set(0).at[:, 11].set(0)

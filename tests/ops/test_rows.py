@@ -1,4 +1,4 @@
-"""Kernels of rows, run by Pallas' interpreter, against the same functions in XLA's form; and that they compile for a card."""
+"""Row kernels in Pallas' interpreter against the same functions in XLA's form; that they compile for a card."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ M = 16
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Kernels are interpreted; the list grows by one for each that is made."""
+    """Kernels are interpreted; each one made appends to the list."""
     made, real = [], rows.pl.pallas_call
 
     def interpreted(*arguments, **keywords):
@@ -57,8 +57,8 @@ def test_codes_are_rounded_to_nearest_even():
 
 @pytest.mark.parametrize("K", [64, 768, 1408])
 def test_codes_and_scale_of_a_row(K, calls):
-    """A row with weights, its width a power of two or not: codes and scales of the kernel and of quantize_rows are equal; a
-    row of zeros has scale 1."""
+    """A row times column weights, of a width that is a power of two or not: the kernel's codes and scales are those of
+    quantize_rows; a row of zeros has scale 1."""
     x, weights = normal(0, M, K).at[3].set(0), jnp.abs(normal(1, 1, K, dtype=jnp.float32))
     row = lambda x, w: rows.quantized([x.astype(jnp.float32) * w])
     got = rows.by_rows(KERNELS, row, (x,), (weights,))
@@ -71,7 +71,7 @@ def test_codes_and_scale_of_a_row(K, calls):
 
 
 def test_parts_lie_side_by_side(calls):
-    """Three arrays quantised with one scale a row: the codes of their concatenation, widths not powers of two."""
+    """Three arrays quantised with one scale per row give the codes of their concatenation, at widths that are not powers of 2."""
     parts = [normal(i, M, K) * (i + 1) for i, K in enumerate((24, 40, 8))]
     got = rows.by_rows(KERNELS, lambda *parts: rows.quantized([x.astype(jnp.float32) for x in parts]), parts)
     assert calls
@@ -84,8 +84,8 @@ def test_parts_lie_side_by_side(calls):
 @pytest.mark.parametrize(("N", "H"), [(4, 16), (3, 8), (5, 32)])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_rope_kernels(N, H, scaled, calls):
-    """Two rows of 8 tokens from position 3, heads a power of two or not: q, k and 1/rms are XLA's to f32 rounding, codes and
-    gradients to one rounding in a thousand values."""
+    """Two sequences of 8 tokens from position 3, with and without a power of two of heads: q, k and 1/rms are XLA's up to f32
+    rounding; one in a thousand codes and gradients may be rounded the other way."""
     rotation, start = rope.Rotation(M // 2, N, H, 1e4), jnp.int32(3)
     q, k, *dys = (normal(i, M, N * H) for i in range(5))
     scale = jnp.abs(normal(6, 1, 3 * N * H, dtype=jnp.float32)) if scaled else None
@@ -101,7 +101,7 @@ def test_rope_kernels(N, H, scaled, calls):
 
 
 def test_heads_that_kernels_cannot_halve(calls):
-    """H = 24 has halves of 12, no power of two: XLA's form, whatever is configured."""
+    """H = 24 has halves of 12, not a power of two: XLA's form runs, whatever is configured."""
     rotation = rope.Rotation(M, 2, 24, 1e4)
     x = normal(0, M, 48)
     kept = rope.forward(KERNELS, rotation, x, x, jnp.int32(0))
@@ -113,8 +113,8 @@ def test_heads_that_kernels_cannot_halve(calls):
 @pytest.mark.parametrize("op", ["linear", "norm_linear", "relu2_linear", "qkv_linear"])
 @pytest.mark.parametrize("operands", [INT8, {}, {"forward": "int8", "dx": "int8"}, {"dw": "int8"}])
 def test_ops_in_kernels(op, operands, calls):
-    """Each linear op with its rows in kernels: y, dX and dW within 3e-3 of XLA's form (a value next to a boundary of bf16
-    or of the codes goes to the other side), in int8, in bf16 and mixed."""
+    """Each linear op with row kernels, in int8, bf16 and mixed: y, dX and dW are within 3e-3 of XLA's form (values next to a
+    rounding boundary of bf16 or of the codes may go to the other side)."""
     D = 96
     O, K = {"linear": (D, D), "norm_linear": (160, D), "relu2_linear": (D, 160), "qkv_linear": (3 * D, D)}[op]
     weights = quant.encode(normal(0, O, K, dtype=jnp.float32) / K**0.5, "int8")
@@ -146,7 +146,7 @@ def test_ops_in_kernels(op, operands, calls):
 @pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
 @pytest.mark.parametrize(("N", "H"), [(11, 128), (4, 64)])
 def test_kernels_compile_for_a_card(N, H):
-    """Triton takes every kernel at d21's and at a small model's width: one custom call each in the compiled program."""
+    """Triton takes every kernel at d21's and at a small model's width: each is one custom call in the compiled program."""
     D, form = N * H, jax.ShapeDtypeStruct
     x, w = form((256, D), jnp.bfloat16), form((1, 3 * D), jnp.float32)
     rotation = rope.Rotation(128, N, H, 1e4)

@@ -1,4 +1,4 @@
-"""The planner without a compiler: hardware, energy and money, power readings, what fits, errors, silence."""
+"""The planner without a compiler: hardware, energy and money, power readings, what fits, errors."""
 
 import dataclasses
 import itertools
@@ -65,7 +65,7 @@ def test_budgets():
 
 @pytest.mark.parametrize("name", [*EVERYDAY_NAMES, "H100", "H200", "rtx-4070", "rtx4070", "RTX4060Ti_16GB"])
 def test_cards_are_found_as_people_write_them(name):
-    """All twelve of the plan, by key and by everyday names."""
+    """By key and by everyday names."""
     assert hardware.find_card(name).key in hardware.CARDS
 
 
@@ -142,7 +142,7 @@ def reading(watts, joules):
 
 
 def test_power_meter_uses_the_counter(monkeypatch):
-    """Joules of NVML's counter; mean watts between two updates."""
+    """Joules by NVML's counter; mean watts between two updates."""
     meter = meter_of(monkeypatch, [reading(50, 1000), reading(180, 1900), reading(10, 2100)], [0, 10, 12])
     meter.update()
     assert (meter.joules, meter.watts) == (900, 90)
@@ -150,8 +150,8 @@ def test_power_meter_uses_the_counter(monkeypatch):
     assert (meter.joules, meter.watts) == (1100, 100)
 
 
-def test_power_meter_integrates_where_there_is_no_counter(monkeypatch):
-    """Trapezoids between power readings; a driver that was reloaded (counter fell) is integrated too."""
+def test_power_meter_integrates_without_a_counter(monkeypatch):
+    """Trapezoids between power readings, also after the driver was reloaded (the counter fell)."""
     meter = meter_of(monkeypatch, [reading(100, None), reading(200, None)], [0, 10])
     meter.update()
     assert meter.joules == 1500
@@ -161,7 +161,7 @@ def test_power_meter_integrates_where_there_is_no_counter(monkeypatch):
 
 
 def test_power_meter_without_gpu(monkeypatch):
-    """No driver: nothing is available, nothing fails."""
+    """Without a driver nothing is available and nothing fails."""
     meter = meter_of(monkeypatch, [None], [0])
     meter.update()
     assert (meter.available, meter.watts, meter.joules) == (False, None, 0.0)
@@ -178,7 +178,7 @@ def test_no_driver_no_reading(monkeypatch):
 
 
 def compiled(gib):
-    """Something with the memory analysis of a step that needs so many GiB, half of it state."""
+    """A stand-in for a compiled step whose memory analysis says `gib` GiB, half of it state."""
     half = int(gib * 2**30 / 2)
     stats = types.SimpleNamespace(
         argument_size_in_bytes=half, output_size_in_bytes=half, alias_size_in_bytes=half, temp_size_in_bytes=half
@@ -196,7 +196,7 @@ def test_a_step_that_cannot_fit_is_refused_in_one_line():
 
 
 def test_allocator_leaves_room_for_the_context(monkeypatch):
-    """12 GB card with 0.6 GiB of desktop: XLA gets what is free less 0.7 GiB, enough for a 10.5 GiB plan."""
+    """A 12 GB card with 0.6 GiB of desktop: XLA gets the free memory less 0.7 GiB, enough for a plan of 10.5 GiB."""
     free = 11.4 * 2**30
     card = hardware.Reading("NVIDIA GeForce RTX 4070", 12282 << 20, int(free), None, None, None)
     share = xla.pool_fraction(card)
@@ -233,7 +233,7 @@ def test_the_card_of_this_machine(monkeypatch):
 
 
 def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
-    """The run folder's config has the choice, and a run that was begun keeps it without asking again."""
+    """The run folder's config has the choice, and a resumed run keeps it without asking again."""
     from nanojax import train
     from nanojax.run import checkpoint
 
@@ -251,7 +251,7 @@ def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
 
 
 def test_the_caches_key_covers_the_code_of_the_step():
-    """Whatever nanojax.step imports, but for the config, is hashed into the name of a kept plan."""
+    """All that nanojax.step imports is hashed into the name of a kept plan; of the config, its values are."""
     code = "import sys, nanojax.step; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('nanojax')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     package = ROOT / "nanojax"
@@ -281,7 +281,7 @@ def fake_make(peaks, rates):
     [((9, 8, 7, 5), "all"), ((12, 10, 7, 5), "cheap"), ((12, 11, 11, 9), "inputs")],
 )
 def test_best_residuals_fit_and_are_fastest(monkeypatch, peaks, best):
-    """The most kept that fits, given that less kept is slower."""
+    """The most residuals that fit, if keeping fewer is slower."""
     ladder = planner.residual_ladder()
     rates = dict(zip(ladder, (50.0, 45.0, 42.0, 40.0)))
     monkeypatch.setattr(planner, "make", fake_make(dict(zip(ladder, peaks)), rates))
@@ -289,7 +289,7 @@ def test_best_residuals_fit_and_are_fastest(monkeypatch, peaks, best):
 
 
 def test_best_residuals_prefer_speed_to_what_is_kept(monkeypatch):
-    """Where keeping everything is slower than recomputing (traffic), the faster one wins."""
+    """If keeping everything is slower than recomputing some of it, the faster choice wins."""
     ladder = planner.residual_ladder()
     rates = dict(zip(ladder, (50.0, 55.0, 42.0, 40.0)))
     monkeypatch.setattr(planner, "make", fake_make(dict.fromkeys(ladder, 1), rates))
@@ -348,7 +348,7 @@ PROGRAM = compile.Program("HLO", 4, 3, 2, 1, {"params": 1, "other": 3}, (compile
 
 
 def test_cache_gives_back_what_it_got_and_survives_damage(tmp_path):
-    """Equal but for the mark; a truncated, foreign or empty file is a miss, not an error."""
+    """The kept program is marked as cached; a truncated, foreign or empty file is a miss, not an error."""
     path = tmp_path / "deep" / "x.json.gz"
     compile._store(path, PROGRAM)
     assert compile._load(path) == dataclasses.replace(PROGRAM, cached=True)
@@ -360,7 +360,7 @@ def test_cache_gives_back_what_it_got_and_survives_damage(tmp_path):
 
 
 def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
-    """Same key for another prompt or run folder; another for another shape, format, schedule or card."""
+    """The key ignores the prompt and the run folder, and depends on shape, format, schedule and card."""
     card, base = hardware.CARDS["rtx4070"], configs.load("demo")
     key = compile._key(base, card)
     same = configs.override(base, {"eval.prompt": "other", "train.run": "elsewhere", "checkpoint.every": 7})
@@ -390,7 +390,7 @@ def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, message, monkeypatch, capsys):
-    """What is wrong and nothing else: one line on stderr, nothing on stdout."""
+    """One line on stderr that says what is wrong, nothing on stdout."""
     if "--measure" in arguments and hardware.nvidia_driver():
         pytest.skip("this machine has an NVIDIA driver")
     monkeypatch.setattr(sys, "argv", ["nanojax.plan", *arguments])
@@ -415,13 +415,3 @@ def test_help_has_examples_and_all_cards():
     assert done.returncode == 0
     assert "python -m nanojax.plan --config=d32_4070" in done.stdout
     assert all(key in done.stdout for key in hardware.CARDS)
-
-
-def test_importing_nanojax_leaves_jax_quiet_and_on_the_cpu():
-    """Where the CUDA plugin is installed without a driver: no line on stderr, CPU devices, nothing set by hand."""
-    if hardware.nvidia_driver():
-        pytest.skip("this machine has an NVIDIA driver")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TF_CPP", "XLA_"))}
-    code = "import nanojax, jax; print(jax.devices()[0].platform, float(jax.numpy.ones(3).sum()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3.0\n", "")

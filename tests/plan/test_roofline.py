@@ -1,4 +1,4 @@
-"""The planner's reading of HLO: times of hand-written programs with known answers, and which buffers are residuals."""
+"""The planner's reading of HLO: times of hand-written programs with known answers, and the parsing of buffers."""
 # ruff: noqa: E501  HLO has long lines
 
 import pytest
@@ -37,7 +37,7 @@ ENTRY %main (a: {t}[4096,2048], b: {t}[8192,2048]) -> {o}[4096,8192] {{
     ],
 )
 def test_matmul_time_is_flops_over_the_operand_types_peak(operand, out, extra, kind, rate):
-    """2*4096*8192*2048 FLOP at the card's peak for that operand type, exact to 1e-6."""
+    """2*4096*8192*2048 FLOP at the card's peak for that operand type, to 1e-6."""
     estimate = roofline.estimate(MATMUL.format(t=operand, o=out, extra=extra), CARD, IDEAL)
     (kernel,) = estimate.kernels
     assert kernel.kind == f"{kind} matmul"
@@ -46,7 +46,7 @@ def test_matmul_time_is_flops_over_the_operand_types_peak(operand, out, extra, k
 
 
 def test_efficiency_and_launch_enter_the_time():
-    """At 0.5 of the peak and 3 us a launch the matmul takes twice its ideal time plus 3 us, exact to 1e-6."""
+    """At 0.5 of the peak and 3 us per launch the matmul takes twice its ideal time plus 3 us, to 1e-6."""
     text = MATMUL.format(t="bf16", o="f32", extra="")
     ideal = roofline.estimate(text, CARD, IDEAL).seconds
     slow = roofline.Efficiency(bf16=0.5, memory=1.0, vector=1.0, launch=3e-6)
@@ -138,7 +138,7 @@ ENTRY %main (q: bf16[2,2048,16,128], k: bf16[2,2048,16,128], v: bf16[2,2048,16,1
     ],
 )
 def test_flash_attention_counts_its_real_flops(direction, mask, window, matmuls, pairs):
-    """2 matmuls forward, 5 backward, over the pairs that the mask leaves."""
+    """2 matmuls forward, 5 backward, over the pairs that the mask allows."""
     text = ATTENTION.replace("DIRECTION", direction).replace("MASK", mask).replace("WINDOW", str(window))
     (kernel,) = roofline.estimate(text, CARD, IDEAL).kernels
     assert kernel.kind == "attention"
@@ -157,14 +157,14 @@ ENTRY %main (a: s8[4096,2048], b: s8[8192,2048]) -> s32[4096,8192] {
 
 
 def test_cublas_counts_flops_and_leaves_its_workspace_out():
-    """2*M*N*K int8 operations; operands and result as traffic, the 32 MiB of scratch not."""
+    """2*M*N*K int8 operations; operands and result count as traffic, the 32 MiB of scratch do not."""
     (kernel,) = roofline.estimate(CUBLAS, CARD, IDEAL).kernels
     assert (kernel.kind, kernel.flops) == ("int8 matmul", 2 * 4096 * 8192 * 2048)
     assert kernel.bytes == 4096 * 2048 + 8192 * 2048 + 4 * 4096 * 8192
 
 
 def test_unknown_custom_call_is_told():
-    """A call whose arithmetic cannot be seen counts its traffic and is listed."""
+    """A call with unknown arithmetic counts its traffic and is listed."""
     text = CUBLAS.replace("__cublas$gemm", "my_kernel")
     assert roofline.estimate(text, CARD, IDEAL).unknown == ["my_kernel"]
 
@@ -217,7 +217,7 @@ ENTRY %main (i: s32[], a: f32[16], b: f32[1000000]) -> f32[16] {
 
 
 def test_conditional_takes_its_slowest_branch():
-    """8 MB of traffic of the large branch, whichever its place."""
+    """The 8 MB of traffic of the larger branch, in either order."""
     assert roofline.estimate(BRANCH, CARD, IDEAL).kernels[0].bytes == 8_000_000
 
 
@@ -229,7 +229,7 @@ def test_text_without_entry_is_refused(text):
 
 
 def test_unknown_element_type_is_refused():
-    """A dtype that the table lacks must not silently count as nothing."""
+    """A dtype that the table lacks raises, rather than counting as zero bytes."""
     with pytest.raises(ValueError, match="f7e3"):
         hlo.arrays("f7e3[2,2]{1,0}")
 

@@ -1,4 +1,4 @@
-"""Formats and stochastic rounding: what is stored is what was meant, in the mean and under repetition."""
+"""Formats and stochastic rounding: stored values are right in the mean, and stay right under repetition."""
 
 import chex
 import jax
@@ -65,7 +65,7 @@ def test_encoding_again_changes_nothing(form, block):
 
 
 def test_nearest_is_within_half_a_step():
-    """Without a key, int8 is off by at most half a step of amax/127 (and a rounding of f32)."""
+    """Without a key, int8 errs by at most half a step of amax/127 (plus f32 rounding)."""
     x = normal(5, 32, 300) * 7
     error = jnp.abs(quant.decode(quant.encode(x, "int8")) - x)
     assert bool(jnp.all(error <= jnp.max(jnp.abs(x), -1, keepdims=True) / 254 * (1 + 1e-5)))
@@ -102,19 +102,19 @@ def test_noise_is_uniform_and_independent():
 
 
 def test_bf16_of_nonfinite_stays():
-    """Inf and NaN are not turned into something else by the random bits."""
+    """The random bits do not change Inf and NaN."""
     x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
     y = np.asarray(rounding.round_bf16(x, jax.random.key(0)), np.float32)
     assert np.isposinf(y[0]) and np.isneginf(y[1]) and np.isnan(y[2])
 
 
 def test_dithered_bf16_sums_are_right_in_the_mean():
-    """Adding 0.02 to 0.9 of a bf16 step, 4,096 draws: the mean sum is exact within 5 sigma, on a power of two (where the grid
-    below is finer) within an eighth of a step; an addend of nothing changes nothing."""
+    """Adds 0.02 to 0.9 of a bf16 step, 4,096 draws: the mean sum is exact within 5 sigma; at a power of two, below which the
+    grid is finer, within an eighth of a step. Adding zero changes nothing."""
     old = jnp.exp2(jax.random.uniform(jax.random.key(0), (16, 32), minval=-3, maxval=3)).astype(jnp.bfloat16)
     old = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, old.shape), old, -old).astype(jnp.float32)
     step = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(old)))) * 2.0**-7
-    addend = jnp.sign(old) * step * jnp.linspace(0.02, 0.9, 32)
+    addend = jnp.sign(old) * step * jnp.linspace(0.02, 0.9, 32)[None]
     draw = lambda key: rounding.dithered(old, rounding.dither_vectors(key, 32))
     keys = jax.random.split(jax.random.key(2), 4096)
     sums = jax.vmap(lambda key: (draw(key) + addend).astype(jnp.bfloat16).astype(jnp.float32))(keys)

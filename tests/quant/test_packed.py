@@ -19,7 +19,7 @@ from nanojax.quant.rounding import dither
 KEY = jax.random.key(0)
 FORMS = list(packed.LEVELS)
 SOME = ["nf4", "b2.67"]  # uneven and even levels
-BITS = [0, 2, 4]  # of remainders
+BITS: list[Literal[0, 2, 4]] = [0, 2, 4]  # of remainders
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -260,7 +260,7 @@ def test_products_see_the_stored_values() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
-def test_step_keeps_remainders(bits: Literal[0, 2, 4]) -> None:
+def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
     and leaves remainders that are within their level's cell."""
     config = dataclasses.replace(tiny("int3"), stored=Stored(blocks="int3", remainder=bits))
@@ -299,7 +299,7 @@ def test_adamw_for_matrices():
 
 def test_mistakes():
     """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are told in one line."""
-    with pytest.raises(UserError, match="0, 2 or 4"):
+    with pytest.raises(UserError, match="choose one of 0, 2, 4"):
         configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
         configs.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))

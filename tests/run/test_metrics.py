@@ -1,4 +1,4 @@
-"""Logs: JSONL is complete and truncated on resume, TensorBoard agrees, speeds and MFU are the arithmetic they claim."""
+"""Logs: the JSONL is complete and truncated on resume, TensorBoard agrees with it, speeds and MFU are right."""
 
 import io
 import json
@@ -16,7 +16,7 @@ Make = Callable[..., Config]
 
 
 def test_forget_after(tmp_path: Path) -> None:
-    """Records after the restored step and a line cut off by a crash are dropped; the others stay as they are."""
+    """Records after the restored step, and a line cut off by a crash, are dropped; the others do not change."""
     lines = [json.dumps({"kind": "train", "step": s, "loss": s / 3}) for s in range(1, 6)]
     (tmp_path / metrics.FILE).write_text("\n".join(lines) + '\n{"kind": "train", "st')
     metrics.forget_after(tmp_path, 3)
@@ -32,7 +32,7 @@ def test_peak_flops() -> None:
 
 
 def _log(config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
-    """A run of 4 steps, 2 s each, with an evaluation of 100 s after step 2; what the console got."""
+    """A run of 4 steps, 2 s each, with an evaluation of 100 s after step 2; and what the console shows."""
     clock = [1000.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
@@ -49,7 +49,7 @@ def _log(config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, terminal: b
 
 
 def test_records(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tokens/s is 128 tokens in 2 s whatever the evaluation took; MFU and power are null where they are not known."""
+    """tokens/s is 128 tokens in 2 s whatever the evaluation took; MFU and power are null if they are unknown."""
     config = tiny(train=dict(steps=4))
     text = _log(config, tmp_path, monkeypatch, terminal=False)
     train = metrics.read(tmp_path, "train")
@@ -73,7 +73,7 @@ def test_log_every(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_mfu(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a known device: FLOPs a token times tokens/s over the peak."""
+    """On a known device: FLOPs per token times tokens/s, over the peak."""
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e9)
     config = tiny(train=dict(steps=4))
     _log(config, tmp_path, monkeypatch, terminal=False)

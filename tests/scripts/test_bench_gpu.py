@@ -1,4 +1,4 @@
-"""scripts/bench_gpu.py at tiny sizes on the CPU: its results' keys, and that a wrong result does not pass."""
+"""scripts/bench_gpu.py at tiny sizes on the CPU: the keys of its results, and that a wrong result does not pass."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def main(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
 
 
 def test_every_op_is_checked():
-    """The cases name each op that training runs, in int8 and in bf16 where it has both."""
+    """The cases name each op that training runs, in int8 and in bf16 if it has both."""
     names = " ".join(c.name for c in verify.cases({"o": (64, 64)}, 64, True, True))
     for op in ("product forward", "product dX", "product dW", "linear", "norm_linear", "qkv_linear", "relu2_linear"):
         assert f"int8 {op}" in names and f"bf16 {op}" in names
@@ -60,7 +60,7 @@ def test_one_wrong_sum_is_found(monkeypatch):
 
 @pytest.mark.parametrize("op", ["int8 linear", "bf16 qkv_linear", "chunked attention", "dithered"])
 def test_an_op_wrong_on_the_device_is_found(op, monkeypatch):
-    """The same op passes, and fails where the device's values alone are off by 2%."""
+    """The same op passes, and fails if only the device's values are off by 2%."""
     one, run, calls = case(op), verify.on, []
     assert verify.check(one, CPU, CPU)["ok"]
 
@@ -74,7 +74,7 @@ def test_an_op_wrong_on_the_device_is_found(op, monkeypatch):
 
 
 def test_difference_sees_nan_and_shape():
-    """Not a number, infinity and another shape are infinitely far apart; the worst of several arrays counts."""
+    """NaN, Inf and another shape are infinitely far apart; the worst of several arrays counts."""
     x = np.ones((4, 4), np.float32)
     for wrong in (x * np.nan, x * np.inf, x[:2]):
         assert verify.difference((x, wrong), (x, x)) == float("inf")
@@ -120,12 +120,12 @@ def test_parts_in_processes_of_their_own(tmp_path):
 
 
 def test_no_time_left(script, monkeypatch, capsys):
-    """Parts for which no time is left are skipped, told so, and are no failure."""
+    """Parts for which no time is left are skipped, say so, and are no failure."""
     main(script, monkeypatch, "--device=cpu", "--minutes=1e-9")
     assert capsys.readouterr().out.count("skipped, no time left") == 5
 
 
-def test_mistakes_are_told_in_one_line(script, monkeypatch):
+def test_mistakes_are_one_line(script, monkeypatch):
     """No GPU, unknown parts, configs, keys and options, folders that are not there: UserError before anything is measured."""
     monkeypatch.setattr(script.hardware, "read_gpu", lambda: None)
     for arguments, words in (

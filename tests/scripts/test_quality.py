@@ -1,4 +1,4 @@
-"""scripts/quality.py on a model of seconds: runs are paired and resumable, the table says what the runs' files say."""
+"""scripts/quality.py on a tiny model: runs are paired and resumable, and the table follows from the runs' files."""
 
 import dataclasses
 import importlib.util
@@ -80,7 +80,7 @@ def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     least = -np.sum(share * np.log(share, where=share > 0, out=np.zeros_like(share)))
     assert (
         least < script.unigram(first.config) < np.log(first.config.model.V)
-    )  # no unigrams know the text better than its own
+    )  # no unigram model fits the text better than its own
     if importlib.util.find_spec("matplotlib"):
         assert (out / "loss.png").stat().st_size > 5000
 
@@ -106,6 +106,6 @@ def test_arms_are_configs(script):
 
 
 def test_empty_folder(script, tmp_path, monkeypatch):
-    """A report of nothing says so."""
+    """Without finished runs, the report says so."""
     with pytest.raises(UserError, match="no finished runs"):
         call(script, monkeypatch, "report", "--out", str(tmp_path))

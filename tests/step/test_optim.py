@@ -64,7 +64,7 @@ def test_muon_equals_the_formula(tiny: Callable[..., Config], nesterov: bool) ->
         run = jax.jit(tx.update)
         for g in grads:
             updates, state = run(g, state, key=KEY)
-            total += updates
+            total += cast(jax.Array, updates)
         assert int(state.step) == 20
         parts = [np.split(np.asarray(g, np.float64), weight.parts) for g in grads]
         want = np.concatenate([numpy_muon([p[i] for p in parts], 20, nesterov) for i in range(weight.parts)])
@@ -171,7 +171,7 @@ def test_int8_adam_does_not_diverge(tiny: Callable[..., Config]) -> None:
     step8, step32 = jax.jit(a.update), jax.jit(b.update)
     worst8 = worst32 = 0.0
     for i in range(300):
-        g = scale * jax.random.normal(jax.random.key(i), p.shape) * float(i % 5 == 0)
+        g = scale[None] * jax.random.normal(jax.random.key(i), p.shape) * float(i % 5 == 0)
         u, sa = step8(g, sa, p, key=jax.random.fold_in(KEY, i))
         v, sb = step32(g, sb, p, key=KEY)
         worst8, worst32 = max(worst8, float(jnp.max(jnp.abs(u)))), max(worst32, float(jnp.max(jnp.abs(v))))

@@ -1,0 +1,54 @@
+"""How jax and XLA are set up: an unusable CUDA plugin is hidden, and comes back for the planner."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanojax import hardware, xla
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    hardware.nvidia_driver() or not xla.cuda_compiler_installed(), reason="needs the CUDA plugin and no NVIDIA driver"
+)
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs `code` without any of jax's variables but these."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TF_CPP", "XLA_"))}
+    environment = {**clean, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_importing_nanojax_does_not_import_jax() -> None:
+    """Each tokenizing process saves 0.7 s."""
+    assert run("import nanojax, sys; print('jax' in sys.modules)").stdout == "False\n"
+
+
+def test_jax_is_quiet_and_on_the_cpu() -> None:
+    """The plugin is not loaded: no line on stderr, CPU devices, without any variable set by hand."""
+    done = run("import nanojax, jax; print(jax.devices()[0].platform, float(jax.numpy.ones(3).sum()))")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3.0\n", "")
+
+
+def test_the_compiler_comes_back_quietly() -> None:
+    """The planner's compiler knows an absent card; stderr stays empty; computation stays on the CPU."""
+    done = run(
+        "from nanojax.plan import compile; compile.start_compiler(); import jax; from nanojax import hardware, xla;"
+        "print(xla.absent_gpu(hardware.CARDS['h100'].target_config()).platform, jax.default_backend())"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gpu cpu\n", "")
+
+
+def test_it_cannot_come_back_to_a_jax_that_was_imported_without_it() -> None:
+    """jax looks for cuDNN while it is imported, so a late planner says what to do."""
+    done = run("import nanojax, jax; from nanojax.plan import compile; compile.start_compiler()")
+    assert "UserError: jax was imported without its CUDA plugin; plan in a new process" in done.stderr
+
+
+def test_a_choice_of_the_user_is_kept() -> None:
+    """With JAX_PLATFORMS=cuda nothing is hidden: jax itself says why it cannot."""
+    done = run("import nanojax, sys; print(sys.modules.get('jax_plugins.xla_cuda12'))", JAX_PLATFORMS="cuda")
+    assert done.stdout == "None\n"
