@@ -120,14 +120,15 @@ def _by_tokens(
     first: Any = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda i: (i, *([0] * (len(a.shape) - 1))))
     cyclic: Any = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda i: (i % rotation.T, *([0] * (len(a.shape) - 1))))
     whole: Any = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, rotation),
         grid=(rows[0].shape[0],),
         in_specs=[*map(first, rows), *map(cyclic, positions), *map(whole, columns)],
         out_specs=list(map(first, out)),
         out_shape=out,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-    )(*rows, *positions, *columns)
+    )
+    return jax.jit(call)(*rows, *positions, *columns)  # jit: as in rows.by_rows
 
 
 class _Heads:

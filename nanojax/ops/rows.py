@@ -99,7 +99,9 @@ def by_rows(
         out_shape=[jax.ShapeDtypeStruct((M, width), y[0].dtype) for width, y in zip(widths, outputs)],
         compiler_params=triton.CompilerParams(num_warps=_warps(largest), num_stages=1),
     )
-    return tuple(call(*rows, *columns))
+    # jit, because jax keeps a pallas_call whose results nobody uses, and under remat its inputs with it: d32's laptop config
+    # would hold every block's input, 8 MiB per layer.
+    return tuple(jax.jit(call)(*rows, *columns))
 
 
 def _warps(values: int) -> int:

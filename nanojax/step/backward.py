@@ -108,7 +108,9 @@ def forward_backward(
     # backward
     d_leave, dx, dshared = leave_vjp(dx.reshape(x_BTD.shape))
     dx, dshared = _layers_backward(config, params["blocks"], saved, dx, dshared, accum, mix, layer_key)
-    _, enter_vjp = jax.vjp(enter, rows(config, params, tokens_BT), once_taps)  # recomputed: its residuals are f32 rows
+    # Recomputed, behind a barrier: otherwise XLA keeps forward's f32 rows until now (d32: 16 MiB per row of tokens).
+    tokens_BT, dx = lax.optimization_barrier((tokens_BT, dx))
+    _, enter_vjp = jax.vjp(enter, rows(config, params, tokens_BT), once_taps)
     drows, d_enter = enter_vjp((dx, dshared))
     one = Mix(jnp.float32(1), jnp.float32(1))
     for name, key in zip(drows, [embed_key, *more]):
@@ -158,7 +160,8 @@ def _layers_backward(
         kept = saved.pop()
         # Behind a barrier with dx. Otherwise XLA transposes every layer's parameters before the microbatches, and shares with
         # forward what is recomputed from the residuals, holding it for all layers (d32 in bf16: 1 GiB).
-        layer, arrays, dx = lax.optimization_barrier((blocks[i], kept.arrays, dx))
+        arrays, dx = lax.optimization_barrier((kept.arrays, dx))
+        layer, dx = lax.optimization_barrier((blocks[i], dx))
         new = {}
         with jax.named_scope(f"backward_{i}"):
             dx, more, dws = kept._replace(arrays=arrays).vjp(layer)(dx)
