@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from nanojax import sample
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, EdgeFormat, Format, Model, Stored, Train, resolve
+from nanojax.config import Compute, Config, Model, Stored, Train, resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
 from nanojax.quant import encode
 from nanojax.run import checkpoint

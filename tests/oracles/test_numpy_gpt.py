@@ -24,7 +24,9 @@ def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, np.ndarray]]:
 
 
 def test_every_gradient_equals_central_differences() -> None:
-    """Embedding, head and the four matrices of two layers, 12 entries each: analytic equals numeric gradient to 1e-6 relative (float64, step 1e-5)."""
+    """Embedding, head and four matrices in two layers, 12 entries each: analytic equals numeric gradient to 1e-6 relative
+    (float64, step 1e-5).
+    """
     params = numpy_gpt.to_float64(numpy_gpt.random_params(0, CFG))
     rng = np.random.default_rng(1)
     tokens, targets = rng.integers(0, CFG.vocab, (2, 7)), rng.integers(0, CFG.vocab, (2, 7))
