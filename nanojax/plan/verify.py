@@ -185,7 +185,9 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
 
     def lost(head: Any, x: Any, targets: Any) -> Any:
         total = jnp.zeros(head.shape, jnp.float32)
-        return cross_entropy.loss_and_grads(config, head, total, x, targets, 1 / m, jax.random.key(0))
+        return cross_entropy.loss_and_grads(
+            config.compute, config.model.softcap, head, total, x, targets, 1 / m, jax.random.key(0)
+        )
 
     weights = (_random(11, 4 * d, d) / d**0.5).astype(jnp.bfloat16)
     targets = np.random.default_rng(12).integers(0, 4 * d, m).astype(np.int32)

@@ -114,7 +114,7 @@ def test_dithered_bf16_sums_are_right_in_the_mean():
     old = jnp.exp2(jax.random.uniform(jax.random.key(0), (16, 32), minval=-3, maxval=3)).astype(jnp.bfloat16)
     old = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, old.shape), old, -old).astype(jnp.float32)
     step = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(old)))) * 2.0**-7
-    addend = jnp.sign(old) * step * jnp.linspace(0.02, 0.9, 32)
+    addend = jnp.sign(old) * step * jnp.linspace(0.02, 0.9, 32)[None]
     draw = lambda key: rounding.dithered(old, rounding.dither_vectors(key, 32))
     keys = jax.random.split(jax.random.key(2), 4096)
     sums = jax.vmap(lambda key: (draw(key) + addend).astype(jnp.bfloat16).astype(jnp.float32))(keys)

@@ -248,6 +248,7 @@ def test_trains(form: str):
     assert whole.shape == (256, 64) and whole.dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_products_see_the_stored_values() -> None:
     """The model on packed matrices gives the logits of the model on their decoded values (float products, 1e-5)."""
     config = dataclasses.replace(tiny("nf4"), compute=Compute(residuals="all", loss_chunk=32))
@@ -299,7 +300,7 @@ def test_adamw_for_matrices():
 
 def test_mistakes():
     """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are told in one line."""
-    with pytest.raises(UserError, match="0, 2 or 4"):
+    with pytest.raises(UserError, match="choose one of 0, 2, 4"):
         configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
         configs.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))
