@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nanojax import fields, files
+from nanojax import fields, files, weights
 from nanojax.cli import UserError
 from nanojax.fields import key as _key
 
@@ -73,19 +73,14 @@ class Model:
         return self.seq
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Block matrices as stored, [out, in]."""
-        return {"qkv": (3 * self.D, self.D), "o": (self.D, self.D), "up": (self.F, self.D), "down": (self.D, self.F)}
-
-    @property
     def parameters(self) -> int:
-        """12*D^2 per layer, embedding and untied head: d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
-        return self.L * sum(a * b for a, b in self.shapes.values()) + 2 * self.V * self.D
+        """All of the model's parameters: d12 185,597,952; d20 560,988,160; d32 1,879,048,192."""
+        return weights.parameters(self)
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token as nanochat counts: 6(N - N_embedding) + 12*L*N*H*T (causality not deducted)."""
-        return 6 * (self.parameters - self.V * self.D) + 12 * self.L * self.D * self.T
+        """Training FLOPs per token as nanochat counts them."""
+        return weights.flops_per_token(self)
 
 
 @dataclasses.dataclass(frozen=True)

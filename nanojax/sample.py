@@ -3,20 +3,19 @@
 python -m nanojax.sample --run=runs/demo --prompt="The Congress" --temperature=0.8 --top-k=50 --samples=2
 """
 
-import argparse
 import codecs
 import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nanojax import model, xla
-from nanojax.cli import UserError, run_main
+from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
@@ -120,22 +119,14 @@ def text(config: Config, params: Any, tokenizer: Tokenizer, prompt: str, max_new
     return [prompt + tokenizer.decode([int(i) for i in row if i >= 0]) for row in rows]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m nanojax.sample --help")
-
-
 def main() -> None:
     """The command."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m nanojax.sample",
         description="Continues a prompt with a trained run. Needs nothing but the run folder, wherever it was copied.",
-        epilog="examples:\n"
-        "  python -m nanojax.sample --run=runs/demo --prompt='Fellow citizens'\n"
+        examples="  python -m nanojax.sample --run=runs/demo --prompt='Fellow citizens'\n"
         "  python -m nanojax.sample --run=runs/demo --prompt=The --temperature=0 --tokens=32\n"
         "  python -m nanojax.sample --run=runs/demo --prompt=War --samples=3 --temperature=0.8 --top-k=50 --seed=7\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--prompt", default="", help="text to continue; empty = a new document")

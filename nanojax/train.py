@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import math
-import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from nanojax.data import loader
 from nanojax.evaluate import bpb, core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
-from nanojax.run import checkpoint, metrics
+from nanojax.run import checkpoint, metrics, run_folder, signals
 from nanojax.tokenizer import Tokenizer
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
@@ -65,10 +63,10 @@ def train(config: Config) -> None:
     with contextlib.ExitStack() as open_until_the_end:
         # run folder
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
-        stop, in_loop = open_until_the_end.enter_context(_signals())
-        _compare_with_earlier(run, config)
+        stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
+        run_folder.check_continues(run, config)
         tokenizer.save(run / "tokenizer")
-        checkpoint.write_config(run, config)
+        run_folder.write_config(run, config)
 
         # the step, compiled before the state exists: autotuning on a GPU wants scratch memory
         begin = time.monotonic()
@@ -161,13 +159,6 @@ def _save(writer: Any, config: Config, state: steps.State, batches: loader.Train
         raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved") from None
 
 
-def _left(run: Path) -> str:
-    """What a diverged run can go back to."""
-    steps = checkpoint.available(run)
-    last = f"the last good checkpoint is {run / checkpoint.FOLDER / str(steps[-1])}" if steps else "no checkpoint yet"
-    return f"{last}; lower the learning rates (optim.*) in another --train.run"
-
-
 def _core_tasks(config: Config) -> list[core.Task]:
     """CORE's tasks, every file of them read and found usable; none when eval.core_every is 0."""
     if not config.eval.core_every:
@@ -208,61 +199,14 @@ def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
 
 def _with_residuals(config: Config, run: Path) -> Config:
     """`config` with compute.residuals=auto made concrete: as the run was begun, else the fastest that fits the GPU."""
-    if checkpoint.available(run):
-        choice = checkpoint.read_config(run).compute.residuals
+    if run_folder.available(run):
+        choice = run_folder.read_config(run).compute.residuals
     else:
         say = lambda message: print(message, flush=True)
         plan = planner.best_residuals(config, planner.card_here(xla.pool_bytes()), say=say)
         choice = plan.config.compute.residuals
     print(f"compute.residuals={choice} chosen by auto")
     return configs.override(config, {"compute.residuals": choice})
-
-
-def _compare_with_earlier(run: Path, config: Config) -> None:
-    """UserError naming the keys in which this command differs from the run that the folder's checkpoints belong to."""
-    if not checkpoint.available(run):
-        return
-    changed = configs.harmful_changes(checkpoint.read_config(run), config)
-    if changed:
-        list_of = ", ".join(f"{key} (was {earlier}, now {now})" for key, (earlier, now) in changed.items())
-        raise UserError(
-            f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
-        )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """(stop, in_loop). Once in_loop is set, SIGTERM or SIGINT sets stop, and a SIGINT after that exits at once.
-
-    Before, nothing is worth saving and a signal exits at once, with 0. A thread reads the signals from Python's wake-up
-    pipe, because handlers wait for the main thread, which may be inside a compilation of minutes.
-    """
-    stop, in_loop = threading.Event(), threading.Event()
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-
-    def watch() -> None:
-        while (byte := os.read(read, 1)) and byte[0]:
-            if stop.is_set() and byte[0] == signal.SIGINT:
-                os._exit(130)
-            if not in_loop.is_set():
-                os._exit(0)
-            stop.set()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    earlier_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    earlier = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop, in_loop
-    finally:
-        signal.set_wakeup_fd(earlier_fd)
-        for s, handler in earlier.items():
-            signal.signal(s, handler)
-        os.write(write, b"\0")
-        thread.join()
-        os.close(read)
-        os.close(write)
 
 
 def parse(arguments: Sequence[str]) -> Config | None:
@@ -294,7 +238,7 @@ def main() -> None:
     try:
         train(config)
     except Diverged as error:
-        print(f"error: {error}; {_left(Path(config.train.run))}", file=sys.stderr)
+        print(f"error: {error}; {run_folder.recovery_hint(Path(config.train.run))}", file=sys.stderr)
         sys.exit(1)
     except jax.errors.JaxRuntimeError as error:
         if not xla.is_out_of_memory(error):

@@ -57,7 +57,7 @@ class Weight(NamedTuple):
     stored: Literal["blocks", "embed", "head"]
     accumulate: Literal["blocks", "embed_head"]
     group: str
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | range = ()
     parts: int = 1
 
     @property
@@ -72,7 +72,7 @@ Table = dict[str, Weight]
 def gpt(m: Sizes) -> Table:
     """nanochat's d-series of November 2025. q, k and v are one array."""
     spread = lambda out, into: Init(min(1.0, math.sqrt(out / into)) / math.sqrt(into))  # arXiv:2310.17813
-    every = tuple(range(m.L))
+    every = range(m.L)
 
     def matrix(out: int, into: int, init: Init, parts: int = 1) -> Weight:
         return Weight((out, into), "layer", init, "blocks", "blocks", "matrix", every, parts)

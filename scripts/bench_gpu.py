@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from nanojax import config as configs
-from nanojax import hardware, xla
+from nanojax import hardware, weights, xla
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.hardware import GIB
@@ -73,7 +73,9 @@ def ops(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -> dict
     from nanojax.plan import verify
 
     place, reference = jax.devices()[0], jax.devices("cpu")[0]
-    shapes, M = config.model.shapes, config.train.microbatch * config.model.T
+    layer = weights.layer_weights(weights.table(config.model), 0)
+    shapes = {name: weight.shape for name, weight in layer.items()}
+    M = config.train.microbatch * config.model.T
     if a.quick and not a.tiny:
         shapes, M = {"up": shapes["up"]}, min(M, 2048)
     out: dict[str, Any] = {"ok": True, "cases": [], "skipped": []}

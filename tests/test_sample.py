@@ -14,7 +14,7 @@ import pytest
 from nanojax import model, sample, step
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 from nanojax.tokenizer import Tokenizer
 
 Make = Callable[..., Config]
@@ -126,7 +126,7 @@ def run(tiny: Make, tmp_path: Path) -> Path:
     config = tiny(model=dict(vocab=280))
     tokenizer = Tokenizer([*(bytes([b]) for b in range(256)), "é".encode(), "日".encode()[:2], b" the"])
     tokenizer.save(tmp_path / "run" / "tokenizer")
-    checkpoint.write_config(tmp_path / "run", config)
+    run_folder.write_config(tmp_path / "run", config)
     state = jax.jit(step.init_state, static_argnums=0)(config)._replace(params=_params(config, 5))
     writer = checkpoint.open_for_saving(tmp_path / "run", config)
     checkpoint.save(writer, config, state, {}, tokenizer.fingerprint)

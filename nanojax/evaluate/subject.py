@@ -10,7 +10,7 @@ import jax
 from nanojax import interop
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 from nanojax.tokenizer import Tokenizer
 
 
@@ -52,7 +52,7 @@ def load(run: str | None, hf: str | None, dtype: str | None, step: int | None, o
         raise UserError("give either --run=DIR (a run folder) or --hf=FOLDER (a Hugging Face or nanochat checkpoint)")
     dtype = dtype or ("f32" if jax.default_backend() == "cpu" else "stored")
     if run is not None:
-        steps = checkpoint.available(run)
+        steps = run_folder.available(run)
         step = steps[-1] if step is None and steps else step
         config, params, tokenizer = checkpoint.load_params(run, None if dtype == "stored" else dtype, step)
         return Subject(config, params, tokenizer, Path(run).name, step or 0, Path(out or run) / "evals")

@@ -6,7 +6,7 @@ from pathlib import Path
 from nanojax import cli, xla
 from nanojax.cli import UserError, run_main
 from nanojax.interop import convert
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 
 EXAMPLES = """\
   python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
@@ -32,7 +32,7 @@ def _import(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    steps = checkpoint.available(a.run)
+    steps = run_folder.available(a.run)
     step = steps[-1] if a.step is None and steps else a.step
     config, params, tokenizer = checkpoint.load_params(a.run, None, step)
     params, quantised = convert.floats(params, a.dtype)

@@ -25,7 +25,7 @@ from nanojax.config import Compute, Config, Model, Stored, Train, resolve, to_di
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
-from nanojax.run import checkpoint, legacy
+from nanojax.run import checkpoint, legacy, run_folder
 from nanojax.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30  # of one safetensors file, about where transformers splits too
@@ -223,14 +223,14 @@ def to_run(found: Imported, run: Path) -> None:
 
     It holds no optimizer state, so training does not resume from it. UserError if the folder already holds checkpoints.
     """
-    if checkpoint.available(run):
+    if run_folder.available(run):
         raise UserError(f"{run}: holds checkpoints already; choose another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{run}: cannot write there ({error.strerror})") from None
     found.tokenizer.save(run / "tokenizer")
-    checkpoint.write_config(run, found.config)
+    run_folder.write_config(run, found.config)
     params = jax.tree.map(jnp.asarray, found.params)
     sums, finite = jax.device_get(checkpoint.checks({"params": params}))
     for path, ok in finite.items():

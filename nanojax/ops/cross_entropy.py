@@ -37,7 +37,7 @@ def loss_and_grads(
       The loss, f32: sum(weights*nll), or with one weight for all the plain sum(nll) in nats; total_VD plus the head's
       gradient of sum(weights*nll); its gradient dx_MD in x's dtype.
     """
-    even = isinstance(weights_M, float)
+    each = () if isinstance(weights_M, (int, float)) else (weights_M,)
 
     def chunk(carry, inputs):
         total, loss = carry
@@ -47,16 +47,16 @@ def loss_and_grads(
         z = logits(c, cap, head, h)
         losses, lse = nll(cap, z, targets)
         hot = lax.broadcasted_iota(jnp.int32, z.shape, 1) == targets[:, None]
-        scale = weights_M if even else weights[0][:, None]
+        scale = weights[0][:, None] if weights else weights_M
         dz = ((jnp.exp(z - lse) - hot.astype(F32)) * (1 - jnp.square(z / cap)) * scale).astype(x.dtype)
         dz = lax.optimization_barrier(dz)
         dh = lax.dot_general(dz, decode(head, x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
         dw = lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=F32)
         total = add_rounded(total, dw, dither_vectors(jax.random.fold_in(key, i), max(total.shape)))
-        loss += jnp.sum(losses if even else losses * weights[0])
+        loss += jnp.sum(losses * weights[0] if weights else losses)
         return (total, loss), norm_backward(dh, h, r).astype(x.dtype)
 
-    xs, ts, *ws = chunks(c, x_MD, targets_M, *(() if isinstance(weights_M, float) else (weights_M,)))
+    xs, ts, *ws = chunks(c, x_MD, targets_M, *each)
     (total_VD, loss), dx = lax.scan(chunk, (total_VD, jnp.float32(0)), (xs, ts, jnp.arange(len(xs)), *ws))
     return loss, total_VD, dx.reshape(x_MD.shape)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanojax import step, xla
+from nanojax import step, weights, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.hardware import GIB, Card
@@ -56,7 +56,8 @@ def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
     m, rows = config.model, config.train.microbatch * config.model.T
     out = []
     for kind, dtype, total in (("bf16", jnp.bfloat16, jnp.float32), ("int8", jnp.int8, jnp.int32)):
-        for name, (features, inputs) in m.shapes.items():
+        for name, weight in weights.layer_weights(weights.table(m), 0).items():
+            features, inputs = weight.shape
             # forward, and dW, which contracts over the tokens; operands are contiguous along the contraction
             for label, a, b in (
                 ("forward", (rows, inputs), (features, inputs)),

@@ -9,7 +9,6 @@ A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flip
 """
 
 import gc
-import json
 import os
 import sys
 import warnings
@@ -22,46 +21,19 @@ from orbax.checkpoint import v1 as ocp
 
 from nanojax import config as configs
 from nanojax import step as steps
-from nanojax.cli import UserError
+from nanojax.cli import UserError, first_line
 from nanojax.config import Config
 from nanojax.quant import decode_tree
 from nanojax.run import legacy
+from nanojax.run.run_folder import CHECKPOINTS, available, read_config
 from nanojax.tokenizer import Tokenizer
 from nanojax.xla import is_out_of_memory
 
-FOLDER = "checkpoints"
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 class NotFinite(Exception):
     """The state holds NaN or Inf: it was not saved. The message names the first such leaf."""
-
-
-def write_config(run: Path, config: Config) -> None:
-    """config.json, whole or not at all."""
-    temporary = run / f"config.json.{os.getpid()}.tmp"
-    configs.save(config, temporary)
-    os.replace(temporary, run / "config.json")
-
-
-def read_config(run: str | os.PathLike) -> Config:
-    """The resolved config of a run folder. UserError if there is none or it is damaged."""
-    path = Path(run) / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{run}: not a run folder (no config.json); train one with python -m nanojax.train") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); copy it again") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: unreadable (not a table of sections); copy it again")
-    return configs.from_dict(stored, str(path))
-
-
-def available(run: str | os.PathLike) -> list[int]:
-    """Steps of the run's checkpoints, oldest first; a save that was cut off is not among them."""
-    folder = Path(run) / FOLDER
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
 
 def open_for_saving(run: Path, config: Config) -> ocp.training.Checkpointer:
@@ -72,7 +44,7 @@ def open_for_saving(run: Path, config: Config) -> ocp.training.Checkpointer:
     if keep.keep_every:
         policy.append(policies.EveryNSteps(keep.keep_every))
     return ocp.training.Checkpointer(
-        str((run / FOLDER).absolute()),
+        str((run / CHECKPOINTS).absolute()),
         context=_context(),
         preservation_policy=policies.AnyPreservationPolicy(policy),  # pyright: ignore[reportArgumentType]
         cleanup_tmp_directories=True,
@@ -118,7 +90,7 @@ def wait(writer: ocp.training.Checkpointer) -> None:
 
 
 def _failed(writer: ocp.training.Checkpointer, step: int, error: Exception) -> str:
-    return f"{writer.directory}: saving step {step} failed: {_first_line(error)}; is the disk full or unplugged?"
+    return f"{writer.directory}: saving step {step} failed: {first_line(_cause(error))}; is the disk full or unplugged?"
 
 
 def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | None:
@@ -138,7 +110,7 @@ def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | N
         if step > meta["step"]:
             (run / "damaged").mkdir(exist_ok=True)
             number = sum(1 for p in (run / "damaged").glob(f"{step}*"))
-            os.rename(run / FOLDER / str(step), run / "damaged" / (f"{step}.{number}" if number else str(step)))
+            os.rename(run / CHECKPOINTS / str(step), run / "damaged" / (f"{step}.{number}" if number else str(step)))
     accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.accum))()
     return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum), meta
 
@@ -162,7 +134,7 @@ def load_params(
     candidates = available(folder)
     if step is not None:
         if step not in candidates:
-            raise UserError(f"{folder / FOLDER}: no checkpoint of step {step}; there are {candidates or 'none'}")
+            raise UserError(f"{folder / CHECKPOINTS}: no checkpoint of step {step}; there are {candidates or 'none'}")
         candidates = [step]
     found = _newest_good(folder, config, {"params": steps.abstract_state(config).params}, candidates)
     if found is None:
@@ -179,7 +151,7 @@ def _newest_good(
     """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
     for step in reversed(candidates):
-        folder = run / FOLDER / str(step)
+        folder = run / CHECKPOINTS / str(step)
         parts, reason = None, ""
         with warnings.catch_warnings():
             # when one part is damaged, orbax leaves coroutines of the others behind, which warn as they are collected
@@ -189,7 +161,7 @@ def _newest_good(
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                reason = _first_line(error)
+                reason = first_line(_cause(error))
             if parts is None:
                 gc.collect()
         if parts is not None:
@@ -253,8 +225,8 @@ def checks(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return sums, finite
 
 
-def _first_line(error: BaseException) -> str:
-    """The innermost cause's first words: orbax wraps the one sentence that helps in several that do not."""
+def _cause(error: BaseException) -> BaseException:
+    """The innermost cause: orbax wraps the one sentence that helps in several that do not."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return error

@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from nanojax import config as configs
 from nanojax import step as steps
 from nanojax.data import prepare
-from nanojax.run import checkpoint, metrics
+from nanojax.run import checkpoint, metrics, run_folder
 
 WORDS = "the people of this great nation have met in peace and the law will serve every state with honor 1837 ünïté"
 CONFIG = '''"""A test run.
@@ -126,7 +126,7 @@ def stop_after(run: Path, records: int) -> threading.Thread:
 
 def saved(run: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
     """(step, leaves by path, data position) of the newest checkpoint."""
-    restored = checkpoint.restore(run, checkpoint.read_config(run))
+    restored = checkpoint.restore(run, run_folder.read_config(run))
     assert restored is not None
     state, meta = restored
     assert isinstance(state, steps.State)

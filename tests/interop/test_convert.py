@@ -22,7 +22,7 @@ from nanojax.cli import UserError
 from nanojax.config import Compute, Config, Model, Stored, Train, resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
 from nanojax.quant import encode
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 from nanojax.tokenizer import Tokenizer, train
 
 TEXT = "the people of this great nation have met in peace; the law will serve every state 1837 ünïté\n  twice " * 20
@@ -113,7 +113,7 @@ def test_import_makes_a_run_folder_that_loads_and_samples(tokenizer, tmp_path):
     _export("nanochat", tmp_path / "n", config, jax.tree.map(np.asarray, params), tokenizer)
     found = convert.load(tmp_path / "n")
     to_run(found, tmp_path / "run")
-    assert checkpoint.available(tmp_path / "run") == [7]
+    assert run_folder.available(tmp_path / "run") == [7]
     config2, params2, tokenizer2 = checkpoint.load_params(tmp_path / "run")
     _same(params, params2)
     assert config2.model == config.model and tokenizer2.fingerprint == tokenizer.fingerprint

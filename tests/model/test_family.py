@@ -52,7 +52,8 @@ def block(config: Config, i: int, layer: Any, taps: Any, x: jax.Array, shared: A
     if "extra" in layer:
         tap = None if taps is None else taps["extra"]
         value = shared["value"].reshape(-1, x.shape[-1]).astype(x.dtype)
-        x = linear(config.compute, "extra", layer["extra"], tap, value, x.reshape(value.shape)).reshape(x.shape)
+        added: Any = linear(config.compute, "extra", layer["extra"], tap, value, x.reshape(value.shape))
+        x = added.reshape(x.shape)
     return gpt.block(config, i, only(layer), only(taps), x, (), attend, start)
 
 
@@ -124,7 +125,8 @@ def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config
     state = jax.jit(lambda: step.init_state(config))()
     tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, config.model.V))
     run = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(state, tokens).compile()
-    assert run.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    memory: Any = run.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     losses = []
     for _ in range(20):
         state, metrics = run(state, tokens)

@@ -44,8 +44,8 @@ def test_logits_and_every_gradient_equal_numpy(size):
     assert logits.dtype == jnp.float32
     assert _relative(logits, numpy_gpt.forward(params, tokens, config)) < 1e-5
 
-    def mean_loss(params):
-        return model.token_losses(config, params, rows).mean()
+    def mean_loss(params: model.Params) -> jax.Array:
+        return model.token_losses(config, params, jnp.asarray(rows)).mean()
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(jax.tree.map(jnp.asarray, params))
     loss_np, grads_np = numpy_gpt.loss_and_grads(params, tokens, targets, config)
@@ -62,8 +62,8 @@ def test_the_oracle_reads_the_same_options(keys):
     params["head"] = params["head"] * 8
     tokens = np.random.default_rng(4).integers(0, 64, (1, 24)).astype(np.int32)
     theirs = numpy_gpt.forward(params, tokens, changed)
-    assert _relative(model.forward(changed, params, tokens), theirs) < 1e-5
-    assert _relative(model.forward(base, params, tokens), theirs) > 1e-2
+    assert _relative(model.forward(changed, params, jnp.asarray(tokens)), theirs) < 1e-5
+    assert _relative(model.forward(base, params, jnp.asarray(tokens)), theirs) > 1e-2
 
 
 def test_cached_forward_equals_numpy():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanojax import config as configs
-from nanojax import hardware, step, xla
+from nanojax import hardware, step, weights, xla
 from nanojax.plan import compile, hlo, roofline
 
 NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
@@ -120,7 +120,8 @@ def test_no_second_copy_of_the_weights(compiled, config):
     """No 8-bit temporary is larger than one matrix, and none with an axis of layers is as large as the smallest stack of
     weights."""
     program, _ = compiled
-    sizes = [math.prod(shape) for shape in config.model.shapes.values()]
+    layer = weights.layer_weights(weights.table(config.model), 0)
+    sizes = [math.prod(weight.shape) for weight in layer.values()]
     codes = [v for v in program.temporaries if re.match(r"[su]8\[", v.shape)]
     assert codes, "no 8-bit temporaries: the codes of x and dy should be there"
     for value in codes:

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from nanojax import quant, step
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 from nanojax.tokenizer import Tokenizer
 
 Make = Callable[..., Config]
@@ -48,7 +48,7 @@ def _save(run: Path, config: Config, seeds: list[int]) -> dict[int, step.State]:
     run.mkdir(exist_ok=True)
     tokens = [bytes([b]) for b in range(256)]
     Tokenizer(tokens).save(run / "tokenizer")
-    checkpoint.write_config(run, config)
+    run_folder.write_config(run, config)
     states = {seed: _noise(_fresh(config), seed) for seed in seeds}
     writer = checkpoint.open_for_saving(run, config)
     for seed, state in states.items():
@@ -94,7 +94,7 @@ def test_nothing_there(tiny: Make, tmp_path: Path) -> None:
 def test_keep_last_and_keep_every(tiny: Make, tmp_path: Path) -> None:
     """keep_last 2 and keep_every 4 of steps 1..9 leave 4, 8, 9."""
     _save(tmp_path / "run", tiny(checkpoint=dict(keep_last=2, keep_every=4)), list(range(1, 10)))
-    assert checkpoint.available(tmp_path / "run") == [4, 8, 9]
+    assert run_folder.available(tmp_path / "run") == [4, 8, 9]
 
 
 def test_nan_is_not_saved(tiny: Make, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_nan_is_not_saved(tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(checkpoint.NotFinite, match="up/momentum"):
         checkpoint.save(writer, config, state._replace(opt={**state.opt, "up": up}), {}, "abc")
     writer.close()
-    assert checkpoint.available(tmp_path / "run") == [1]
+    assert run_folder.available(tmp_path / "run") == [1]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -149,9 +149,9 @@ def test_damage(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture, kinds
             if meta["step"] == 3:
                 fallbacks += 1
                 assert len(said) == 1 and f"warning: {run}/checkpoints/6: damaged" in said[0], said
-                assert (run / "damaged" / "6").is_dir() and checkpoint.available(run) == [3]
+                assert (run / "damaged" / "6").is_dir() and run_folder.available(run) == [3]
             else:
-                assert said == [] and checkpoint.available(run) == [3, 6]
+                assert said == [] and run_folder.available(run) == [3, 6]
     assert fallbacks >= 4 * kinds  # the data, the trees, the meta data and the marks of completeness
 
 
@@ -166,7 +166,7 @@ def test_only_damaged(tiny: Make, tmp_path: Path) -> None:
         checkpoint.restore(tmp_path / "run", config)
     with pytest.raises(UserError, match="nor is any of the 1 older ones whole"):
         checkpoint.load_params(tmp_path / "run")
-    assert checkpoint.available(tmp_path / "run") == [3, 6]
+    assert run_folder.available(tmp_path / "run") == [3, 6]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"depth": "x"}}', '{"model": {"depht": 3}}'])
@@ -174,7 +174,7 @@ def test_damaged_config(tmp_path: Path, content: str) -> None:
     """A config.json that cannot be read is named."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
-        checkpoint.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
 
 
 @pytest.mark.long

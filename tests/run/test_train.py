@@ -17,7 +17,7 @@ from helpers import tiny_run
 from nanojax import cli, files, step, train
 from nanojax import config as configs
 from nanojax.data import loader
-from nanojax.run import checkpoint, metrics
+from nanojax.run import checkpoint, metrics, run_folder
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
@@ -39,7 +39,7 @@ def test_run_folder(whole: Path) -> None:
     assert [r["step"] for r in records if r["kind"] == "eval"] == [5, 10, 12]
     assert [r["step"] for r in records if r["kind"] == "sample"] == [5, 10, 12]
     assert records[0]["kind"] == "start"
-    assert checkpoint.available(whole) == [9, 12]
+    assert run_folder.available(whole) == [9, 12]
     assert list((whole / "tensorboard").glob("events*"))
     assert json.loads((whole / "config.json").read_text())["train"]["run"] == str(whole)
     losses = [r["loss"] for r in records if r["kind"] == "train"]
@@ -124,7 +124,7 @@ def test_resume_in_process(whole: Path, home: Path, tmp_path: Path) -> None:
     thread = tiny_run.stop_after(run, 4)
     train.train(tiny_run.load(home / "tiny.py", run))
     thread.join()
-    stopped = checkpoint.available(run)[-1]
+    stopped = run_folder.available(run)[-1]
     assert 4 <= stopped < 12
     assert metrics.read(run, "train")[-1]["step"] == stopped
     train.train(tiny_run.load(home / "tiny.py", run))
@@ -139,17 +139,17 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
     cut = 0
     for kill in range(kills):
         process = tiny_run.spawn(home / "tiny.py", run, cache, **often)
-        begun = checkpoint.available(run)[-1] if checkpoint.available(run) else 0
+        begun = run_folder.available(run)[-1] if run_folder.available(run) else 0
         goal = begun + rng.integers(1, max(2, (steps - begun) // (kills - kill + 1)))
         tiny_run.wait_for(process, lambda goal=goal: any(r["step"] >= goal for r in metrics.read(run, "train")[-1:]))
         time.sleep(rng.uniform(0, 0.1))  # a step and a save of this model take about 20 and 100 ms
-        cut += any((run / checkpoint.FOLDER).glob("*tmp*"))
+        cut += any((run / run_folder.CHECKPOINTS).glob("*tmp*"))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     train.train(tiny_run.load(home / "tiny.py", run, **often))
     tiny_run.assert_same_run(reference, run)
-    assert not list((run / checkpoint.FOLDER).glob("*tmp*"))
+    assert not list((run / run_folder.CHECKPOINTS).glob("*tmp*"))
     print(f"{cut} of {kills} kills fell into a save")
 
 
@@ -180,7 +180,7 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
     process.communicate()
     assert process.returncode == 130
     assert time.monotonic() - begin < 3
-    assert checkpoint.available(run) == []
+    assert run_folder.available(run) == []
 
 
 @pytest.mark.long
@@ -193,14 +193,14 @@ def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> 
     output, _ = process.communicate()
     assert process.returncode == 0
     assert "the same command resumes" in output
-    step_saved = checkpoint.available(run)[-1]
+    step_saved = run_folder.available(run)[-1]
     assert metrics.read(run, "train")[-1]["step"] == step_saved
     early = tiny_run.spawn(home / "tiny.py", tmp_path / "early", compile_cache)
     tiny_run.wait_for(early, (tmp_path / "early" / "config.json").exists)
     early.send_signal(signal.SIGTERM)
     early.communicate()
     assert early.returncode == 0
-    assert checkpoint.available(tmp_path / "early") == []
+    assert run_folder.available(tmp_path / "early") == []
 
 
 def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -221,7 +221,7 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert stop.value.code == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "step 8: loss is nan" in said[0] and f"{tmp_path}/run/checkpoints/6" in said[0]
-    assert checkpoint.available(tmp_path / "run") == [3, 6]
+    assert run_folder.available(tmp_path / "run") == [3, 6]
     assert metrics.read(tmp_path / "run", "train")[-1]["step"] == 7
 
 
@@ -239,7 +239,7 @@ def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(step, "train_step", poisoned)
     with pytest.raises(train.Diverged, match=r"step 3: params/head holds NaN or Inf, not saved"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
-    assert checkpoint.available(tmp_path / "run") == []
+    assert run_folder.available(tmp_path / "run") == []
 
 
 def test_changed_config(whole: Path, home: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_int8_resume(home: Path, tmp_path: Path) -> None:
     thread = tiny_run.stop_after(run, 2)
     train.train(tiny_run.load(home / "tiny.py", run, **low))
     thread.join()
-    assert checkpoint.available(run)[-1] < 6
+    assert run_folder.available(run)[-1] < 6
     train.train(tiny_run.load(home / "tiny.py", run, **low))
     tiny_run.assert_same_run(whole, run)
 

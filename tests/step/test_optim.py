@@ -117,7 +117,7 @@ def test_adamw_equals_optax(tiny: Callable[..., Config], weight_decay: float) ->
         u, a = ours.update(g, a, p, key=KEY)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
             v, b = theirs.update(g, b, q)
-        p, q = p + u, q + v
+        p, q = p + cast(jax.Array, u), q + cast(jax.Array, v)
     chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
 
 
