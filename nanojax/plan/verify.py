@@ -71,7 +71,7 @@ def check(case: Case, place: Any, reference: Any) -> dict[str, Any]:
     return {"name": case.name, "error": error, "tolerance": case.tolerance, "ok": error <= case.tolerance}
 
 
-def cases(shapes: dict[str, tuple[int, int]], M: int, tiny: bool, gpu: bool) -> Iterator[Case]:
+def cases(shapes: dict[str, tuple[int, ...]], M: int, tiny: bool, gpu: bool) -> Iterator[Case]:
     """The cases of every op. Matmuls have full size; the other ops are small, because the CPU computes them too.
 
     Args:
@@ -90,7 +90,7 @@ def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
     return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
 
-def _products(shapes: dict[str, tuple[int, int]], M: int) -> Iterator[Case]:
+def _products(shapes: dict[str, tuple[int, ...]], M: int) -> Iterator[Case]:
     """matmul_t at full size, of which 16 rows are compared: int8 to the last bit, bf16 with f32 sums."""
 
     def rows(a: Any, b: Any) -> Any:
