@@ -1,6 +1,7 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -73,7 +74,9 @@ def train(config: Config) -> None:
         begin = time.monotonic()
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
-        train_step = steps.compiled(config)
+        train_step = xla.compiled(
+            functools.partial(steps.train_step, config), steps.abstract_state(config), steps.abstract_batch(config)
+        )
         print(f"compiled in {time.monotonic() - begin:.0f} s; {planner.check(train_step, config, xla.pool_bytes())}")
 
         # state, restored or fresh

@@ -19,6 +19,7 @@ parts:
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -120,7 +121,7 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
         chance = 1 / np.arange(1, config.model.V + 1)
         draw = lambda i: np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
         tokens = jax.device_put(draw(0).astype(np.int32), place)
-        lowered = jax.jit(step.train_step(config), donate_argnums=0).lower(state, tokens)
+        lowered = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(state, tokens)
         run = xla.compile_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
         out = []
         for i in range(steps):
@@ -170,7 +171,9 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     clock.say(f"{config.name}: compiling {m.depth} layers, microbatch {train.microbatch}")
     begin = time.monotonic()
     with xla.no_remat_pass():
-        compiled = step.compiled(short)
+        compiled = xla.compiled(
+            functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)
+        )
     out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": xla.peak_bytes(compiled)}
     clock.say(
         f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / GIB:.2f} GiB"

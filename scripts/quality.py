@@ -12,6 +12,7 @@ loss.png; it needs only some finished runs. Codes, scales and rounding are those
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -141,7 +142,7 @@ def train(config: Config, run: Run, path: Path) -> None:
     rows = list(islice(loader.valid_batches(config.data.path, 8, config.model.T), limit))
     begin = time.monotonic()
     state = jax.jit(step.init_state, static_argnums=0)(config)
-    train_step = jax.jit(step.train_step(config), donate_argnums=0)
+    train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     whole = configs.override(config, {"compute.loss_chunk": min(2048, 8 * config.model.T)})
     losses: Any = jax.jit(lambda params, tokens: jnp.mean(model.token_losses(whole, params, tokens)))
 

@@ -7,6 +7,7 @@ demo in f32; the formats of d32_4070 (int8), d32_4070_b2p67 (below 8 bits) and d
 momentum), all four at demo's size on made-up tokens. About three minutes on two cores. Exits with 1 at a difference.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def batch(config: configs.Config, rng: np.random.Generator) -> step.Batch:
 def losses(config: configs.Config) -> list[str]:
     """The loss of each step as a hexadecimal float."""
     state = jax.jit(step.init_state, static_argnums=0)(config)
-    train_step = jax.jit(step.train_step(config), donate_argnums=0)
+    train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     rng, found = np.random.default_rng(1), []
     for _ in range(STEPS):
         state, metrics = train_step(state, batch(config, rng))

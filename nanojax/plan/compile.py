@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -180,7 +181,7 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
         found = _load(path)
         if found:
             return found
-    program = compile_for(step.train_step(config), step_arguments(config), card)
+    program = compile_for(functools.partial(step.train_step, config), step_arguments(config), card)
     if cache:
         _store(path, program)
     return program

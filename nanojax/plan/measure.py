@@ -1,6 +1,7 @@
 """Measures on this machine's GPU what the roofline model assumes: rates of matmuls, copies, attention, and the step."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -110,7 +111,9 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
         short = dataclasses.replace(config, train=train)
         tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
         with xla.no_remat_pass():  # before the state exists: autotuning needs scratch memory
-            run = step.compiled(short)
+            run = xla.compiled(
+                functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)
+            )
         state = jax.jit(step.init_state, static_argnums=0)(short)
         state, _ = run(state, tokens)
         timings = []

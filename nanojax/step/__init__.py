@@ -2,7 +2,7 @@
 
 from nanojax.step.backward import forward_backward, residual_bytes
 from nanojax.step.state import State, abstract_state, block_bits, init_state
-from nanojax.step.step import Batch, abstract_batch, compiled, compiled_for_gpu, keyed_step, train_step
+from nanojax.step.step import Batch, abstract_batch, train_step
 
 __all__ = [
     "Batch",
@@ -10,11 +10,8 @@ __all__ = [
     "abstract_batch",
     "abstract_state",
     "block_bits",
-    "compiled",
-    "compiled_for_gpu",
     "forward_backward",
     "init_state",
-    "keyed_step",
     "residual_bytes",
     "train_step",
 ]

@@ -22,18 +22,10 @@ from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import rows, shared_weights
 from nanojax.ops.cross_entropy import loss_and_grads
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
-from nanojax.step.state import Arrays, abstract_state
+from nanojax.step.state import Arrays, Mix, abstract_state
 
 F32 = jnp.float32
 Noise = tuple[jax.Array, jax.Array]
-
-
-class Mix(NamedTuple):
-    """An accumulator becomes decay*old + weight*gradient: 1 and 1, or, where it is the momentum m, m (at a step's first
-    microbatch) and 1-m."""
-
-    decay: jax.Array
-    weight: jax.Array
 
 
 class Saved(NamedTuple):

@@ -1,6 +1,7 @@
 """What a step turns into the next: parameters, optimizer state and accumulators, all of it donated."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,14 @@ class State(NamedTuple):
     accum: Arrays
 
 
+class Mix(NamedTuple):
+    """An accumulator becomes decay*old + weight*gradient: 1 and 1, or, where it is the momentum m, m (at a step's first
+    microbatch) and 1-m."""
+
+    decay: jax.Array
+    weight: jax.Array
+
+
 def init_state(config: Config) -> State:
     """Fresh state from config.train.seed. Call it under jit: eagerly it would hold f32 copies."""
     table = weights.table(config.model)
@@ -56,6 +65,19 @@ def init_state(config: Config) -> State:
 def abstract_state(config: Config) -> State:
     """Shapes and dtypes of the state, nothing allocated."""
     return jax.eval_shape(lambda: init_state(config))
+
+
+def accumulators(config: Config, state: State) -> tuple[Arrays, Callable[[jax.Array], dict[str, Mix]]]:
+    """Where the step's gradients are summed, and how microbatch i is added: {weight: Mix}, none for a plain sum.
+
+    The momentum becomes m*momentum + (1-m)*gradient, so that the first microbatch decays it and the others only add.
+    """
+    into_momentum = [
+        n for n, weight in weights.table(config.model).items() if optim.summed_into_momentum(config, weight)
+    ]
+    m = jnp.asarray(optim.schedules(config)[1](state.step))
+    mix = lambda i: {name: Mix(jnp.where(i == 0, m, 1.0), 1 - m) for name in into_momentum}
+    return state.accum | {name: state.opt[name]["momentum"] for name in into_momentum}, mix
 
 
 def remainder_bits(config: Config, weight: weights.Weight) -> int:

@@ -1,5 +1,6 @@
 """The compiled int8 step: the PTX of every int8 matmul has s8 tensor-core instructions; weights are not copied."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -40,7 +41,7 @@ def compiled(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "compile_for_gpu", keep)
         arguments = compile.step_arguments(config)
-        program = compile.compile_for(step.train_step(config), arguments, hardware.CARDS["rtx4070"])
+        program = compile.compile_for(functools.partial(step.train_step, config), arguments, hardware.CARDS["rtx4070"])
     return program, ptx
 
 

@@ -1,6 +1,7 @@
 """Formats below 8 bits: exact packing and re-encoding, errors as theory says, even dither, training that works."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -234,7 +235,7 @@ def test_trains(form: str):
     """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
     config = tiny(form)
     state = jax.jit(step.init_state, static_argnums=0)(config)
-    train = jax.jit(step.train_step(config), donate_argnums=0)
+    train = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
     losses = []
     for _ in range(40):
@@ -270,7 +271,7 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     assert {name: r.shape[-1] for name, r in remainders.items()} == {n: K * bits // 8 for n, K in widths.items()}
     assert not any(np.any(r) for r in remainders.values())
     tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
-    after, train = before, jax.jit(step.train_step(config))
+    after, train = before, jax.jit(functools.partial(step.train_step, config))
     for _ in range(3):  # o and down begin as zeros, so that the first step leaves qkv and up alone
         after, _ = train(after, tokens)
     for name, p in after.params["blocks"][1].items():
@@ -288,7 +289,7 @@ def test_adamw_for_matrices():
     state = jax.jit(step.init_state, static_argnums=0)(config)
     matrices = ("qkv", "o", "up", "down")
     assert {state.opt[name]["nu"].codes.dtype for name in matrices} == {jnp.dtype(jnp.int8)}
-    train = jax.jit(step.train_step(config), donate_argnums=0)
+    train = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
     losses = []
     for _ in range(40):

@@ -213,7 +213,7 @@ def test_state_may_be_donated_at_once(tiny: Make, tmp_path: Path) -> None:
     _save(tmp_path / "run", config, [])
     state = _noise(_fresh(config), 1)
     expected = jax.tree.map(np.asarray, state)
-    advance = jax.jit(step.train_step(config), donate_argnums=0)
+    advance = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     advance(_noise(_fresh(config), 2), step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
     state = jax.tree.map(jax.jit(jnp.copy), state)
     writer = checkpoint.open_for_saving(tmp_path / "run", config)

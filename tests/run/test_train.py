@@ -1,10 +1,10 @@
 """The loop: compiles once, donates, stops on signals and NaN, resumes, and tells of mistakes before it compiles."""
 
+import functools
 import json
 import math
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +19,6 @@ from nanojax import config as configs
 from nanojax.data import loader
 from nanojax.run import checkpoint, metrics
 
-Step = Callable[[step.State, step.Batch], tuple[step.State, dict[str, jax.Array]]]
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -62,20 +61,17 @@ def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     traced, compiled = [], []
     original = step.train_step
 
-    def counting(config: configs.Config) -> Step:
-        fn = original(config)
-
-        def step_traced(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
-            traced.append(1)
-            return fn(state, batch)
-
-        return step_traced
+    def counting(
+        config: configs.Config, state: step.State, batch: step.Batch
+    ) -> tuple[step.State, dict[str, jax.Array]]:
+        traced.append(1)
+        return original(config, state, batch)
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(len(metrics.read(tmp_path / "run", "train")))
 
-    monkeypatch.setattr("nanojax.step.step.train_step", counting)
+    monkeypatch.setattr(step, "train_step", counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         never = dict(eval__every=0, eval__prompt="", checkpoint__every=0)
@@ -92,7 +88,7 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     config = tiny_run.load(home / "tiny.py", tmp_path / "run", train__steps=2)
     train.train(config)
     abstract, batch = step.abstract_state(config), step.abstract_batch(config)
-    compiled = jax.jit(step.train_step(config), donate_argnums=0).lower(abstract, batch).compile()
+    compiled = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(abstract, batch).compile()
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     memory = compiled.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == size
@@ -211,16 +207,13 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """A NaN loss at step 8 ends with exit 1, naming step and last good checkpoint; nothing of it is saved or logged."""
     original = step.train_step
 
-    def poisoned(config: configs.Config) -> Step:
-        fn = original(config)
+    def poisoned(
+        config: configs.Config, state: step.State, batch: step.Batch
+    ) -> tuple[step.State, dict[str, jax.Array]]:
+        state, values = original(config, state, batch)
+        return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
 
-        def at_seven(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, batch)
-            return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
-
-        return at_seven
-
-    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
+    monkeypatch.setattr(step, "train_step", poisoned)
     monkeypatch.setattr("sys.argv", ["train", *tiny_run.arguments(home / "tiny.py", tmp_path / "run")])
     monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     with pytest.raises(SystemExit) as stop:
@@ -236,17 +229,14 @@ def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.
     """Parameters that overflow while the loss still looks fine are refused by the save itself."""
     original = step.train_step
 
-    def poisoned(config: configs.Config) -> Step:
-        fn = original(config)
+    def poisoned(
+        config: configs.Config, state: step.State, batch: step.Batch
+    ) -> tuple[step.State, dict[str, jax.Array]]:
+        state, values = original(config, state, batch)
+        head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
+        return state._replace(params={**state.params, "head": head}), values
 
-        def at_three(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, batch)
-            head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
-            return state._replace(params={**state.params, "head": head}), values
-
-        return at_three
-
-    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
+    monkeypatch.setattr(step, "train_step", poisoned)
     with pytest.raises(train.Diverged, match=r"step 3: params/head holds NaN or Inf, not saved"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
     assert checkpoint.available(tmp_path / "run") == []
@@ -330,15 +320,12 @@ def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest
     """An infinite gradient norm stops the run as a NaN loss does, though the loss is finite."""
     original = step.train_step
 
-    def poisoned(config: configs.Config) -> Step:
-        fn = original(config)
+    def poisoned(
+        config: configs.Config, state: step.State, batch: step.Batch
+    ) -> tuple[step.State, dict[str, jax.Array]]:
+        state, values = original(config, state, batch)
+        return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
 
-        def at_two(state: step.State, batch: step.Batch) -> tuple[step.State, dict[str, jax.Array]]:
-            state, values = fn(state, batch)
-            return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
-
-        return at_two
-
-    monkeypatch.setattr("nanojax.step.step.train_step", poisoned)
+    monkeypatch.setattr(step, "train_step", poisoned)
     with pytest.raises(train.Diverged, match="step 2: grad_norm is inf"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))

@@ -1,5 +1,7 @@
 """Fifty steps of training against an independent numpy implementation of the published recipe."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     state = jax.jit(steps.init_state, static_argnums=0)(config)
     first = jax.tree.map(np.asarray, state.params)
     oracle = Recipe(first, config)
-    step = jax.jit(steps.train_step(config), donate_argnums=0)
+    step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
     ours, theirs = [], []
     for tokens in _batches(config):
         theirs.append(oracle.step(tokens))

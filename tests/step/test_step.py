@@ -1,5 +1,6 @@
 """The production step against the obvious one: whole-model jax.grad and the same optax update."""
 
+import functools
 from typing import Any, cast
 
 import chex
@@ -94,7 +95,7 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
         model={"depth": depth}, train={"microbatch": microbatch, "tokens_per_step": 256}, compute={"residuals": policy}
     )
     state = perturbed(step.init_state(config), config)
-    run = jax.jit(step.train_step(config))
+    run = jax.jit(functools.partial(step.train_step, config))
     want = jax.jit(obvious, static_argnums=0)
     params, opt = state.params, state.opt
     for i in range(3):
@@ -145,8 +146,8 @@ def test_rounded_storage_is_right_in_the_mean(tiny, form, folded):
     config = tiny(stored={"blocks": form, "embed": form, "head": form}, **same)
     state, tokens = perturbed(step.init_state(config), config), batch(config)
     floats = state._replace(params=quant.decode_tree(state.params))
-    want = jax.jit(step.keyed_step, static_argnums=0)(tiny(**same), floats, tokens, KEY)[0].params
-    once = lambda key: quant.decode_tree(step.keyed_step(config, state, tokens, key)[0].params)
+    want = jax.jit(step.train_step, static_argnums=0)(tiny(**same), floats, tokens, KEY)[0].params
+    once = lambda key: quant.decode_tree(step.train_step(config, state, tokens, key)[0].params)
     many = jax.jit(lambda keys: jax.lax.map(once, keys))(jax.random.split(KEY, 256))
     for got, target in zip(jax.tree.leaves(many), jax.tree.leaves(want)):
         got = np.asarray(got, np.float64)
@@ -186,7 +187,10 @@ def test_folded_momentum_equals_heavy_ball(tiny):
     folded = tiny(accumulate={"blocks": "momentum"}, optim={"nesterov": False, "clip": 0.0})
     apart = tiny(optim={"nesterov": False, "clip": 0.0})
     a, b = step.init_state(folded), step.init_state(apart)
-    run_a, run_b = jax.jit(step.train_step(folded)), jax.jit(step.train_step(apart))
+    run_a, run_b = (
+        jax.jit(functools.partial(step.train_step, folded)),
+        jax.jit(functools.partial(step.train_step, apart)),
+    )
     for i in range(5):
         a, _ = run_a(a, batch(apart, i))
         b, _ = run_b(b, batch(apart, i))
@@ -223,7 +227,7 @@ def test_donated_completely_and_learns(tiny, formats):
     config = tiny(**FORMATS[formats])
     state = jax.jit(lambda: step.init_state(config))()
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    run = jax.jit(step.train_step(config), donate_argnums=0).lower(state, batch(config)).compile()
+    run = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(state, batch(config)).compile()
     memory: Any = run.memory_analysis()
     assert memory.alias_size_in_bytes == bytes_
     losses = []
@@ -253,7 +257,7 @@ def test_abstract_state_is_the_state(tiny):
 def test_same_seed_same_bits(tiny):
     """Two runs of the int8 step from one seed agree bit for bit; another seed differs."""
     config, other = tiny(**FORMATS["int8"]), tiny(**FORMATS["int8"], train={"seed": 1})
-    run = jax.jit(step.train_step(config))
+    run = jax.jit(functools.partial(step.train_step, config))
     once = lambda: run(run(step.init_state(config), batch(config))[0], batch(config, 1))[0]
     a = once()
     chex.assert_trees_all_equal(a, once())
@@ -265,7 +269,7 @@ def test_embedding_and_head_rows_in_chunks(tiny, monkeypatch):
     """Updating embedding and head in 8 chunks of rows gives the same f32 values as in one, 1e-6."""
     config = tiny()
     state, tokens = step.init_state(config), batch(config)
-    run = lambda: jax.jit(lambda: step.keyed_step(config, state, tokens, KEY)[0])()
+    run = lambda: jax.jit(lambda: step.train_step(config, state, tokens, KEY)[0])()
     whole = run()
     monkeypatch.setattr(update, "ROWS_BYTES", config.model.V * config.model.D * 4 // 8)
     parts = run()
