@@ -114,8 +114,8 @@ def _hidden(
         return _pick(model.hidden(config, params, trunk_BT), at_BP)
     causal = model.causal(config)
     index_S = jnp.arange(S)
-    own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S)
-    to_trunk = jnp.broadcast_to((jnp.arange(T) < length_B[:, None])[:, None], (B, S, T))
+    own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S[None])[None]
+    to_trunk = jnp.broadcast_to((jnp.arange(T)[None] < length_B[:, None])[:, None], (B, S, T))
     allowed_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
     one_row = lambda trunk, tail: jnp.concatenate([a.reshape(1, -1, *a.shape[2:]) for a in (trunk, tail)], 1)
 

@@ -257,7 +257,7 @@ def test_the_caches_key_covers_the_code_of_the_step():
     package = ROOT / "nanojax"
     hashed = {str(file) for pattern in compile.STEP_SOURCES for file in package.glob(pattern)}
     assert set(done.stdout.split()) - hashed == {
-        str(package / name) for name in ("__init__.py", "cli.py", "config.py", "hardware.py")
+        str(package / name) for name in ("__init__.py", "cli.py", "config.py", "fields.py", "files.py", "hardware.py")
     }
 
 
