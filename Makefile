@@ -77,6 +77,6 @@ plan: .venv/.plan
 	@touch $@
 
 .venv/.slow: pyproject.toml | .venv/bin/python
-	UV_TORCH_BACKEND=cpu $(UV) -e ".[slow]" || $(call install,-e ".[slow]")
+	UV_TORCH_BACKEND=cpu $(UV) -e ".[slow]" || { $(call install,-e ".[slow]"); }
 	$(if $(GPU),$(call install,-e ".[cuda12]"))
 	@touch $@

@@ -114,6 +114,7 @@ def test_every_gradient_equals_whole_model_grad(tiny: Callable[..., Config], sec
             assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 1e-5, (name, i)
 
 
+@pytest.mark.long
 def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config], second: None) -> None:
     """int8 matrices and tables of this model: 20 steps on one batch halve the loss, and every byte of state is reused."""
     config = tiny(
@@ -139,6 +140,7 @@ def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config
     ]
 
 
+@pytest.mark.long
 def test_cached_decoding_takes_the_same_walk(tiny: Callable[..., Config], second: None) -> None:
     """A prompt, then one token at a time: logits equal the whole forward pass to 1e-5."""
     config = tiny(model={"depth": 3})

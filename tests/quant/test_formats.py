@@ -108,6 +108,7 @@ def test_bf16_of_nonfinite_stays():
     assert np.isposinf(y[0]) and np.isneginf(y[1]) and np.isnan(y[2])
 
 
+@pytest.mark.long
 def test_dithered_bf16_sums_are_right_in_the_mean():
     """Adds 0.02 to 0.9 of a bf16 step, 4,096 draws: the mean sum is exact within 5 sigma; at a power of two, below which the
     grid is finer, within an eighth of a step. Adding zero changes nothing."""

@@ -208,6 +208,7 @@ def test_held_scales(form: str, bits: int):
         assert np.all(np.abs(ratio / factor - 1) < 0.1), (factor, ratio)
 
 
+@pytest.mark.long
 def test_products_read_the_least_squares_scale():
     """With a remainder, six levels of normal data err by 0.25 deviations, where a scale of block maxima gives 0.30: the
     best six equidistant levels there are err by 0.243 (Max 1960, table 2: 0.0595)."""

@@ -91,6 +91,7 @@ def test_nothing_there(tiny: Make, tmp_path: Path) -> None:
         checkpoint.load_params(tmp_path / "elsewhere")
 
 
+@pytest.mark.long
 def test_keep_last_and_keep_every(tiny: Make, tmp_path: Path) -> None:
     """keep_last 2 and keep_every 4 of steps 1..9 leave 4, 8, 9."""
     _save(tmp_path / "run", tiny(checkpoint=dict(keep_last=2, keep_every=4)), list(range(1, 10)))
@@ -193,6 +194,7 @@ def test_other_dtypes(tiny: Make, tmp_path: Path, dtype: str) -> None:
         checkpoint.load_params(tmp_path / "run", step=9)
 
 
+@pytest.mark.long
 def test_copied_elsewhere(tiny: Make, tmp_path: Path) -> None:
     """A run folder copied away loads in a fresh process, with no config file and from another working directory."""
     state = _save(tmp_path / "run", tiny(model=dict(vocab=272)), [4])[4]

@@ -203,6 +203,7 @@ def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> 
     assert run_folder.available(tmp_path / "early") == []
 
 
+@pytest.mark.long
 def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A NaN loss at step 8 ends with exit 1, naming step and last good checkpoint; nothing of it is saved or logged."""
     original = step.train_step
@@ -225,6 +226,7 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert metrics.read(tmp_path / "run", "train")[-1]["step"] == 7
 
 
+@pytest.mark.long
 def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that overflow while the loss still looks fine are refused by the save itself."""
     original = step.train_step

@@ -26,6 +26,7 @@ def _batches(config: Config) -> np.ndarray:
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("depth", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fifty_steps_equal_numpy(depth: int) -> None:
     """Same nanochat init, same batches, f32: losses and gradient norms within 1e-3, every parameter tensor within 1e-3.

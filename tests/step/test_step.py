@@ -79,6 +79,7 @@ def relative(a, b):
     return jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "policy,depth,microbatch",
     [("inputs", 2, 4), ("cheap", 2, 2), ("all", 4, 1), ("attn+mlp_in", 3, 2)],
@@ -182,6 +183,7 @@ def test_bf16_accumulators_are_right_in_the_mean(tiny):
         assert error(got.mean(0)) < max(error(got[0]) / 4, 2**-7 / 12**0.5 / 1.5)
 
 
+@pytest.mark.long
 def test_folded_momentum_equals_heavy_ball(tiny):
     """Gradients summed into the momentum give the parameters of a separate accumulator, five f32 steps, 1e-5 relative."""
     folded = tiny(accumulate={"blocks": "momentum"}, optim={"nesterov": False, "clip": 0.0})
@@ -221,6 +223,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("formats", FORMATS)
 def test_donated_completely_and_learns(tiny, formats):
     """Every byte of the state is aliased by the compiled step; 20 steps on one batch bring the loss below a third."""
@@ -254,6 +257,7 @@ def test_abstract_state_is_the_state(tiny):
     chex.assert_trees_all_equal_shapes_and_dtypes(step.abstract_state(config), step.init_state(config))
 
 
+@pytest.mark.long
 def test_same_seed_same_bits(tiny):
     """Two runs of the int8 step from one seed agree bit for bit; another seed differs."""
     config, other = tiny(**FORMATS["int8"]), tiny(**FORMATS["int8"], train={"seed": 1})
@@ -265,6 +269,7 @@ def test_same_seed_same_bits(tiny):
     assert not np.array_equal(a.params["blocks"][0]["up"].codes, b.params["blocks"][0]["up"].codes)
 
 
+@pytest.mark.long
 def test_embedding_and_head_rows_in_chunks(tiny, monkeypatch):
     """Updating embedding and head in 8 chunks of rows gives the same f32 values as in one, 1e-6."""
     config = tiny()
