@@ -15,13 +15,17 @@ from nanojax.config import Config
 from nanojax.model import family
 from nanojax.model.gpt import POLICIES, RESIDUALS, Head
 from nanojax.model.params import Params, rows, shared_weights
+from nanojax.model.seam import Start
 from nanojax.ops import attention, cross_entropy
 from nanojax.ops.linear import float_dtype
 
+LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # Attend of layer i
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B,T,N,H] of each layer
 
 
-def walk(config: Config, params: Params, tokens_BT: jax.Array, attend: Any, start: Any = 0) -> tuple[jax.Array, list]:
+def walk(
+    config: Config, params: Params, tokens_BT: jax.Array, attend: LayerAttend, start: Start = 0
+) -> tuple[jax.Array, list[Any]]:
     """The last block's output [B,T,D], in the compute dtype and not normed, and what `attend` kept of each layer.
 
     Args:
@@ -38,7 +42,7 @@ def walk(config: Config, params: Params, tokens_BT: jax.Array, attend: Any, star
     return model.leave(config, shared_params, None, x_BTD, shared), kept
 
 
-def causal(config: Config) -> Callable[..., tuple[jax.Array, None]]:
+def causal(config: Config) -> LayerAttend:
     """Attention over all positions up to one's own, as `walk` takes it."""
     implementation = attention.default_implementation(config.compute.attention)
     return lambda i, q, k, v: (attention.attention(q, k, v, implementation), None)

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from nanojax import weights
 from nanojax.config import Config
+from nanojax.model.seam import Attend, Family, Rows, Shared, Start, Taps, Weights
 from nanojax.ops import cross_entropy, rope
 from nanojax.ops.linear import float_dtype, linear, norm_linear, qkv_linear, relu2_linear
 from nanojax.ops.norm import rms_norm
+from nanojax.quant.formats import Stored
 
 # What forward may keep for backward, by name, with bytes per token and layer in bf16 and int8 compute (d32: D = 2048):
 RESIDUALS = {
@@ -54,12 +56,14 @@ class Module(nn.Module):
 
     config: Config
 
-    def weight(self, name: str) -> tuple[Any, jax.Array | None]:
+    def weight(self, name: str) -> tuple[Stored, jax.Array | None]:
         """The weight as stored, and its tap."""
         if self.is_initializing():
             row = weights.table(self.config.model)[name]
             self.param(name, initializer(row), row.shape)
-        return self.get_variable("params", name), self.get_variable("taps", name)
+        stored: Any = self.get_variable("params", name)
+        tap: Any = self.get_variable("taps", name)
+        return stored, tap
 
 
 class Embed(Module):
@@ -79,12 +83,13 @@ class Block(Module):
     """
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, attend: Any, start: Any = 0) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, attend: Attend, start: Start = 0) -> tuple[jax.Array, Any]:
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
         rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
-        x_MD, start = x_BTD.reshape(B * T, D), jnp.asarray(start, jnp.int32)
-        heads: Any = qkv_linear(c, ("attn_in", "qkv"), rotation, *self.weight("qkv"), x_MD, start)
+        x_MD = x_BTD.reshape(B * T, D)
+        names, first = ("attn_in", "qkv"), jnp.asarray(start, jnp.int32)
+        heads: Any = qkv_linear(c, names, rotation, *self.weight("qkv"), x_MD, first)
         q, k, v, x_MD = heads
         out_BTNH, kept = attend(q, k, v)
         x_MD = linear(c, "proj_in", *self.weight("o"), out_BTNH.reshape(B * T, D), x_MD)
@@ -103,19 +108,26 @@ class Head(Module):
         return cross_entropy.logits(self.config.compute, self.config.model.softcap, head, rms_norm(x_MD))
 
 
-def variables(params: Any, taps: Any) -> dict[str, Any]:
+def variables(params: Weights, taps: Taps) -> dict[str, Any]:
     """A linen module's variables."""
     return {"params": params} if taps is None else {"params": params, "taps": taps}
 
 
-def enter(config: Config, rows: dict[str, jax.Array], params: Any, taps: Any) -> tuple[jax.Array, Any]:
+def enter(config: Config, rows: Rows, params: Weights, taps: Taps) -> tuple[jax.Array, Shared]:
     """The normed embedding; the layers share nothing."""
     del params, taps
     return Embed(config).apply({"params": {}}, rows["embed"]), ()  # pyright: ignore[reportReturnType]
 
 
 def block(
-    config: Config, i: int, layer: Any, taps: Any, x_BTD: jax.Array, shared: Any, attend: Any, start: Any = 0
+    config: Config,
+    i: int,
+    layer: Weights,
+    taps: Taps,
+    x_BTD: jax.Array,
+    shared: Shared,
+    attend: Attend,
+    start: Start = 0,
 ) -> tuple[jax.Array, Any]:
     """Block; all layers are alike."""
     del i, shared
@@ -124,7 +136,7 @@ def block(
     )
 
 
-def leave(config: Config, params: Any, taps: Any, x_BTD: jax.Array, shared: Any) -> jax.Array:
+def leave(config: Config, params: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array:
     """Nothing stands between the last block and the head's norm."""
     del config, params, taps, shared
     return x_BTD
@@ -144,3 +156,6 @@ def init_once(config: Config, embed_key: jax.Array, head_key: jax.Array) -> dict
     embed: Any = Embed(config).init(embed_key, x.astype(jnp.float32))["params"]
     head: Any = Head(config).init(head_key, x)["params"]
     return {**embed, **head}
+
+
+FAMILY = Family(enter, block, leave, init_layer, init_once)

@@ -13,6 +13,7 @@ from jax import lax
 from nanojax import weights
 from nanojax.config import Config
 from nanojax.model import family
+from nanojax.model.seam import Rows, Weights
 from nanojax.quant import decode, encode
 from nanojax.quant.formats import Stored
 
@@ -50,12 +51,12 @@ def _alike(table: weights.Table, L: int) -> list[list[int]]:
     return list(sets.values())
 
 
-def rows(config: Config, params: Params, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+def rows(config: Config, params: Params, tokens_BT: jax.Array) -> Rows:
     """f32 rows [B,T,D] that the tokens select from each embedding. The whole table is never decoded."""
     names = [name for name, weight in weights.table(config.model).items() if weight.use == "rows"]
     return {name: decode(jax.tree.map(lambda a: a[tokens_BT], params[name])) for name in names}
 
 
-def shared_weights(config: Config, params: Params) -> dict[str, Stored]:
+def shared_weights(config: Config, params: Params) -> Weights:
     """The weights that are read whole outside the layers, other than the head."""
     return {name: params[name] for name, weight in weights.table(config.model).items() if weight.use == "shared"}

@@ -20,6 +20,7 @@ from nanojax.config import Config
 from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import rows, shared_weights
+from nanojax.model.seam import Shared, Taps, Weights
 from nanojax.ops.cross_entropy import loss_and_grads
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
@@ -112,7 +113,9 @@ def forward_backward(
     return loss, accum
 
 
-def _layers_forward(config: Config, blocks: Any, x_BTD: jax.Array, shared: Any) -> tuple[jax.Array, list[Saved]]:
+def _layers_forward(
+    config: Config, blocks: tuple[Weights, ...], x_BTD: jax.Array, shared: Shared
+) -> tuple[jax.Array, list[Saved]]:
     """The last block's output, and what each layer keeps."""
     table, model = weights.table(config.model), family.of(config)
     attention = causal(config)
@@ -121,7 +124,7 @@ def _layers_forward(config: Config, blocks: Any, x_BTD: jax.Array, shared: Any) 
         layer, x_BTD = lax.optimization_barrier((blocks[i], x_BTD))
         taps = _taps(weights.layer_weights(table, i), "layer")
 
-        def run(x: jax.Array, shared: Any, taps: Any, i: int = i, layer: Any = layer) -> jax.Array:
+        def run(x: jax.Array, shared: Shared, taps: Taps, i: int = i, layer: Weights = layer) -> jax.Array:
             attend = lambda q, k, v: attention(i, q, k, v)
             block = lambda layer, taps, x, shared: model.block(config, i, layer, taps, x, shared, attend)[0]
             return rematerialised(config, block)(layer, taps, x, shared)
@@ -134,14 +137,14 @@ def _layers_forward(config: Config, blocks: Any, x_BTD: jax.Array, shared: Any) 
 
 def _layers_backward(
     config: Config,
-    blocks: Any,
+    blocks: tuple[Weights, ...],
     saved: list[Saved],
     dx: jax.Array,
-    dshared: Any,
+    dshared: Shared,
     accum: Arrays,
     mix: dict[str, Mix],
     key: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Shared]:
     """Gradients of the first block's input and of what the layers share; the layers' accumulators in `accum` are replaced."""
     table = weights.table(config.model)
     names = sorted(name for name, weight in table.items() if weight.use == "layer")

@@ -1,6 +1,5 @@
 """What a step turns into the next: parameters, optimizer state and accumulators, all of it donated."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from nanojax.quant.packed import LEVELS
 from nanojax.step import optim
 
 Arrays = dict[str, Any]  # by the weight's name: one array, or a tuple of one per layer
+Opt = dict[str, dict[str, Any]]  # by the weight's name: the optimizer's arrays by kind, as stored
 
 
 class State(NamedTuple):
@@ -31,7 +31,7 @@ class State(NamedTuple):
 
     step: jax.Array
     params: Params
-    opt: dict[str, dict[str, Any]]
+    opt: Opt
     accum: Arrays
 
 
@@ -46,7 +46,7 @@ class Mix(NamedTuple):
 def init_state(config: Config) -> State:
     """Fresh state from config.train.seed. Call it under jit: eagerly it would hold f32 copies."""
     table = weights.table(config.model)
-    opt: dict[str, dict[str, Any]] = {}
+    opt: Opt = {}
     accum: Arrays = {}
     for name, weight in table.items():
         group = optim.group_of(config, name, weight)
@@ -96,13 +96,6 @@ def block_bits(config: Config) -> tuple[float, float]:
         for tree in (state.params["blocks"], remainders)
     )
     return stored, rest
-
-
-def edge_chunks(weight: weights.Weight, most_bytes: int) -> int:
-    """Chunks of rows in which a weight that exists once is updated: the fewest equal ones below `most_bytes` in f32."""
-    rows = weight.shape[0]
-    least = math.ceil(math.prod(weight.shape) * 4 / most_bytes)
-    return next(n for n in range(least, rows + 1) if rows % n == 0)
 
 
 def _sums(weight: weights.Weight, form: str) -> Any:

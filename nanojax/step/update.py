@@ -1,5 +1,6 @@
 """How gradients are applied: each weight's optimizer, one layer or one chunk of rows at a time, then stored again."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from nanojax.quant import decode, encode, packed
 from nanojax.quant.formats import Stored
 from nanojax.quant.rounding import dither
 from nanojax.step import optim
-from nanojax.step.state import Arrays, State, edge_chunks, remainder_bits
+from nanojax.step.state import Arrays, Opt, State, remainder_bits
 
 F32 = jnp.float32
 ROWS_BYTES = 32 << 20  # f32 bytes of the embedding's or head's rows that are updated at one time
@@ -22,7 +23,7 @@ ROWS_BYTES = 32 << 20  # f32 bytes of the embedding's or head's rows that are up
 
 def apply_all(
     config: Config, state: State, totals: Arrays, scale: jax.Array, key: jax.Array
-) -> tuple[Params, dict[str, dict[str, Any]], Arrays]:
+) -> tuple[Params, Opt, Arrays]:
     """(params, opt, accumulators) after every weight's optimizer has seen scale*total.
 
     Accumulators come back as zeros; those that are momenta become the optimizer's.
@@ -30,7 +31,7 @@ def apply_all(
     table = weights.table(config.model)
     layered = sorted(name for name, weight in table.items() if weight.use == "layer")
     layer_key, *once_keys = jax.random.split(key, 1 + len(table))
-    opt: dict[str, Any] = {}
+    opt: Opt = {}
     cleared: Arrays = {}
     new: dict[str, tuple[Stored, ...]] = {}
     for j, name in enumerate(layered):
@@ -92,7 +93,7 @@ def _update_rows(
     """(its array, its entry of opt, its accumulator) of a weight that exists once, a chunk of rows at a time."""
     weight = weights.table(config.model)[name]
     tx: Any = optim.transform(config, name, weight)
-    n = edge_chunks(weight, ROWS_BYTES)
+    n = _chunks(weight)
     form = getattr(config.stored, weight.stored)
 
     def rows(carry: Any, k: jax.Array) -> tuple[Any, None]:
@@ -110,6 +111,13 @@ def _update_rows(
     )
     carry, _ = lax.scan(rows, carry, jnp.arange(n))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carry)
+
+
+def _chunks(weight: weights.Weight) -> int:
+    """Chunks of rows in which a weight that exists once is updated: the fewest equal ones below ROWS_BYTES in f32."""
+    rows = weight.shape[0]
+    least = math.ceil(math.prod(weight.shape) * 4 / ROWS_BYTES)
+    return next(n for n in range(least, rows + 1) if rows % n == 0)
 
 
 def apply_rounded(stored: Stored, update: jax.Array, form: Format, key: jax.Array) -> Stored:

@@ -13,6 +13,7 @@ import pytest
 from nanojax import model, step, weights
 from nanojax.config import Config
 from nanojax.model import family, gpt
+from nanojax.model.seam import Family
 from nanojax.ops.linear import float_dtype, linear
 from nanojax.quant import decode
 from nanojax.step import optim
@@ -42,10 +43,13 @@ def enter(config: Config, rows: Any, params: Any, taps: Any) -> tuple[jax.Array,
     return x, {"x0": x, "value": rows["value"]}
 
 
-def block(config: Config, i: int, layer: Any, taps: Any, x: jax.Array, shared: Any, attend: Any, start: Any = 0) -> Any:
+def block(
+    config: Config, i: int, layer: Any, taps: Any, x_BTD: jax.Array, shared: Any, attend: Any, start: Any = 0
+) -> Any:
     """gpt's block after what this layer's own weights do."""
     own = {"qkv", "o", "up", "down"}
-    only = lambda held: None if held is None else {name: w for name, w in held.items() if name in own}
+    x = x_BTD
+    some = lambda held: {name: w for name, w in held.items() if name in own}
     if "mix" in layer:
         keep, again = tapped(layer, taps, "mix").astype(x.dtype)
         x = x * (1 + keep) + shared["x0"] * again
@@ -54,13 +58,13 @@ def block(config: Config, i: int, layer: Any, taps: Any, x: jax.Array, shared: A
         value = shared["value"].reshape(-1, x.shape[-1]).astype(x.dtype)
         added: Any = linear(config.compute, "extra", layer["extra"], tap, value, x.reshape(value.shape))
         x = added.reshape(x.shape)
-    return gpt.block(config, i, only(layer), only(taps), x, (), attend, start)
+    return gpt.block(config, i, some(layer), None if taps is None else some(taps), x, (), attend, start)
 
 
-def leave(config: Config, params: Any, taps: Any, x: jax.Array, shared: Any) -> jax.Array:
+def leave(config: Config, params: Any, taps: Any, x_BTD: jax.Array, shared: Any) -> jax.Array:
     """Takes some of the first residual stream out again."""
     del config
-    return x - tapped(params, taps, "gate")[None, None].astype(x.dtype) * shared["x0"]
+    return x_BTD - tapped(params, taps, "gate")[None, None].astype(x_BTD.dtype) * shared["x0"]
 
 
 def drawn(config: Config, key: jax.Array, names: list[str]) -> dict[str, jax.Array]:
@@ -85,7 +89,7 @@ def init_once(config: Config, embed_key: jax.Array, head_key: jax.Array) -> dict
 def second(monkeypatch: pytest.MonkeyPatch) -> None:
     """nanojax with this file's model in the place of gpt."""
     monkeypatch.setattr(weights, "table", table)
-    made = family.Family(enter, block, leave, init_layer, init_once)
+    made = Family(enter, block, leave, init_layer, init_once)
     monkeypatch.setattr(family, "of", lambda config: made)
 
 

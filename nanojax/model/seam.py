@@ -1,0 +1,52 @@
+"""The seam between a model and everything that runs it: its functions and what passes through them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from nanojax.config import Config
+from nanojax.quant.formats import Stored
+
+Weights = dict[str, Stored]  # some weights by name, each as stored: one layer's, or those outside the layers
+Taps = dict[str, jax.Array] | None  # f32 arrays of the weights' shapes, whose cotangents are the weights' gradients
+Rows = dict[str, jax.Array]  # the float rows [B,T,D] that tokens select from each embedding
+Shared = Any  # a tree of arrays that `enter` makes and every layer may read
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q, k, v [B,T,N,H] -> output, what to keep
+Start = int | jax.Array  # position of a row's first token; or an array [T] added to 0, 1, ... to give positions
+
+
+class Enter(Protocol):
+    """(rows, weights of use "shared") -> x [B,T,D] in the compute dtype, and what every layer may read."""
+
+    def __call__(self, config: Config, rows: Rows, params: Weights, taps: Taps) -> tuple[jax.Array, Shared]: ...
+
+
+class Block(Protocol):
+    """Layer i: x [B,T,D] -> x, and what `attend` kept. Layers may differ by i and by the weights they have."""
+
+    def __call__(
+        self, config: Config, i: int, layer: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared, attend: Attend,
+        start: Start = 0,
+    ) -> tuple[jax.Array, Any]: ...  # fmt: skip
+
+
+class Leave(Protocol):
+    """The last block's x -> x before the head's norm."""
+
+    def __call__(self, config: Config, params: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array: ...
+
+
+class Family(NamedTuple):
+    """A model. Its weights are rows of weights.table; all that it computes is here.
+
+    Every function is pure, and differentiable in rows, x, shared and taps. Taps are None where no gradient is wanted.
+    """
+
+    enter: Enter
+    block: Block
+    leave: Leave
+    init_layer: Callable[[Config, int, jax.Array], dict[str, jax.Array]]  # (config, i, key) -> layer i's weights, f32
+    init_once: Callable[
+        [Config, jax.Array, jax.Array], dict[str, jax.Array]
+    ]  # (config, embed key, head key) -> the others
