@@ -1,6 +1,6 @@
 """nanochat's d12 (185,597,952 parameters) on one RTX 4070 in bf16, 3.7 B tokens: a rehearsal of d32 that takes a day.
 
-plan (rtx4070): peak 2.4 GiB, 45.7k tok/s modelled, 22.6 hours
+plan (rtx4070): peak 2.4 GiB, 46.1k tok/s modelled, 22.4 hours
 
 python -m nanojax.train --config=d12_4070
 """

@@ -1,6 +1,6 @@
 """nanochat's d32 on one RTX 4070 (12 GB): int8 stored, int8 tensor cores, 37.6 B tokens.
 
-plan (rtx4070): peak 9.6 GiB, 8.1k tok/s modelled, 53 days
+plan (rtx4070): peak 9.6 GiB, 8.3k tok/s modelled, 53 days
 
 python -m nanojax.train --config=d32_4070
 """

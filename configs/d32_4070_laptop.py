@@ -1,6 +1,6 @@
 """nanochat's d32 on an RTX 4070 Laptop (8 GB): int8 stored and multiplied as in d32_4070, 37.6 B tokens.
 
-plan (rtx4070_laptop): peak 6.5 GiB, 4.2k tok/s modelled, 103 days
+plan (rtx4070_laptop): peak 6.5 GiB, 4.3k tok/s modelled, 100 days
 
 python -m nanojax.train --config=d32_4070_laptop
 

@@ -121,13 +121,16 @@ def losses(config: Config, place: Any, steps: int) -> list[float]:
     with jax.default_device(place), jax.default_matmul_precision("highest"):
         state = jax.device_put(state, place)
         chance = 1 / np.arange(1, config.model.V + 1)
-        draw = lambda i: np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
-        tokens = jax.device_put(draw(0).astype(np.int32), place)
-        lowered = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(state, tokens)
+
+        def batch(i: int) -> step.Batch:
+            tokens = np.random.default_rng(i).choice(config.model.V, config.batch_shape, p=chance / chance.sum())
+            return step.Batch(jax.device_put(tokens.astype(np.int32), place))
+
+        lowered = jax.jit(functools.partial(step.train_step, config), donate_argnums=0).lower(state, batch(0))
         run = xla.compile_for_gpu(lowered) if place.platform == "gpu" else lowered.compile()
         out = []
         for i in range(steps):
-            state, metrics = run(state, jax.device_put(draw(i).astype(np.int32), place))
+            state, metrics = run(state, batch(i))
             out.append(float(metrics["loss"]))
     return out
 

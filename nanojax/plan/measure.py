@@ -110,18 +110,18 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
     for count in counts:
         train = dataclasses.replace(config.train, tokens_per_step=count * B * (T1 - 1))
         short = dataclasses.replace(config, train=train)
-        tokens = jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32)
+        batch = step.Batch(jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32))
         with xla.no_remat_pass():  # before the state exists: autotuning needs scratch memory
             run = xla.compiled(
                 functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)
             )
         state = jax.jit(step.init_state, static_argnums=0)(short)
-        state, _ = run(state, tokens)
+        state, _ = run(state, batch)
         timings = []
         for _ in range(repeats):
             jax.block_until_ready(state)
             begin = time.perf_counter()
-            state, metrics = run(state, tokens)
+            state, metrics = run(state, batch)
             jax.block_until_ready((state, metrics))
             timings.append(time.perf_counter() - begin)
         times.append(statistics.median(timings))

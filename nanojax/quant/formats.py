@@ -32,8 +32,9 @@ Stored = jax.Array | Quantized | Packed  # one parameter or optimizer state, in 
 
 
 def scale_of(amax: jax.Array) -> jax.Array:
-    """The scale of int8 codes whose largest magnitude is `amax`."""
-    return jnp.where(amax > 0, amax * (1 / 127), 1.0)
+    """The scale of int8 codes whose largest magnitude is `amax`; 1 where that is 0, or so small that its 127th is."""
+    scale = amax * (1 / 127)
+    return jnp.where(scale > 0, scale, 1.0)
 
 
 def quantize_rows(x: jax.Array, key: jax.Array | None = None, axis: int = -1) -> Quantized:

@@ -92,7 +92,7 @@ def test_fine_grid(form: str, bits: int):
         stored, remainder = packed.encode_fine(jnp.asarray(x), jnp.full(x.shape, noise), old, bits)
         return stored.scale == old.scale, packed.decode_fine(stored, remainder, bits), packed.decode(stored)
 
-    held, values, levels = jax.jit(jax.vmap(rounded))(jnp.linspace(0.0025, 0.9975, 200))
+    held, values, levels = map(np.asarray, jax.jit(jax.vmap(rounded))(jnp.linspace(0.0025, 0.9975, 200)))
     fits = np.all(np.repeat(held, 64, -1), 0) & (np.abs(x) < scale)
     assert fits.mean() > 0.5
     off = np.minimum(np.abs(values - below), np.abs(values - above))
@@ -112,7 +112,7 @@ def test_small_updates_add_up(form: str):
     for _ in range(2):  # until the scale is that of values on the grid
         start = packed.encode_fine(packed.decode_fine(*start, 4), jnp.full((16, 64), 0.5), start[0], 4)
     scale = jnp.repeat(start[0].scale.astype(jnp.float32), 64, -1)
-    push = scale / 4000 * jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)
+    push = scale / 4000 * jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)[None]
 
     def update(carry: Any, i: jax.Array) -> tuple[Any, None]:
         return packed.encode_fine(
