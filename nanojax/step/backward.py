@@ -89,14 +89,11 @@ def forward_backward(
     # the loss
     (head,) = (name for name, weight in table.items() if weight.use == "head")
     scale = 1 / config.train.tokens_per_step if weights_BT is None else weights_BT.reshape(-1)
-    x_MD, targets_M, c, cap = (
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
-        targets_BT.reshape(-1),
-        config.compute,
-        config.model.softcap,
-    )
+    x_MD, targets_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
     with jax.named_scope("loss"):
-        loss, accum[head], dx = loss_and_grads(c, cap, params[head], accum[head], x_MD, targets_M, scale, head_key)
+        loss, accum[head], dx = loss_and_grads(
+            config.compute, config.model.softcap, params[head], accum[head], x_MD, targets_M, scale, head_key
+        )
 
     # backward
     d_leave, dx, dshared = leave_vjp(dx.reshape(x_BTD.shape))

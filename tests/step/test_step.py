@@ -1,6 +1,7 @@
 """The production step against the obvious one: whole-model jax.grad and the same optax update."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import chex
@@ -132,6 +133,33 @@ def test_gradient_of_any_stored_format(tiny, stored, policy):
     for i in range(tokens.shape[0]):
         got = run(got, tokens[i])
     assert max(jax.tree.leaves(relative(by_layer(config, got), want))) < 1e-6
+
+
+def test_weights_per_target(tiny: Callable[..., Config]) -> None:
+    """A step whose targets are weighted: the loss is sum(weights*nll) and the parameters those of jax.grad of it (3e-6), masked
+    targets included; weights of 1 over the step's tokens give the unweighted step (1e-6)."""
+    config = tiny()
+    state, plain = perturbed(step.init_state(config), config), batch(config)
+    shape = (*plain.tokens.shape[:-1], plain.tokens.shape[-1] - 1)
+    drawn = jax.random.uniform(KEY, shape) * (jax.random.uniform(jax.random.key(9), shape) < 0.4).astype(jnp.float32)
+    run = jax.jit(functools.partial(step.train_step, config))
+
+    accum = state.accum
+    fold = jax.jit(lambda accum, tokens, w: step.forward_backward(config, state.params, accum, tokens, w, {}, KEY))
+    total = jnp.float32(0)
+    for tokens, w in zip(plain.tokens, drawn):
+        loss, accum = fold(accum, tokens, w)
+        total += loss
+    rows, flat = plain.tokens.reshape(-1, shape[-1] + 1), drawn.reshape(-1, shape[-1])
+    weighted = lambda p: jnp.sum(flat * model.token_losses(config, p, rows))
+    want, grads = jax.jit(jax.value_and_grad(weighted))(state.params)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    assert max(jax.tree.leaves(relative(by_layer(config, accum), grads))) < 3e-6
+
+    even = step.Batch(plain.tokens, jnp.full(shape, 1 / config.train.tokens_per_step))
+    a, b = run(state, plain), run(state, even)
+    np.testing.assert_allclose(a[1]["loss"], b[1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(a[1]["grad_norm"], b[1]["grad_norm"], rtol=1e-6)
 
 
 @pytest.mark.slow  # 256 steps a case
