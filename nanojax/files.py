@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, and folders that one process holds at a time."""
+"""Files that appear whole or not at all, JSON files that a user may have damaged, folders that one process holds."""
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nanojax.cli import UserError
 
@@ -47,6 +48,27 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
         f"{path}: cannot be written ({error.strerror or error}); nothing half-written is left: free space or "
         "permissions, then run the same command again"
     )
+
+
+def read_table(path: str | os.PathLike, missing: str) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Args:
+      missing: the whole message of the error if there is no such file; only the caller knows what to do then.
+
+    Raises:
+      UserError: the file is missing, cannot be read, is not JSON, or holds something other than an object.
+    """
+    path = Path(path)
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); copy it again") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: unreadable (not a JSON table); copy it again")
+    return table
 
 
 @contextlib.contextmanager

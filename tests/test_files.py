@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; a folder is held by one process."""
+"""Files appear whole or not at all; damaged JSON is one line; a folder is held by one process."""
 
 import os
 import signal
@@ -68,6 +68,32 @@ def test_a_refusing_disk_is_one_line(tmp_path: Path) -> None:
     with full, files.write_atomic(tmp_path / "y"):
         raise OSError(28, "No space left on device")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_table_is_read(tmp_path: Path) -> None:
+    """A JSON object comes back as a dict, whatever its letters."""
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "größer", "sizes": {"D": 64}}', encoding="utf-8")
+    assert files.read_table(path, "missing") == {"name": "größer", "sizes": {"D": 64}}
+
+
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    """Missing: the caller's message. Empty, cut off, not UTF-8, not an object, a folder: the file and the reason."""
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=r"^no config here; train one$"):
+        files.read_table(path, "no config here; train one")
+    damaged = {
+        b"": "Expecting value",
+        b'{"a": 1': "Expecting ','",
+        b'{"a": "\xff"}': "utf-8",
+        b"[1]": "not a JSON table",
+    }
+    for content, reason in damaged.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"config\.json: unreadable \(.*{reason}.*\); copy it again"):
+            files.read_table(path, "missing")
+    with pytest.raises(UserError, match=r"unreadable \(.*Is a directory.*\); copy it again"):
+        files.read_table(tmp_path, "missing")
 
 
 def test_one_process_holds_a_folder(tmp_path: Path) -> None:

@@ -81,15 +81,7 @@ def _config(name: str, model: Model, params: Any) -> Config:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; copy it beside the weights") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON table")
-    return found
+    return files.read_table(path, f"{path}: is missing; copy it beside the weights")
 
 
 def _whole(where: Path, found: Mapping[str, Any], key: str) -> int:

@@ -3,11 +3,11 @@
 RUN/config.json, RUN/tokenizer/, RUN/checkpoints/STEP/ (checkpoint.py), RUN/metrics.jsonl and RUN/tensorboard/ (metrics.py).
 """
 
-import json
 import os
 from pathlib import Path
 
 from nanojax import config as configs
+from nanojax import files
 from nanojax.cli import UserError
 from nanojax.config import Config
 
@@ -22,15 +22,8 @@ def write_config(run: Path, config: Config) -> None:
 def read_config(run: str | os.PathLike) -> Config:
     """The resolved config of a run folder. UserError if there is none or it is damaged."""
     path = Path(run) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run}: not a run folder (no config.json); train one with python -m nanojax.train") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); copy it again") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: unreadable (not a table of sections); copy it again")
-    return configs.from_dict(stored, str(path))
+    missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"
+    return configs.from_dict(files.read_table(path, missing), str(path))
 
 
 def available(run: str | os.PathLike) -> list[int]:

@@ -44,6 +44,12 @@ def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     return tmp_path
 
 
+def remove(folder: Path, shards: str) -> None:
+    """Deletes the tokens and the metadata of the shards that match: "train_00001*"."""
+    for path in folder.glob(shards):
+        path.unlink()
+
+
 def take(iterator, count: int) -> np.ndarray:
     """The next batches, stacked."""
     return np.stack([next(iterator) for _ in range(count)])
@@ -216,11 +222,9 @@ def test_bad_folders_are_one_line(folder: Path, tokenizer: Tokenizer, damage: st
     elif damage == "no tokenizer":
         (folder / "tokenizer" / "tokenizer.json").unlink()
     elif damage == "no shards":
-        for path in folder.glob("train_*"):
-            path.unlink()
+        remove(folder, "train_*")
     elif damage == "missing":
-        for path in folder.glob("train_00001*"):
-            path.unlink()
+        remove(folder, "train_00001*")
     elif damage == "bin missing":
         (folder / "train_00001.bin").unlink()
     elif damage == "truncated":
@@ -266,14 +270,11 @@ def test_resume_refuses_what_would_change_the_batches(
     state = state_of(iterator)
     seed, seq = 3, 64
     if change == "removed":
-        for path in folder.glob("train_00001*"):
-            path.unlink()
+        remove(folder, "train_00001*")
     elif change == "last removed":
-        for path in folder.glob("train_00002*"):
-            path.unlink()
+        remove(folder, "train_00002*")
     elif change == "replaced":
-        for path in folder.glob("train_00001*"):
-            path.unlink()
+        remove(folder, "train_00001*")
         writer = Writer(folder, "train_00001")
         writer.append(np.array([tokenizer.bos] + [5] * 500, np.uint16), 1)
         writer.commit({"tokenizer": tokenizer.fingerprint})
@@ -286,8 +287,7 @@ def test_resume_refuses_what_would_change_the_batches(
 def test_a_shard_gone_at_a_pass_border_stops_the_run_by_name(folder: Path) -> None:
     """A shard that disappears while training is reported at the next pass, from grain's thread, as a UserError."""
     iterator = train_iterator(folder, 1, 64, 0, 512)
-    for path in folder.glob("train_00002*"):
-        path.unlink()
+    remove(folder, "train_00002*")
     loader_total = iterator.stream.passes[0].rows
     with pytest.raises(UserError, match=r"train_00002\.bin"):
         take(iterator, 2 * loader_total)

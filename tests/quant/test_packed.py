@@ -230,18 +230,23 @@ def tiny(form: str, **stored: Any) -> Config:
     )
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("form", ["nf4", "b2.67"])
-def test_trains(form: str):
-    """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
-    config = tiny(form)
+def trained(config: Config, steps: int) -> tuple[step.State, list[float]]:
+    """The state after `steps` steps on one repeated batch, and the loss before each of them."""
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
     losses = []
-    for _ in range(40):
+    for _ in range(steps):
         state, metrics = train(state, tokens)
         losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["nf4", "b2.67"])
+def test_trains(form: str):
+    """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
+    state, losses = trained(tiny(form), 40)
     assert losses[-1] < losses[0] - 1.5
     up = state.params["blocks"][1]["up"]
     assert isinstance(up, quant.Packed) and up.form == form
@@ -271,10 +276,7 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     widths = {"qkv": 64, "o": 64, "up": 64, "down": 256} if bits else {}
     assert {name: r.shape[-1] for name, r in remainders.items()} == {n: K * bits // 8 for n, K in widths.items()}
     assert not any(np.any(r) for r in remainders.values())
-    tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
-    after, train = before, jax.jit(functools.partial(step.train_step, config))
-    for _ in range(3):  # o and down begin as zeros, so that the first step leaves qkv and up alone
-        after, _ = train(after, tokens)
+    after, _ = trained(config, 3)  # o and down begin as zeros, so that the first step leaves qkv and up alone
     for name, p in after.params["blocks"][1].items():
         assert np.any(p.words != before.params["blocks"][1][name].words), name
         if bits:  # products read the level nearest to it: half of the widest cell off at most, and off somewhere
@@ -287,15 +289,9 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
 def test_adamw_for_matrices():
     """optim.matrix=adamw with int8 moments learns a repeated batch; its state is two int8 trees for the blocks."""
     config = dataclasses.replace(tiny("int3", adam="int8"), optim=Optim(matrix="adamw", matrix_lr=0.003))
-    state = jax.jit(step.init_state, static_argnums=0)(config)
+    state, losses = trained(config, 40)
     matrices = ("qkv", "o", "up", "down")
     assert {state.opt[name]["nu"].codes.dtype for name in matrices} == {jnp.dtype(jnp.int8)}
-    train = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
-    tokens = step.Batch(jax.random.randint(KEY, config.batch_shape, 0, 128))
-    losses = []
-    for _ in range(40):
-        state, metrics = train(state, tokens)
-        losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 1.5
 
 

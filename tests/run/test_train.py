@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +23,19 @@ from nanojax.run import checkpoint, metrics, run_folder
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
 pytestmark = pytest.mark.usefixtures("compile_cache")
+Values = dict[str, jax.Array]  # the metrics that a step returns beside its state
+
+
+def change_step(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[step.State, Values], tuple[step.State, Values]]
+) -> None:
+    """Until the test ends, a train step returns `change` of what it computed. `change` is traced and compiled with it."""
+    original = step.train_step
+
+    def changed(config: configs.Config, state: step.State, batch: step.Batch) -> tuple[step.State, Values]:
+        return change(*original(config, state, batch))
+
+    monkeypatch.setattr(step, "train_step", changed)
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +73,16 @@ def test_same_command_after_the_end(whole: Path, home: Path, capsys: pytest.Capt
 def test_compiles_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The train step is traced once and compiled once in a run of 7 steps; nothing at all compiles after step 2."""
     traced, compiled = [], []
-    original = step.train_step
 
-    def counting(
-        config: configs.Config, state: step.State, batch: step.Batch
-    ) -> tuple[step.State, dict[str, jax.Array]]:
+    def counting(state: step.State, values: Values) -> tuple[step.State, Values]:
         traced.append(1)
-        return original(config, state, batch)
+        return state, values
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(len(metrics.read(tmp_path / "run", "train")))
 
-    monkeypatch.setattr(step, "train_step", counting)
+    change_step(monkeypatch, counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         never = dict(eval__every=0, eval__prompt="", checkpoint__every=0)
@@ -206,15 +217,11 @@ def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> 
 @pytest.mark.long
 def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A NaN loss at step 8 ends with exit 1, naming step and last good checkpoint; nothing of it is saved or logged."""
-    original = step.train_step
 
-    def poisoned(
-        config: configs.Config, state: step.State, batch: step.Batch
-    ) -> tuple[step.State, dict[str, jax.Array]]:
-        state, values = original(config, state, batch)
+    def poisoned(state: step.State, values: Values) -> tuple[step.State, Values]:
         return state, {**values, "loss": jnp.where(state.step == 8, jnp.nan, values["loss"])}
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    change_step(monkeypatch, poisoned)
     monkeypatch.setattr("sys.argv", ["train", *tiny_run.arguments(home / "tiny.py", tmp_path / "run")])
     monkeypatch.setattr("nanojax.xla.configure", lambda: None)
     with pytest.raises(SystemExit) as stop:
@@ -229,16 +236,12 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.long
 def test_bad_state_is_not_saved(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that overflow while the loss still looks fine are refused by the save itself."""
-    original = step.train_step
 
-    def poisoned(
-        config: configs.Config, state: step.State, batch: step.Batch
-    ) -> tuple[step.State, dict[str, jax.Array]]:
-        state, values = original(config, state, batch)
+    def poisoned(state: step.State, values: Values) -> tuple[step.State, Values]:
         head = jnp.where(state.step == 3, jnp.inf, state.params["head"])
         return state._replace(params={**state.params, "head": head}), values
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    change_step(monkeypatch, poisoned)
     with pytest.raises(train.Diverged, match=r"step 3: params/head holds NaN or Inf, not saved"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))
     assert run_folder.available(tmp_path / "run") == []
@@ -320,14 +323,10 @@ def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) 
 
 def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite gradient norm stops the run as a NaN loss does, though the loss is finite."""
-    original = step.train_step
 
-    def poisoned(
-        config: configs.Config, state: step.State, batch: step.Batch
-    ) -> tuple[step.State, dict[str, jax.Array]]:
-        state, values = original(config, state, batch)
+    def poisoned(state: step.State, values: Values) -> tuple[step.State, Values]:
         return state, {**values, "grad_norm": jnp.where(state.step == 2, jnp.inf, values["grad_norm"])}
 
-    monkeypatch.setattr(step, "train_step", poisoned)
+    change_step(monkeypatch, poisoned)
     with pytest.raises(train.Diverged, match="step 2: grad_norm is inf"):
         train.train(tiny_run.load(home / "tiny.py", tmp_path / "run"))

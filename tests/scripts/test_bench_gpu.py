@@ -1,13 +1,11 @@
 """scripts/bench_gpu.py at tiny sizes on the CPU: the keys of its results, and that a wrong result does not pass."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
+import bench_gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +15,7 @@ from nanojax.cli import UserError
 from nanojax.ops import linear
 from nanojax.plan import verify
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
 CPU = jax.devices("cpu")[0]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_gpu_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def case(beginning: str) -> verify.Case:
@@ -36,9 +23,9 @@ def case(beginning: str) -> verify.Case:
     return next(c for c in found if c.name.startswith(beginning))
 
 
-def main(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
-    script.main()
+    bench_gpu.main()
 
 
 def test_every_op_is_checked():
@@ -82,14 +69,14 @@ def test_difference_sees_nan_and_shape():
 
 
 @pytest.mark.long
-def test_curve_that_leaves_the_cpus_fails(script, tmp_path, monkeypatch, capsys):
+def test_curve_that_leaves_the_cpus_fails(tmp_path, monkeypatch, capsys):
     """Real losses of three f32 steps fall; curves 0.05 nats apart make exit code 1 and are in the JSON."""
-    falling = script.losses(script.small("f32", True), CPU, 3)
+    falling = bench_gpu.losses(bench_gpu.small("f32", True), CPU, 3)
     assert falling[2] < falling[0] and falling[0] == pytest.approx(np.log(128), rel=0.01)
     runs = iter([[4.0, 3.0], [4.0, 3.0], [4.0, 3.05], [4.0, 3.0]])
-    monkeypatch.setattr(script, "losses", lambda *_: next(runs))
+    monkeypatch.setattr(bench_gpu, "losses", lambda *_: next(runs))
     with pytest.raises(SystemExit) as ended:
-        main(script, monkeypatch, "--device=cpu", "--parts=curve", f"--out={tmp_path / 'out.json'}")
+        main(monkeypatch, "--device=cpu", "--parts=curve", f"--out={tmp_path / 'out.json'}")
     assert ended.value.code == 1
     told = json.loads((tmp_path / "out.json").read_text())
     assert not told["ok"] and not told["parts"]["curve"]["ok"]
@@ -101,7 +88,14 @@ def test_curve_that_leaves_the_cpus_fails(script, tmp_path, monkeypatch, capsys)
 def test_parts_in_processes_of_their_own(tmp_path):
     """The command from another folder: rates and a step, each in a child; every key that readers need, values above 0."""
     out = tmp_path / "out.json"
-    command = [sys.executable, str(SCRIPT), "--device=cpu", "--parts=rates,step", "--config=d32_4070", f"--out={out}"]
+    command = [
+        sys.executable,
+        bench_gpu.__file__,
+        "--device=cpu",
+        "--parts=rates,step",
+        "--config=d32_4070",
+        f"--out={out}",
+    ]
     command += ["--optim.matrix=adamw", "--stored.adam=f32"]  # compiles faster, as do the next two
     environment = os.environ | {"PYTHONPATH": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
@@ -119,15 +113,15 @@ def test_parts_in_processes_of_their_own(tmp_path):
     assert all(rate["per_second"] > 0 for rate in told["parts"]["rates"]["rates"])
 
 
-def test_no_time_left(script, monkeypatch, capsys):
+def test_no_time_left(monkeypatch, capsys):
     """Parts for which no time is left are skipped, say so, and are no failure."""
-    main(script, monkeypatch, "--device=cpu", "--minutes=1e-9")
+    main(monkeypatch, "--device=cpu", "--minutes=1e-9")
     assert capsys.readouterr().out.count("skipped, no time left") == 5
 
 
-def test_mistakes_are_one_line(script, monkeypatch):
+def test_mistakes_are_one_line(monkeypatch):
     """No GPU, unknown parts, configs, keys and options, folders that are not there: UserError before anything is measured."""
-    monkeypatch.setattr(script.hardware, "read_gpu", lambda: None)
+    monkeypatch.setattr(bench_gpu.hardware, "read_gpu", lambda: None)
     for arguments, words in (
         ([], "no NVIDIA GPU"),
         (["--device=cpu", "--parts=opps"], "choose from ops"),
@@ -138,11 +132,11 @@ def test_mistakes_are_one_line(script, monkeypatch):
         (["--device=tpu"], "invalid choice"),
     ):
         with pytest.raises(UserError, match=words):
-            main(script, monkeypatch, *arguments)
+            main(monkeypatch, *arguments)
 
 
-def test_help_has_examples(script, monkeypatch, capsys):
+def test_help_has_examples(monkeypatch, capsys):
     """--help shows commands to copy."""
     with pytest.raises(SystemExit) as ended:
-        main(script, monkeypatch, "--help")
+        main(monkeypatch, "--help")
     assert ended.value.code == 0 and capsys.readouterr().out.count("python scripts/bench_gpu.py") >= 5

@@ -4,11 +4,10 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import quality
 
 from nanojax import config as configs
 from nanojax.cli import UserError
@@ -16,35 +15,18 @@ from nanojax.config import Model
 from nanojax.data import loader
 from nanojax.data.__main__ import main as data_main
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quality.py"
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    module = load_script()
-    small = {"d1": Model(depth=1, width=64)}
-    runs = {"two": [("d1", arm, 1.0, seed) for seed in (0, 1) for arm in ("f32", "b2.67")]}
-    vars(module).update(SIZES=small, PLANS=runs)
-    return module
-
-
-def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
-    script.main()
+    quality.main()
 
 
 @pytest.mark.long
-def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
+def test_run_resume_report(tmp_path, monkeypatch, capsys):
     """Two seeds of two arms train; a second call trains nothing; the table follows from the files; arms share data."""
+    runs = [("d1", arm, 1.0, seed) for seed in (0, 1) for arm in ("f32", "b2.67")]
+    monkeypatch.setattr(quality, "SIZES", {"d1": Model(depth=1, width=64)})
+    monkeypatch.setattr(quality, "PLANS", {"two": runs})
     texts = [tmp_path / "train.txt", tmp_path / "valid.txt"]
     for start, path in enumerate(texts):
         path.write_text("\n".join(f"The {i}th sentence tells of {i * i} things." for i in range(start, 4000, 2)))
@@ -54,19 +36,19 @@ def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "runs"
     sizes = ["--steps=6", "--tokens-per-step=64", "--seq=32", "--vocab=300"]
     run = ["run", "two", "--data", str(tmp_path / "data"), "--out", str(out), *sizes]
-    call(script, monkeypatch, *run)
+    call(monkeypatch, *run)
     files = sorted(out.glob("*.jsonl"))
     assert len(files) == 4 and not list(out.glob("*.part"))
     times = [f.stat().st_mtime_ns for f in files]
-    call(script, monkeypatch, *run)
+    call(monkeypatch, *run)
     assert [f.stat().st_mtime_ns for f in files] == times
     assert capsys.readouterr().out.count("finished before") == 4
 
-    results = {r.run[1:]: r for r in map(script.read, files)}
+    results = {r.run[1:]: r for r in map(quality.read, files)}
     first = [results[(arm, 1.0, 0)].curve[0][1] for arm in ("f32", "b2.67")]
     assert first[0] == pytest.approx(first[1], abs=0.1)  # the same data and initial parameters
     assert results[("f32", 1.0, 0)].curve != results[("f32", 1.0, 1)].curve
-    call(script, monkeypatch, "report", "--out", str(out))
+    call(monkeypatch, "report", "--out", str(out))
     gaps = [results[("b2.67", 1.0, s)].valid[-1][1] - results[("f32", 1.0, s)].valid[-1][1] for s in (0, 1)]
     row = next(line for line in (out / "table.md").read_text().splitlines() if "| b2.67 |" in line)
     assert f"{sum(gaps) / 2:+.4f} ±" in row and "| 2 |" in row
@@ -79,33 +61,34 @@ def test_run_resume_report(script, tmp_path, monkeypatch, capsys):
     share = np.bincount(known, minlength=first.config.model.V) / known.size
     least = -np.sum(share * np.log(share, where=share > 0, out=np.zeros_like(share)))
     assert (
-        least < script.unigram(first.config) < np.log(first.config.model.V)
+        least < quality.unigram(first.config) < np.log(first.config.model.V)
     )  # no unigram model fits the text better than its own
     if importlib.util.find_spec("matplotlib"):
         assert (out / "loss.png").stat().st_size > 5000
 
     files[0].write_text(json.dumps({"run": 1}))
     with pytest.raises(UserError, match="not a finished run"):
-        call(script, monkeypatch, "report", "--out", str(out))
+        call(monkeypatch, "report", "--out", str(out))
 
 
-def test_arms_are_configs(script):
-    """Every arm of every plan of the real script resolves; the learning-rate factor reaches all three rates; arms of a
-    shipped config store, compute and update as it does."""
-    real = load_script()
-    for plan in real.PLANS.values():
+def test_arms_are_configs():
+    """Every arm of every plan resolves; the learning-rate factor reaches all three rates; arms of a shipped
+    config store, compute and update as it does."""
+    for plan in quality.PLANS.values():
         for run in plan:
-            real.make_config(run, "data", 300, 4096, 256, 2048)
-    one, two = (real.make_config(("d3", "adamw", rate, 0), "data", 300, 4096, 256, 2048).optim for rate in (1.0, 2.0))
+            quality.make_config(run, "data", 300, 4096, 256, 2048)
+    one, two = (
+        quality.make_config(("d3", "adamw", rate, 0), "data", 300, 4096, 256, 2048).optim for rate in (1.0, 2.0)
+    )
     for arm, name in {"nf4": "d32_4070_nf4", "int3-adamw8": "d32_4070_int3_adamw8", "largest": "largest_4070"}.items():
-        ours, theirs = real.make_config(("d3", arm, 1.0, 0), "data", 300, 4096, 256, 2048), configs.load(name)
+        ours, theirs = quality.make_config(("d3", arm, 1.0, 0), "data", 300, 4096, 256, 2048), configs.load(name)
         assert (ours.stored, ours.accumulate, ours.optim) == (theirs.stored, theirs.accumulate, theirs.optim), arm
         same = {"residuals": "all", "loss_chunk": ours.compute.loss_chunk}
         assert ours.compute == dataclasses.replace(theirs.compute, **same), arm
     assert [two.matrix_lr, two.embed_lr, two.head_lr] == [2 * x for x in (one.matrix_lr, one.embed_lr, one.head_lr)]
 
 
-def test_empty_folder(script, tmp_path, monkeypatch):
+def test_empty_folder(tmp_path, monkeypatch):
     """Without finished runs, the report says so."""
     with pytest.raises(UserError, match="no finished runs"):
-        call(script, monkeypatch, "report", "--out", str(tmp_path))
+        call(monkeypatch, "report", "--out", str(tmp_path))
