@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nanojax import weights
 from nanojax.config import Config
-from nanojax.model.seam import Attend, Family, Rows, Shared, Start, Taps, Weights
+from nanojax.model.seam import Attend, Family, NamedParams, Rows, Shared, Start, Taps
 from nanojax.ops import cross_entropy, rope
 from nanojax.ops.linear import float_dtype, linear, norm_linear, qkv_linear, relu2_linear
 from nanojax.ops.norm import rms_norm
@@ -108,12 +108,12 @@ class Head(Module):
         return cross_entropy.logits(self.config.compute, self.config.model.softcap, head, rms_norm(x_MD))
 
 
-def variables(params: Weights, taps: Taps) -> dict[str, Any]:
+def variables(params: NamedParams, taps: Taps) -> dict[str, Any]:
     """A linen module's variables."""
     return {"params": params} if taps is None else {"params": params, "taps": taps}
 
 
-def enter(config: Config, rows: Rows, params: Weights, taps: Taps) -> tuple[jax.Array, Shared]:
+def enter(config: Config, rows: Rows, params: NamedParams, taps: Taps) -> tuple[jax.Array, Shared]:
     """The normed embedding; the layers share nothing."""
     del params, taps
     return Embed(config).apply({"params": {}}, rows["embed"]), ()  # pyright: ignore[reportReturnType]
@@ -122,7 +122,7 @@ def enter(config: Config, rows: Rows, params: Weights, taps: Taps) -> tuple[jax.
 def block(
     config: Config,
     i: int,
-    layer: Weights,
+    layer: NamedParams,
     taps: Taps,
     x_BTD: jax.Array,
     shared: Shared,
@@ -136,7 +136,7 @@ def block(
     )
 
 
-def leave(config: Config, params: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array:
+def leave(config: Config, params: NamedParams, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array:
     """Nothing stands between the last block and the head's norm."""
     del config, params, taps, shared
     return x_BTD

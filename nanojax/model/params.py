@@ -13,7 +13,7 @@ from jax import lax
 from nanojax import weights
 from nanojax.config import Config
 from nanojax.model import family
-from nanojax.model.seam import Rows, Weights
+from nanojax.model.seam import NamedParams, Rows
 from nanojax.quant import decode, encode
 from nanojax.quant.formats import Stored
 
@@ -57,6 +57,6 @@ def rows(config: Config, params: Params, tokens_BT: jax.Array) -> Rows:
     return {name: decode(jax.tree.map(lambda a: a[tokens_BT], params[name])) for name in names}
 
 
-def shared_weights(config: Config, params: Params) -> Weights:
+def shared_weights(config: Config, params: Params) -> NamedParams:
     """The weights that are read whole outside the layers, other than the head."""
     return {name: params[name] for name, weight in weights.table(config.model).items() if weight.use == "shared"}

@@ -8,7 +8,7 @@ import jax
 from nanojax.config import Config
 from nanojax.quant.formats import Stored
 
-Weights = dict[str, Stored]  # some weights by name, each as stored: one layer's, or those outside the layers
+NamedParams = dict[str, Stored]  # some parameters by name, as stored: one layer's, or those outside the layers
 Taps = dict[str, jax.Array] | None  # f32 arrays of the weights' shapes, whose cotangents are the weights' gradients
 Rows = dict[str, jax.Array]  # the float rows [B,T,D] that tokens select from each embedding
 Shared = Any  # a tree of arrays that `enter` makes and every layer may read
@@ -19,14 +19,14 @@ Start = int | jax.Array  # position of a row's first token; or an array [T] adde
 class Enter(Protocol):
     """(rows, weights of use "shared") -> x [B,T,D] in the compute dtype, and what every layer may read."""
 
-    def __call__(self, config: Config, rows: Rows, params: Weights, taps: Taps) -> tuple[jax.Array, Shared]: ...
+    def __call__(self, config: Config, rows: Rows, params: NamedParams, taps: Taps) -> tuple[jax.Array, Shared]: ...
 
 
 class Block(Protocol):
     """Layer i: x [B,T,D] -> x, and what `attend` kept. Layers may differ by i and by the weights they have."""
 
     def __call__(
-        self, config: Config, i: int, layer: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared, attend: Attend,
+        self, config: Config, i: int, layer: NamedParams, taps: Taps, x_BTD: jax.Array, shared: Shared, attend: Attend,
         start: Start = 0,
     ) -> tuple[jax.Array, Any]: ...  # fmt: skip
 
@@ -34,7 +34,9 @@ class Block(Protocol):
 class Leave(Protocol):
     """The last block's x -> x before the head's norm."""
 
-    def __call__(self, config: Config, params: Weights, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array: ...
+    def __call__(
+        self, config: Config, params: NamedParams, taps: Taps, x_BTD: jax.Array, shared: Shared
+    ) -> jax.Array: ...
 
 
 class Family(NamedTuple):

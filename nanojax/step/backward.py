@@ -20,7 +20,7 @@ from nanojax.config import Config
 from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import rows, shared_weights
-from nanojax.model.seam import Shared, Taps, Weights
+from nanojax.model.seam import NamedParams, Shared, Taps
 from nanojax.ops.cross_entropy import loss_and_grads
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
@@ -111,7 +111,7 @@ def forward_backward(
 
 
 def _layers_forward(
-    config: Config, blocks: tuple[Weights, ...], x_BTD: jax.Array, shared: Shared
+    config: Config, blocks: tuple[NamedParams, ...], x_BTD: jax.Array, shared: Shared
 ) -> tuple[jax.Array, list[Saved]]:
     """The last block's output, and what each layer keeps."""
     table, model = weights.table(config.model), family.of(config)
@@ -121,7 +121,7 @@ def _layers_forward(
         layer, x_BTD = lax.optimization_barrier((blocks[i], x_BTD))
         taps = _taps(weights.layer_weights(table, i), "layer")
 
-        def run(x: jax.Array, shared: Shared, taps: Taps, i: int = i, layer: Weights = layer) -> jax.Array:
+        def run(x: jax.Array, shared: Shared, taps: Taps, i: int = i, layer: NamedParams = layer) -> jax.Array:
             attend = lambda q, k, v: attention(i, q, k, v)
             block = lambda layer, taps, x, shared: model.block(config, i, layer, taps, x, shared, attend)[0]
             return rematerialised(config, block)(layer, taps, x, shared)
@@ -134,7 +134,7 @@ def _layers_forward(
 
 def _layers_backward(
     config: Config,
-    blocks: tuple[Weights, ...],
+    blocks: tuple[NamedParams, ...],
     saved: list[Saved],
     dx: jax.Array,
     dshared: Shared,
