@@ -10,6 +10,8 @@ command continues where it was stopped. `report` writes table.md and, with matpl
 loss.png; it needs only some finished runs. Codes, scales and rounding are those of training on a GPU; only float sums differ.
 """
 
+import nanojax  # noqa: F401, I001  before jax, so that a CUDA plugin without a driver stays quiet
+
 import argparse
 import dataclasses
 import functools

@@ -7,6 +7,8 @@ demo in f32; the formats of d32_4070 (int8), d32_4070_b2p67 (below 8 bits) and d
 momentum), all four at demo's size on made-up tokens. About three minutes on two cores. Exits with 1 at a difference.
 """
 
+import nanojax  # noqa: F401, I001  before jax, so that a CUDA plugin without a driver stays quiet
+
 import functools
 import json
 import sys
