@@ -29,7 +29,7 @@ USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...
 
 Trains a model. The same command again resumes where the run folder's newest checkpoint ends. SIGTERM and Ctrl-C finish
 the step, save and exit 0; a second Ctrl-C exits at once. Exit codes: 0 done, or stopped and saved; 1 the loss became
-NaN or Inf; 2 a mistake in config, data or folders, told in one line.
+NaN or Inf; 2 a mistake in config, data or folders, in one line.
 
 examples:
   python -m nanojax.train --config=demo
@@ -55,7 +55,7 @@ def train(config: Config) -> None:
     A, B, _ = config.batch_shape
     batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
-    loader.valid_batches(config.data.path, 1, T)  # told now rather than at the first evaluation
+    loader.valid_batches(config.data.path, 1, T)  # a mistake shows now rather than at the first evaluation
     tasks = _core_tasks(config)
     if config.compute.residuals == "auto":
         config = _with_residuals(config, run)
@@ -99,7 +99,7 @@ def train(config: Config) -> None:
         stopping = False
         while done < t.steps and not stopping:
             if done == config.profile.start:
-                jax.block_until_ready(state)  # else the trace would hold the end of the step before
+                jax.block_until_ready(state)  # otherwise the trace would hold the end of the step before
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # a trace of three steps would be 25 MB of Python calls
                 jax.profiler.start_trace(run / "profile", profiler_options=options)
@@ -110,7 +110,7 @@ def train(config: Config) -> None:
             if late:  # the device is busy with the next step meanwhile
                 log.train(late[0], _read(*late))
             late = done, new
-            stopping = stop.is_set()  # looked at once a step, so that the step it ends is the step that is saved
+            stopping = stop.is_set()  # read once per step, so that the step it ends is the step that is saved
 
             evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
             run_core = tasks and (done == t.steps or done % config.eval.core_every == 0)
@@ -185,7 +185,7 @@ def _core(
         if score.finished:
             finished.append(score)
         if stop.is_set():
-            return log.say(f"step {step} · CORE left out: told to stop")
+            return log.say(f"step {step} · CORE left out: asked to stop")
     by_task = {score.task.label: score.centred for score in finished}
     log.core(step, core.core_of(finished), by_task, sum(score.total for score in finished))
 

@@ -2,8 +2,8 @@
 
 A Request is one context and the branches that may follow it. The four choices of a 10-shot question share 1,000 tokens
 and differ in 20: the context goes through the model once, and every layer lets the branches' tokens attend to it and to
-their own branch. Only the scored positions take part in the last layer's MLP and reach the head, so that logits [B,T,V]
-never exist; positions of several batches meet in the head, so that little of it is padding.
+their own branch. Only the scored positions reach the head, so that logits [B,T,V] never exist. Positions of several batches
+meet in the head, so that little of it is padding.
 Requests are sorted by length and padded to a few lengths (`bucket`), so that the number of compilations is bounded.
 """
 
@@ -46,7 +46,7 @@ class Answer:
 
 
 class _Row(NamedTuple):
-    """A request as the model eats it: trunk tokens, then tail tokens with their branch and position."""
+    """A request as model input: trunk tokens, then tail tokens with their branch and position."""
 
     trunk: Sequence[int]
     tail: Sequence[int]

@@ -97,8 +97,8 @@ def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | N
     """The newest good checkpoint as (state on the default device, meta), or None where there is none.
 
     Leaves are copied by jit one at a time: a donated buffer that orbax or device_put made is accepted but not reused,
-    and the first step would need the whole state twice. Damaged checkpoints newer than the good one are told on stderr
-    and moved aside to damaged/; UserError if none is good, and then nothing is moved.
+    and the first step would need the whole state twice. Damaged checkpoints newer than the good one are reported on
+    stderr and moved aside to damaged/; UserError if none is good, and then nothing is moved.
     """
     shapes = steps.abstract_state(config)
     wanted = {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
