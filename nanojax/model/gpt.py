@@ -142,9 +142,9 @@ def leave(config: Config, params: NamedParams, taps: Taps, x_BTD: jax.Array, sha
     return x_BTD
 
 
-def init_layer(config: Config, i: int, key: jax.Array) -> dict[str, jax.Array]:
-    """Layer i's weights, f32."""
-    del i
+def init_layer(config: Config, has: weights.Table, i: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    """A layer's weights, f32; all layers are drawn alike."""
+    del has, i
     x = jnp.zeros((1, 1, config.model.D), float_dtype(config.compute))
     drawn: Any = Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
     return drawn

@@ -37,7 +37,9 @@ def init_params(config: Config, key: jax.Array) -> Params:
     keys = jax.random.split(block_key, config.model.L)
     blocks: list[Any] = [None] * config.model.L
     for alike in _alike(table, config.model.L):
-        stacks = lax.map(lambda k, i=alike[0]: stored(model.init_layer(config, i, k)), keys[jnp.array(alike)])
+        has, numbers = weights.layer_weights(table, alike[0]), jnp.array(alike)
+        draw = lambda layer, has=has: stored(model.init_layer(config, has, *layer))
+        stacks = lax.map(draw, (numbers, keys[numbers]))
         for place, i in enumerate(alike):
             blocks[i] = at(stacks, place)
     return {**stored(model.init_once(config, embed_key, head_key)), "blocks": tuple(blocks)}

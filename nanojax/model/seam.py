@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from nanojax import weights
 from nanojax.config import Config
 from nanojax.quant.formats import Stored
 
@@ -48,7 +49,8 @@ class Family(NamedTuple):
     enter: Enter
     block: Block
     leave: Leave
-    init_layer: Callable[[Config, int, jax.Array], dict[str, jax.Array]]  # (config, i, key) -> layer i's weights, f32
+    # (config, the rows of weights.table that the layer has, its number i as an int32 array, key) -> its weights, f32
+    init_layer: Callable[[Config, weights.Table, jax.Array, jax.Array], dict[str, jax.Array]]
     init_once: Callable[
         [Config, jax.Array, jax.Array], dict[str, jax.Array]
     ]  # (config, embed key, head key) -> the others

@@ -95,10 +95,10 @@ def add_rounded(
 ) -> jax.Array:
     """decay*total + weight*addend in total's dtype; the addend is f32.
 
-    A bf16 total [R,C] is rounded stochastically with `noise` (dither_vectors): rounding to nearest would lose most of d32's
+    A bf16 total [R,...] is rounded stochastically with `noise` (dither_vectors): rounding to nearest would lose most of d32's
     256th microbatch. XLA fuses all of this into the matmul that makes the addend.
     """
     old = total.astype(jnp.float32) * decay
     if total.dtype == jnp.bfloat16:
-        old = dithered(old, noise)
+        old = dithered(old.reshape(old.shape[0], -1), noise).reshape(old.shape)
     return (addend * weight + old).astype(total.dtype)

@@ -26,7 +26,6 @@ from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
 
 F32 = jnp.float32
-Noise = tuple[jax.Array, jax.Array]
 
 
 class Saved(NamedTuple):
@@ -103,10 +102,12 @@ def forward_backward(
     _, enter_vjp = jax.vjp(enter, rows(config, params, tokens_BT), once_taps)
     drows, d_enter = enter_vjp((dx, dshared))
     one = Mix(jnp.float32(1), jnp.float32(1))
-    for name, key in zip(drows, [embed_key, *more]):
-        accum[name] = _add_rows(accum[name], tokens_BT, drows[name], key)
+    keys = iter([embed_key, *more])
+    for name, d in drows.items():
+        accum[name] = _add_rows(accum[name], tokens_BT, d, next(keys))
     for name in once_taps:
-        accum[name] = add_rounded(accum[name], d_leave[name] + d_enter[name], _no_noise(), *mix.get(name, one))
+        noise = dither_vectors(next(keys), max(table[name].shape))
+        accum[name] = add_rounded(accum[name], d_leave[name] + d_enter[name], noise, *mix.get(name, one))
     return loss, accum
 
 
@@ -181,11 +182,6 @@ def _add_rows(total_VD: jax.Array, tokens_BT: jax.Array, drows_BTD: jax.Array, k
 
 def _taps(table: weights.Table, use: str) -> dict[str, jax.Array]:
     return {name: jnp.zeros(weight.shape, F32) for name, weight in table.items() if weight.use == use}
-
-
-def _no_noise() -> Noise:
-    """For accumulators in f32, which are not rounded."""
-    return jnp.zeros(0), jnp.zeros(0)
 
 
 def residual_bytes(config: Config) -> int:

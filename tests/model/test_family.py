@@ -74,10 +74,12 @@ def drawn(config: Config, key: jax.Array, names: list[str]) -> dict[str, jax.Arr
     return {name: gpt.initializer(rows[name])(k, rows[name].shape) for name, k in keys.items()}
 
 
-def init_layer(config: Config, i: int, key: jax.Array) -> dict[str, jax.Array]:
-    """gpt's weights and the layer's own."""
-    more = [name for name in weights.layer_weights(table(config.model), i) if name in ("mix", "extra")]
-    return gpt.init_layer(config, i, key) | drawn(config, key, more)
+def init_layer(config: Config, has: weights.Table, i: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    """gpt's weights and the layer's own; the mixing pair depends on how deep the layer is."""
+    more = drawn(config, key, [name for name in has if name in ("mix", "extra")])
+    if "mix" in more:
+        more["mix"] = 0.1 * i.astype(jnp.float32) + jnp.zeros(2)
+    return gpt.init_layer(config, has, i, key) | more
 
 
 def init_once(config: Config, embed_key: jax.Array, head_key: jax.Array) -> dict[str, jax.Array]:
@@ -124,7 +126,7 @@ def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config
     config = tiny(
         model={"depth": 3},
         stored={"blocks": "int8", "momentum": "int8"},
-        accumulate={"blocks": "bf16"},
+        accumulate={"blocks": "bf16", "embed_head": "bf16"},
         compute={"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8"},
     )
     state = jax.jit(lambda: step.init_state(config))()
@@ -145,6 +147,13 @@ def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config
 
 
 @pytest.mark.long
+def test_initialisation_knows_the_layer(tiny: Callable[..., Config], second: None) -> None:
+    """Layers with the same weights are drawn together, and each still gets its own number."""
+    params = model.init_params(tiny(model={"depth": 3}), KEY)
+    np.testing.assert_allclose(params["blocks"][0]["mix"], [0.0, 0.0])
+    np.testing.assert_allclose(params["blocks"][2]["mix"], [0.2, 0.2], rtol=1e-6)
+
+
 def test_cached_decoding_takes_the_same_walk(tiny: Callable[..., Config], second: None) -> None:
     """A prompt, then one token at a time: logits equal the whole forward pass to 1e-5."""
     config = tiny(model={"depth": 3})
