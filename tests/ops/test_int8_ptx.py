@@ -117,14 +117,14 @@ def test_every_large_float_product_runs_on_tensor_cores(compiled):
 
 
 def test_no_second_copy_of_the_weights(compiled, config):
-    """No 8-bit temporary is larger than one matrix, and none with an axis of layers is as large as the smallest stack of
-    weights."""
+    """No 8-bit temporary is larger than one matrix, except the update's new layers: of one matrix at a time, so that all stacks
+    take the place of the largest."""
     program, _ = compiled
     layer = weights.layer_weights(weights.table(config.model), 0)
     sizes = [math.prod(weight.shape) for weight in layer.values()]
     codes = [v for v in program.temporaries if re.match(r"[su]8\[", v.shape)]
     assert codes, "no 8-bit temporaries: the codes of x and dy should be there"
-    for value in codes:
-        (array,) = hlo.arrays(value.shape)
-        assert array.bytes <= max(sizes), value
-        assert LAYERS not in array.dims or array.bytes < LAYERS * min(sizes), value
+    stacks = [v for v in codes if LAYERS in hlo.arrays(v.shape)[0].dims]
+    assert all(v.bytes <= max(sizes) for v in codes if v not in stacks)
+    taken = max(v.offset + v.bytes for v in stacks) - min(v.offset for v in stacks)
+    assert taken <= LAYERS * max(sizes), stacks
