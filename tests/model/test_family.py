@@ -103,6 +103,7 @@ def floats(config: Config) -> Any:
     return jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residuals", ["inputs", "all"])
 def test_every_gradient_equals_whole_model_grad(tiny: Callable[..., Config], second: None, residuals: str) -> None:
     """Of all ten weights, those shared by layers included, 1e-5 relative in f32; sums over two microbatches."""

@@ -66,6 +66,7 @@ def save_old(run: Path, config: Config, state: step.State, wrong: str = "") -> N
     writer.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_old_checkpoints_restore(tiny: Callable[..., Config], name: str, tmp_path: Path) -> None:
     """Every array comes back bit for bit, in today's tree, with the data's position."""

@@ -53,6 +53,7 @@ def numpy_muon(grads, steps, nesterov=True):
     return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_equals_the_formula(tiny: Callable[..., Config], nesterov: bool) -> None:
     """20 steps of f32 Muon equal float64 numpy to 2e-4 of the largest entry; q, k and v are three matrices."""
@@ -141,6 +142,7 @@ def test_newton_schulz_flattens_singular_values():
         assert float(jnp.min(s[..., : int(0.9 * s.shape[-1])])) > 0.6 and float(jnp.max(s)) < 1.3
 
 
+@pytest.mark.long
 def test_int8_momentum_follows_f32(tiny: Callable[..., Config]) -> None:
     """Over 100 steps of noisy gradients with a drift, int8 momentum stays within 4% of its f32 twin (relative norm).
 
@@ -161,6 +163,7 @@ def test_int8_momentum_follows_f32(tiny: Callable[..., Config]) -> None:
         assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.04
 
 
+@pytest.mark.long
 def test_int8_adam_does_not_diverge(tiny: Callable[..., Config]) -> None:
     """Gradients that are zero in most steps and span 10^6 within a block: no int8 update exceeds 3 times the f32 maximum."""
     config8, config32 = tiny(stored={"adam": "int8"}, optim={"warmdown": 0.0}), tiny(optim={"warmdown": 0.0})

@@ -118,6 +118,7 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
     assert all(not np.any(a) for a in jax.tree.leaves(state.accum))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stored", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("policy", ["inputs", "all"])
 def test_gradient_of_any_stored_format(tiny, stored, policy):
@@ -135,6 +136,7 @@ def test_gradient_of_any_stored_format(tiny, stored, policy):
     assert max(jax.tree.leaves(relative(by_layer(config, got), want))) < 1e-6
 
 
+@pytest.mark.long
 def test_weights_per_target(tiny: Callable[..., Config]) -> None:
     """A step whose targets are weighted: the loss is sum(weights*nll) and the parameters those of jax.grad of it (3e-6), masked
     targets included; weights of 1 over the step's tokens give the unweighted step (1e-6)."""
@@ -268,6 +270,7 @@ def test_donated_completely_and_learns(tiny, formats):
     assert losses[-1] < losses[0] / 3, losses
 
 
+@pytest.mark.long
 def test_residual_bytes_are_what_the_names_say(tiny):
     """int8, everything kept: 12D + F bytes of codes, q, k, v and attention's output a token and layer, and f32 values a row:
     four scales, two norms' and, a head, q's and k's norms and the log-sum-exp. Inputs only: 2D."""
