@@ -155,6 +155,7 @@ def test_initialisation_knows_the_layer(tiny: Callable[..., Config], second: Non
     np.testing.assert_allclose(params["blocks"][2]["mix"], [0.2, 0.2], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_cached_decoding_takes_the_same_walk(tiny: Callable[..., Config], second: None) -> None:
     """A prompt, then one token at a time: logits equal the whole forward pass to 1e-5."""
     config = tiny(model={"depth": 3})
