@@ -33,6 +33,7 @@ def test_jax_is_quiet_and_on_the_cpu() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3.0\n", "")
 
 
+@pytest.mark.long
 def test_the_compiler_comes_back_quietly() -> None:
     """The planner's compiler knows an absent card; stderr stays empty; computation stays on the CPU."""
     done = run(
@@ -42,6 +43,7 @@ def test_the_compiler_comes_back_quietly() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "gpu cpu\n", "")
 
 
+@pytest.mark.long
 def test_it_cannot_come_back_to_a_jax_that_was_imported_without_it() -> None:
     """jax looks for cuDNN while it is imported, so a late planner says what to do."""
     done = run("import nanojax, jax; from nanojax.plan import compile; compile.start_compiler()")

@@ -69,6 +69,7 @@ def test_a_cut_transfer_goes_on_where_it_was(hub: HubServer, tmp_path: Path) -> 
     assert len(hub.ranges) == 1 and int(hub.ranges[0].split()[1]) >= 10 << 20
 
 
+@pytest.mark.long
 def test_listing_survives_errors(hub: HubServer, tmp_path: Path) -> None:
     """500 and 429 answers to the listing are waited out."""
     hub.faults = {"info": ["500"], "tree": ["500", "429"]}
@@ -114,6 +115,7 @@ def test_a_damaged_local_file_is_fetched_again(hub: HubServer, tmp_path: Path) -
     assert [hub.requests[f"GET {path.name}"] for path in paths] == [2, 2, 2, 1, 1]
 
 
+@pytest.mark.long
 def test_killed_downloads_go_on(hub: HubServer, tmp_path: Path) -> None:
     """kill -9 in the middle leaves only whole files under their names; the same command then completes."""
     hub.files["shard_00003.jsonl"] = b"x" * 40_000_000

@@ -67,6 +67,7 @@ def test_histogram_counts_every_length() -> None:
     assert counts.sum() == len(lengths) and edges[0] == 1 and edges[-1] == 131_072 and counts[0] == 1
 
 
+@pytest.mark.long
 def test_picture_is_a_png(data: Path, tmp_path: Path) -> None:
     """The PNG is drawn with something on it; an impossible path is one line."""
     pytest.importorskip("matplotlib")

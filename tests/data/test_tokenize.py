@@ -237,6 +237,7 @@ def test_a_run_that_ends_in_validation_documents(data: Path, tokenizer: Tokenize
     assert texts(data / "out", "valid", tokenizer)[: len(chosen)] == chosen
 
 
+@pytest.mark.long
 def test_workers_end_with_a_killed_parent(data: Path) -> None:
     """kill -9 of the command leaves no worker process behind."""
     for n in range(3, 9):

@@ -77,6 +77,7 @@ def test_bits_per_byte_by_hand(run):
         assert scores["tokens"] == len(tokenizer.encode(TEXTS[name]))
 
 
+@pytest.mark.long
 def test_bits_per_byte_do_not_depend_on_the_batch(run):
     """Batches of 1, 2, 5 and more rows than there are: equal to 1e-6, the counts exactly."""
     first = _bpb(run, TEXTS, 1)
@@ -126,6 +127,7 @@ def _command(monkeypatch, *arguments: object) -> None:
     evaluate.main()
 
 
+@pytest.mark.long
 def test_the_command_writes_everything(run, tmp_path, monkeypatch, capsys):
     """bpb, CORE and samples: JSON, CSV, text and TensorBoard in the run folder; the second time CORE resumes."""
     _command(monkeypatch, f"--run={run}", "--eval=bpb,core,sample", f"--bundle={run.parent / 'bundle'}", "--tokens=4")
@@ -144,6 +146,7 @@ def test_the_command_writes_everything(run, tmp_path, monkeypatch, capsys):
     assert "resuming: 18 examples" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_hugging_face_folder_scores_as_the_run(run, tmp_path, monkeypatch, capsys):
     """--hf on the exported folder gives the run's CORE and bits per byte, without an import."""
     config, params, tokenizer = checkpoint.load_params(run, "f32")

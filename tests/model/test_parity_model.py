@@ -54,7 +54,7 @@ def test_logits_and_every_gradient_equal_numpy(size):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-@pytest.mark.parametrize("keys", [{"softcap": 3.0}, {"rope_base": 100.0}])
+@pytest.mark.parametrize("keys", [pytest.param({"softcap": 3.0}, marks=pytest.mark.long), {"rope_base": 100.0}])
 def test_the_oracle_reads_the_same_options(keys):
     """softcap and rope_base change both implementations, in the same way (1e-5), and really change the logits."""
     base, changed = _config(2, 64, 32, 64, 24), _config(2, 64, 32, 64, 24, **keys)

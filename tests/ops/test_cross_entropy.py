@@ -28,7 +28,7 @@ def loss_and_grads(config: Config, head: Any, total: Any, x: Any, targets: Any, 
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("chunk", [8, 64, 1000])
+@pytest.mark.parametrize("chunk", [64, *(pytest.param(n, marks=pytest.mark.long) for n in (8, 1000))])
 def test_loss_and_grads_exact(tiny: Callable[..., Config], chunk: int, weighted: bool) -> None:
     """Loss, dx and the head's gradient within 1e-6 relative of jax.grad, whatever the chunk, with one weight for all tokens or
     one for each (some of them 0 or negative); the accumulator is added to."""
@@ -48,6 +48,7 @@ def test_loss_and_grads_exact(tiny: Callable[..., Config], chunk: int, weighted:
     chex.assert_trees_all_close(added, total + dhead, atol=2e-6)
 
 
+@pytest.mark.long
 def test_token_losses_match_logits(tiny: Callable[..., Config]) -> None:
     """token_losses equals log-softmax of model.forward at every position, 1e-5."""
     config = tiny()

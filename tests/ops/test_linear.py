@@ -293,6 +293,7 @@ def test_rows_and_columns_of_zeros(op):
 # -- what quantisation costs -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_and_bias_against_f32(op, shape):

@@ -250,6 +250,7 @@ def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
     run_folder.check_continues(tmp_path, concrete)
 
 
+@pytest.mark.long
 def test_the_caches_key_covers_the_code_of_the_step():
     """All that nanojax.step imports is hashed into the name of a kept plan; of the config, its values are."""
     code = "import sys, nanojax.step; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('nanojax')))"

@@ -38,6 +38,7 @@ def test_packing_is_exact(form: str, K: int):
         np.testing.assert_array_equal(packed.unpack(words, form, K), codes)
 
 
+@pytest.mark.long
 def test_bits_count_everything():
     """Bits a value, from the bytes of real arrays of d32's row: 4.25, 3.25 and 2.92."""
     for form, expected in {"int4": 4.25, "nf4": 4.25, "int3": 3.25, "b2.67": 171 * 32 / 2048 + 0.25}.items():
@@ -151,6 +152,7 @@ def test_error_on_normal_data():
     assert rms["nf4"] < rms["int4"] < rms["int3"] < rms["b2.67"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_zeros(form: str):
     """Stored zeros decode to 0, encoded zeros too, and a first update from them lands on its own scale."""
@@ -162,6 +164,7 @@ def test_zeros(form: str):
     assert float(jnp.max(jnp.abs(packed.decode(moved)))) == pytest.approx(largest, rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_int8_rows(form: str):
     """Codes for int8 products are the decoded values to half a step of the row's largest scale / 127."""

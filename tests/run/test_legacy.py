@@ -78,6 +78,7 @@ def test_old_checkpoints_restore(tiny: Callable[..., Config], name: str, tmp_pat
     chex.assert_trees_all_equal(restored[0], state)
 
 
+@pytest.mark.long
 def test_damage_in_an_old_checkpoint_is_seen(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """The checks of an old checkpoint are those of its own arrays; one that does not fit names the stack."""
     config = tiny()

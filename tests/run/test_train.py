@@ -112,6 +112,7 @@ def test_donation(home: Path, tmp_path: Path) -> None:
     assert len(pointers & reused) == len(pointers)
 
 
+@pytest.mark.long
 def test_bpb_is_the_losses(whole: Path, home: Path) -> None:
     """The logged bits per byte equal a computation by hand from the full logits (1e-5 relative)."""
     from nanojax import model
@@ -321,6 +322,7 @@ def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_every_metric_is_checked(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite gradient norm stops the run as a NaN loss does, though the loss is finite."""
 
