@@ -1,6 +1,7 @@
-"""What every command shares: one-line errors, an argument parser, number formats, a progress bar."""
+"""What every command shares: one-line errors, an argument parser, paths, number formats, a progress bar."""
 
 import argparse
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -20,7 +21,10 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a command. UserError becomes `error: ...` on stderr and exit code 2; a closed pipe and Ctrl-C are silent."""
+    """Runs a command. UserError becomes `error: ...` on stderr and exit code 2; a closed pipe and Ctrl-C are silent.
+
+    So does an OSError that no step foresaw, which still names its file, and a path that a library cannot take.
+    """
     try:
         main()
         sys.stdout.flush()
@@ -29,12 +33,20 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":
+            raise
+        print(f"error: {error.object}: is not UTF-8, which is needed here; rename it", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, layout kept in its texts, and no abbreviated options.
+    """argparse with one-line errors, --version, layout kept in its texts, and no abbreviated options.
 
     Args:
       prog: the command as it is typed: "python -m nanojax.sample".
@@ -51,6 +63,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        self.add_argument("--version", action="version", version=version(), help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -65,6 +78,27 @@ def count(text: str) -> int:
         return int(value)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number") from None
+
+
+def version() -> str:
+    """As --version prints it: nanojax and its version."""
+    try:
+        return f"nanojax {importlib.metadata.version('nanojax')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "nanojax, not installed as a package"
+
+
+def path(text: str) -> str:
+    """An argument that is a path: `~` at its begin becomes the home folder, which a shell does not do behind `=`."""
+    whole = os.path.expanduser(text)
+    if whole.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such home folder is known; write the path in full, or ./{text}")
+    return whole
+
+
+def live(console: Console) -> bool:
+    """Whether a bar can be redrawn on this console: not in a file, nor on a terminal without cursor movement."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def output_folder(path: str | os.PathLike) -> Path:
@@ -114,7 +148,7 @@ class Bar:
         self.done, self.note = 0.0, ""
         self.start = self.logged = time.monotonic()
         console = Console(stderr=True)
-        self.live = console.is_terminal and not quiet
+        self.live = live(console) and not quiet
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not self.live,

@@ -7,6 +7,7 @@ fills in what follows from the rest (steps, width) and raises `UserError` with o
 
 import dataclasses
 import difflib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -28,8 +29,8 @@ RENAMED = {"accumulate.dtype": "accumulate.blocks", "accumulate.edges": "accumul
 
 
 def _harmless(section: Any) -> Any:
-    """A section whose keys are all harmless: they do not touch what training computes."""
-    return dataclasses.field(default=section, metadata={"harmless": True})
+    """A section whose keys all have the effect "none" on a resumed run."""
+    return dataclasses.field(default=section, metadata={"effect": "none"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +124,17 @@ class Compute:
         "cheap",
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "
         "names joined by + (see model.RESIDUALS), or auto (the fastest of these that fits the GPU)",
+        effect="rounding",
     )
     attention: Literal["auto", "cudnn", "chunked"] = _key(
-        "auto", "auto = cuDNN flash on NVIDIA GPUs, chunked elsewhere"
+        "auto", "auto = cuDNN flash on NVIDIA GPUs, chunked elsewhere", effect="rounding"
     )
     rows: Literal["auto", "pallas", "xla"] = _key(
         "auto",
         "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas on NVIDIA GPUs",
+        effect="rounding",
     )
-    loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0)
+    loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0, effect="rounding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,31 +155,42 @@ class Optim:
     eps: float = _key(1e-10, "AdamW", above=0)
     weight_decay: float = _key(0.0, "AdamW, decoupled", at_least=0)
     clip: float = _key(1.0, "largest global norm of the gradient; 0 = no clipping", at_least=0)
-    warmup: float = _key(0.0, "fraction of steps of linear warm-up", at_least=0, at_most=1)
-    warmdown: float = _key(0.2, "fraction of steps of linear decay at the end", at_least=0, at_most=1)
-    final_lr: float = _key(0.0, "learning rate at the end, as a fraction of the full rate", at_least=0, at_most=1)
+    warmup: float = _key(0.0, "fraction of steps of linear warm-up", at_least=0, at_most=1, effect="schedule")
+    warmdown: float = _key(
+        0.2, "fraction of steps of linear decay at the end", at_least=0, at_most=1, effect="schedule"
+    )
+    final_lr: float = _key(
+        0.0, "learning rate at the end, as a fraction of the full rate", at_least=0, at_most=1, effect="schedule"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Token shards and their tokenizer. The folder may move: a resumed run compares the shards themselves."""
 
-    path: str = _key("data/fineweb", "folder that `python -m nanojax.data` wrote", harmless=True)
+    path: str = _key("data/fineweb", "folder that `python -m nanojax.data` wrote", effect="none", path=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """How long, how large a batch, and where."""
 
-    run: str = _key("", "run folder; empty = runs/<config name>", harmless=True)
-    steps: int = _key(0, "updates; 0 = from tokens", at_least=0)
-    tokens: int = _key(0, "tokens to train on; 0 = tokens_per_param times the parameters", at_least=0)
-    tokens_per_param: float = _key(20.0, "used when steps and tokens are 0", above=0)
+    run: str = _key("", "run folder; empty = runs/<config name>", effect="none", path=True)
+    init: str = _key(
+        "", "run folder whose weights a new run starts from, with a fresh optimizer; empty = random weights", path=True
+    )
+    extend: int = _key(
+        0, "step of a checkpoint: go on from it with other steps or another schedule; 0 = no", at_least=0, effect="none"
+    )
+    steps: int = _key(0, "updates; 0 = from tokens", at_least=0, effect="schedule")
+    # what these two do, train.steps shows
+    tokens: int = _key(0, "tokens to train on; 0 = tokens_per_param times the parameters", at_least=0, effect="none")
+    tokens_per_param: float = _key(20.0, "used when steps and tokens are 0", above=0, effect="none")
     tokens_per_step: int = _key(524288, "tokens of one update", above=0)
-    microbatch: int = _key(1, "rows of one forward and backward pass", above=0)
+    microbatch: int = _key(1, "rows of one forward and backward pass", above=0, effect="rounding")
     seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
-    log_every: int = _key(1, "steps between two lines of metrics", above=0, harmless=True)
-    tensorboard: bool = _key(True, "also write TensorBoard events", harmless=True)
+    log_every: int = _key(1, "steps between two lines of metrics", above=0, effect="none")
+    tensorboard: bool = _key(True, "also write TensorBoard events", effect="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +203,7 @@ class Eval:
     sample_tokens: int = _key(64, "tokens of that sample", at_least=0)
     core_every: int = _key(0, "steps between CORE evaluations, and one at the end; 0 = none", at_least=0)
     core_per_task: int = _key(100, "examples of each of its 22 tasks; 0 = all", at_least=0)
-    core_bundle: str = _key("eval_bundle", "folder of nanochat's unpacked eval_bundle.zip")
+    core_bundle: str = _key("eval_bundle", "folder of nanochat's unpacked eval_bundle.zip", path=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,13 +279,13 @@ def keys(config: Config) -> dict[str, Key]:
     return {name: Key(field.type, value, field.metadata["doc"]) for name, _, field, value in _fields(config)}
 
 
-def harmful_changes(earlier: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """key -> (earlier value, value now) of every changed key that would make a resumed run compute something else."""
+def changes(earlier: Config, now: Config, effect: fields.Effect) -> dict[str, tuple[Any, Any]]:
+    """key -> (earlier value, value now) of every changed key that has this effect on a resumed run."""
     before = keys(earlier)
     return {
         name: (before[name].value, value)
         for name, section, field, value in _fields(now)
-        if value != before[name].value and not (field.metadata["harmless"] or section.metadata.get("harmless"))
+        if value != before[name].value and section.metadata.get("effect", field.metadata["effect"]) == effect
     }
 
 
@@ -288,10 +302,13 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     for key, value in changes.items():
         if key not in known:
             raise _unknown(key, known)
-        section, name = key.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: fields.convert(key, known[key].type, value)})
-        config = dataclasses.replace(config, **{section: part})
+        config = _with(config, key, fields.convert(key, known[key].type, value))
     return config
+
+
+def _with(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
 
 
 def _unknown(key: str, known: dict[str, Key]) -> UserError:
@@ -307,8 +324,13 @@ def _unknown(key: str, known: dict[str, Key]) -> UserError:
 
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
+    empty = Config()
+    for section in dataclasses.fields(empty):
+        part, expected = getattr(config, section.name), type(getattr(empty, section.name))
+        if not isinstance(part, expected):
+            raise UserError(f"{section.name}: is of type {type(part).__name__}, expected {expected.__name__}")
     for name, _, field, value in _fields(config):
-        fields.check(name, field, value)
+        config = _with(config, name, fields.checked(name, field, value))
     _check_together(config)
     model, train = config.model, config.train
     steps = train.steps or math.ceil(
@@ -394,6 +416,7 @@ def save(config: Config, path: Path) -> None:
 
 def find(name: str) -> Path:
     """The config file of that name or path. Looks in ./configs, beside the package, and in the installed package."""
+    name = os.path.expanduser(name)
     if name.endswith(".py") or os.sep in name:
         if not Path(name).is_file():
             raise UserError(f"--config={name}: no such file")
@@ -422,13 +445,14 @@ def _folders() -> list[Path]:
 def load_unresolved(name: str) -> Config:
     """The config as its file gives it, before `resolve`. UserError when the file is missing or does not work."""
     path = find(name)
-    spec = importlib.util.spec_from_file_location(f"nanojax_config_{path.stem}", path)
+    name = f"nanojax_config_{path.stem}"
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{path}: {type(error).__name__}: {error}; a config file needs get_config() -> Config"
         ) from None
@@ -438,11 +462,23 @@ def load_unresolved(name: str) -> Config:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Config `name` (or path) with `--section.key=value` overrides, resolved and checked."""
-    changes = {}
-    for argument in overrides:
+    """Config `name` (or path) with the overrides of a command line, resolved and checked."""
+    return resolve(override(load_unresolved(name), _pairs(overrides)))
+
+
+def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+    """{"section.key": text} of arguments `--section.key=value` and `--section.key value`."""
+    known, pairs, left = keys(Config()), {}, list(arguments)
+    while left:
+        argument = left.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
+        if not argument.startswith("--") or not key:
             raise UserError(f"{argument}: expected --section.key=value")
-        changes[key] = value
-    return resolve(override(load_unresolved(name), changes))
+        if key not in known:
+            raise _unknown(key, known)
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise UserError(f"{argument}: its value is missing; write {argument}=VALUE")
+            value = left.pop(0)
+        pairs[key] = value
+    return pairs

@@ -1,5 +1,6 @@
 """Dataclass fields of a config: declared with meaning and bounds, read from text, checked, each mistake in one line."""
 
+import argparse
 import dataclasses
 import math
 import operator
@@ -7,7 +8,12 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
+from nanojax import cli
 from nanojax.cli import UserError
+
+# What another value of a key does to a run that is resumed with it: nothing that is computed changes; the same mathematics
+# is rounded otherwise; the learning rate follows another schedule; anything else.
+Effect = Literal["none", "rounding", "schedule", "results"]
 
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (operator.gt, "greater than"),
@@ -17,23 +23,31 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-def key(default: Any, doc: str, *, harmless: bool = False, **bounds: float) -> Any:
+def key(default: Any, doc: str, *, effect: Effect = "results", path: bool = False, **bounds: float) -> Any:
     """A settable field.
 
     Args:
-      harmless: a run may be resumed with another value, because it does not touch what is computed.
+      path: its text is a path, in which `~` is the home folder.
       bounds: of a number, named as in BOUNDS: `above=0, at_most=65536`.
     """
     assert bounds.keys() <= BOUNDS.keys()
-    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds, "harmless": harmless})
+    metadata = {"doc": doc, "bounds": bounds, "effect": effect, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def check(name: str, field: dataclasses.Field, value: Any) -> None:
-    """UserError when the value of key `name` lies outside the bounds of its field."""
+def checked(name: str, field: dataclasses.Field, value: Any) -> Any:
+    """The value of key `name` as its field's type. UserError when it is of another one or outside the field's bounds."""
+    value = convert(name, field.type, value)
+    if field.metadata["path"]:
+        try:
+            value = cli.path(value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--{name}: {error}") from None
     bounds = field.metadata["bounds"]
     if not all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
         allowed = " and ".join(f"{BOUNDS[bound][1]} {limit}" for bound, limit in bounds.items())
         raise UserError(f"--{name}={value}: must be {allowed} ({field.metadata['doc']})")
+    return value
 
 
 def type_name(kind: Any) -> str:

@@ -1,9 +1,12 @@
-"""Files that appear whole or not at all, JSON files that a user may have damaged, folders that one process holds."""
+"""Files and folders that appear whole or not at all, JSON files that a user may have damaged, folders that one process holds."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +45,46 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise write_error(path, error) from None
 
 
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes `content` as indented JSON, whole or not at all."""
+    with write_atomic(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def write_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `path` to write files in; it becomes `path` when the block ends without an exception, else it is removed.
+
+    Raises:
+      UserError: `path` is there and not empty, or cannot be made or written.
+    """
+    path = Path(path)
+    check_empty(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise write_error(path, error) from None
+
+
+def check_empty(folder: str | os.PathLike) -> None:
+    """UserError unless `folder` is empty or not there, so that what is written in it never mixes with other files."""
+    try:
+        if any(Path(folder).iterdir()):
+            raise UserError(f"{folder}: is not empty; choose another folder")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
 def write_error(path: str | os.PathLike, error: OSError) -> UserError:
     """The one-line error of a file that could not be written and of which nothing is left."""
     return UserError(
@@ -75,6 +118,8 @@ def read_table(path: str | os.PathLike, missing: str) -> dict[str, Any]:
 def locked(folder: str | os.PathLike, option: str) -> Iterator[None]:
     """Makes `folder` if needed and holds it until the block ends; the kernel releases it if the process is killed.
 
+    Where the file system has no locks (some NFS, Lustre and FUSE mounts), a warning says so and the block runs.
+
     Args:
       folder: the file `lock` in it carries the lock.
       option: the command-line option that names the folder, for the messages: "--train.run".
@@ -91,6 +136,9 @@ def locked(folder: str | os.PathLike, option: str) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is using it; stop that one first") from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"{folder}: another process is using it; stop that one first") from None
+            reason = f"this file system has no locks ({error.strerror})"
+            print(f"warning: {folder}: {reason}; make sure that no second process uses it", file=sys.stderr)
         yield

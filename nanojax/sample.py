@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import model, xla
+from nanojax import cli, model, xla
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.run import checkpoint
@@ -67,21 +67,40 @@ def stream(
       seed: the same seed gives the same text.
       end: a token that ends a row (it is not yielded), e.g. the tokenizer's bos; None = none.
       vocab: ids at and beyond it are never chosen (a model may be wider than its tokenizer); None = config.model.vocab.
-    Raises UserError when prompt and `max_new` exceed the model's sequence, or an id its vocabulary.
+    Raises UserError, before the first token is asked for, when prompt and `max_new` exceed the model's sequence, or an id
+    its vocabulary.
     """
     prompt = np.asarray(tokens, np.int32)
     prompt = np.tile(prompt, (samples, 1)) if prompt.ndim == 1 else np.repeat(prompt, samples, 0)
-    B, S = prompt.shape
+    S = prompt.shape[1]
     vocab = config.model.V if vocab is None else min(vocab, config.model.V)
     if not S:
         raise UserError("empty prompt: give at least the begin token")
+    if S >= config.model.T:
+        raise UserError(
+            f"the prompt's {S} tokens leave no room in the model's sequence of {config.model.T}; shorten it"
+        )
     if S + max_new > config.model.T:
         raise UserError(
             f"the prompt's {S} tokens and {max_new} new ones exceed the model's sequence of {config.model.T}; "
-            f"ask for at most {max(0, config.model.T - S)}"
+            f"ask for at most {config.model.T - S}"
         )
     if prompt.min() < 0 or prompt.max() >= config.model.V:
         raise UserError(f"the prompt holds ids outside the model's vocabulary of {config.model.V}")
+    return _stream(config, params, prompt, max_new, (temperature, top_k or 0, seed), end, vocab)
+
+
+def _stream(
+    config: Config,
+    params: Any,
+    prompt: np.ndarray,
+    max_new: int,
+    choice: tuple[float, int, int],
+    end: int | None,
+    vocab: int,
+) -> Iterator[np.ndarray]:
+    B, S = prompt.shape
+    temperature, top_k, seed = choice
     cache = model.empty_cache(config, B, math.ceil((S + max_new) / ROUND) * ROUND)
     logits = None
     for start in range(0, S, PREFILL):
@@ -93,7 +112,7 @@ def stream(
     ended = np.zeros(B, bool)
     for position in range(S, S + max_new):
         where = (jnp.uint32(seed), jnp.int32(position), jnp.float32(temperature))
-        chosen = np.asarray(_choose(vocab, logits, *where, jnp.asarray(ended), top_k or 0))
+        chosen = np.asarray(_choose(vocab, logits, *where, jnp.asarray(ended), top_k))
         ended = ended | (chosen == end) if end is not None else ended
         if ended.all():
             return
@@ -128,10 +147,10 @@ def main() -> None:
         "  python -m nanojax.sample --run=runs/demo --prompt=The --temperature=0 --tokens=32\n"
         "  python -m nanojax.sample --run=runs/demo --prompt=War --samples=3 --temperature=0.8 --top-k=50 --seed=7\n",
     )
-    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--run", type=cli.path, required=True, help="run folder")
     parser.add_argument("--prompt", default="", help="text to continue; empty = a new document")
     parser.add_argument(
-        "--tokens", type=int, default=128, help="new tokens at most; fewer when the document ends (128)"
+        "--tokens", type=int, help="new tokens at most; fewer when the document ends (128, or what fits the model)"
     )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the most likely token (0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k most likely tokens; 0 = all (50)")
@@ -142,7 +161,11 @@ def main() -> None:
         "--dtype", choices=[*checkpoint.DTYPES, "stored"], help="default: f32 on a CPU, else as trained"
     )
     a = parser.parse_args()
-    checks = {"tokens": a.tokens >= 1, "temperature": 0 <= a.temperature < 1e6, "top-k": a.top_k >= 0}
+    checks = {
+        "tokens": a.tokens is None or a.tokens >= 1,
+        "temperature": 0 <= a.temperature < 1e6,
+        "top-k": a.top_k >= 0,
+    }
     checks |= {"seed": 0 <= a.seed < 2**32, "samples": a.samples >= 1}
     for name, good in checks.items():
         if not good:
@@ -152,7 +175,8 @@ def main() -> None:
     config, params, tokenizer = checkpoint.load_params(a.run, None if dtype == "stored" else dtype, a.step)
     ids = [tokenizer.bos, *tokenizer.encode(a.prompt)]
     options = dict(temperature=a.temperature, top_k=a.top_k, seed=a.seed, samples=a.samples)
-    tokens = stream(config, params, ids, a.tokens, end=tokenizer.bos, vocab=tokenizer.vocab_size, **options)
+    new = min(128, config.model.T - len(ids)) if a.tokens is None else a.tokens
+    tokens = stream(config, params, ids, new, end=tokenizer.bos, vocab=tokenizer.vocab_size, **options)
     if a.samples == 1:
         _print_live(tokenizer, a.prompt, tokens)
         return

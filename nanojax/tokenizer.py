@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import rustbpe
@@ -104,9 +105,15 @@ class Tokenizer:
         """Text of the ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def bytes_per_token(self) -> np.ndarray:
-        """int32 [V]: UTF-8 bytes of each id, 0 for special tokens, which bits per byte leaves out."""
-        return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int32)
+    def bytes_per_token(self, rule: Literal["raw", "decoded"] = "raw") -> np.ndarray:
+        """int32 [V]: UTF-8 bytes of each id, 0 for special tokens, which bits per byte leaves out.
+
+        Rule "raw": the token's own bytes, as nanochat counts since July 2026. "decoded": those of the token decoded by
+        itself, as it counted before: parts of a character become U+FFFD, of 3 bytes, so figures are lower.
+        """
+        decoded = lambda token: len(token.decode("utf-8", errors="replace").encode())
+        size = {"raw": len, "decoded": decoded}[rule]
+        return np.array([size(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int32)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from nanojax import config as configs
 from nanojax import files, sample, xla
 from nanojax import step as steps
-from nanojax.cli import UserError, run_main
+from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.data import loader
 from nanojax.evaluate import bpb, core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
-from nanojax.run import checkpoint, metrics, run_folder, signals
+from nanojax.run import checkpoint, metrics, resume, run_folder, signals
 from nanojax.tokenizer import Tokenizer
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
@@ -57,6 +57,7 @@ def train(config: Config) -> None:
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
     loader.valid_batches(config.data.path, 1, T)  # a mistake shows now rather than at the first evaluation
     tasks = _core_tasks(config)
+    run_folder.check_path(run)
     if config.compute.residuals == "auto":
         config = _with_residuals(config, run)
 
@@ -64,7 +65,10 @@ def train(config: Config) -> None:
         # run folder
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
-        run_folder.check_continues(run, config)
+        resumption = resume.check(run, config)
+        config = resumption.config
+        if config.train.init and not run_folder.available(run):
+            resume.check_init(config, tokenizer)
         tokenizer.save(run / "tokenizer")
         run_folder.write_config(run, config)
 
@@ -78,11 +82,17 @@ def train(config: Config) -> None:
         print(f"compiled in {time.monotonic() - begin:.0f} s; {planner.check(train_step, config, xla.pool_bytes())}")
 
         # state, restored or fresh
-        restored = checkpoint.restore(run, config)
+        restored = checkpoint.restore(run, config, resumption.step)
+        records: list[dict[str, Any]] = []
         if restored:
             state, meta = restored
             batches.set_state(meta["data"])
-            print(f"resuming after step {meta['step']}")
+            print("\n".join([f"resuming after step {meta['step']}", *resumption.lines(meta["step"])]))
+            records = resumption.records(meta["step"])
+        elif t.init:
+            state, of_step = resume.init_state(config)
+            print(f"weights of {t.init}, step {of_step}; fresh optimizer")
+            records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step}]
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
         done = int(state.step)
@@ -91,6 +101,8 @@ def train(config: Config) -> None:
             return
         writer = open_until_the_end.enter_context(contextlib.closing(checkpoint.open_for_saving(run, config)))
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
+        for record in records:
+            log.record(record)
 
         # loop
         in_loop.set()
@@ -211,20 +223,18 @@ def _with_residuals(config: Config, run: Path) -> Config:
 
 def parse(arguments: Sequence[str]) -> Config | None:
     """The config of a command line, None for --help (printed, with the named config's values if there is one)."""
-    rest, name = [], None
-    for argument in arguments:
-        if argument.startswith("--config="):
-            name = argument.removeprefix("--config=")
-        else:
-            rest.append(argument)
-    if {"-h", "--help"} & set(rest):
-        shown = configs.load_unresolved(name) if name else Config()
+    parser = Parser("python -m nanojax.train", add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
+    if known.help:
+        shown = configs.load_unresolved(known.config) if known.config else Config()
         print(f"{USAGE}\nconfigs: {', '.join(configs.available())}; or the path of a file\n")
-        print(f"keys, with their value in {name or 'an empty config'}:\n{configs.describe(shown)}")
+        print(f"keys, with their value in {known.config or 'an empty config'}:\n{configs.describe(shown)}")
         return None
-    if not name:
+    if not known.config:
         raise UserError(f"--config=NAME is missing; there are {', '.join(configs.available())}; --help lists all keys")
-    return configs.load(name, rest)
+    return configs.load(known.config, rest)
 
 
 def main() -> None:

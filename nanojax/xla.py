@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,9 @@ def configure() -> str | None:
 
     Returns:
       A line that says how much memory XLA may use; None without an NVIDIA GPU.
+
+    Raises:
+      UserError: JAX_PLATFORMS asks for a device that is not there.
     """
     import jax
 
@@ -131,12 +135,20 @@ def configure() -> str | None:
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs several lines per save
+    try:
+        jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not here
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"JAX_PLATFORMS={wanted}: {first_line(error)}; unset it, or set it to what is there") from None
     return memory
 
 
 def user_cache() -> Path:
-    """$XDG_CACHE_HOME/nanojax, or ~/.cache/nanojax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanojax"
+    """$XDG_CACHE_HOME/nanojax, or ~/.cache/nanojax; for a user without a home, a folder in the system's for temporary files."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "nanojax"
+    home = os.path.expanduser("~")
+    return Path(home) / ".cache" / "nanojax" if home != "~" else Path(tempfile.gettempdir()) / f"nanojax-{os.getuid()}"
 
 
 def share_memory() -> str | None:

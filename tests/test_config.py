@@ -229,12 +229,16 @@ def test_renamed_keys(old: str, new: str) -> None:
 
 
 def test_harmful_changes() -> None:
-    """A resumed run may move, log, evaluate and save otherwise; what changes its parameters is named with both values."""
+    """What a key does to a resumed run: nothing, other rounding, another schedule; all others change its results."""
     earlier = configs.load("demo")
     harmless = ["--train.run=elsewhere", "--eval.every=3", "--checkpoint.every=7", "--profile.start=2", "--data.path=b"]
-    assert configs.harmful_changes(earlier, configs.load("demo", [*harmless, "--train.log_every=5"])) == {}
-    now = configs.load("demo", ["--train.seed=1", "--stored.blocks=bf16", *harmless])
-    assert configs.harmful_changes(earlier, now) == {"stored.blocks": ("f32", "bf16"), "train.seed": (0, 1)}
+    other = ["--compute.residuals=inputs", "--optim.warmdown=0.5", "--train.seed=1", "--stored.blocks=bf16"]
+    now = configs.load("demo", [*harmless, "--train.log_every=5", *other])
+    changed = {effect: configs.changes(earlier, now, effect) for effect in ("rounding", "schedule", "results")}
+    assert changed["rounding"] == {"compute.residuals": ("cheap", "inputs")}
+    assert changed["schedule"] == {"optim.warmdown": (0.2, 0.5)}
+    assert changed["results"] == {"stored.blocks": ("f32", "bf16"), "train.seed": (0, 1)}
+    assert set(configs.changes(earlier, now, "none")) == {a[2:].split("=")[0] for a in harmless} | {"train.log_every"}
 
 
 def test_large_whole_numbers_are_exact() -> None:

@@ -40,7 +40,7 @@ def test_rooms_import_from_rooms_before_them() -> None:
     out = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if module != "__init__":
+        if module not in ("__init__", "__main__"):
             out += violations(module, path.read_text())
     assert out == []
 

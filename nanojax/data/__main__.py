@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from nanojax.cli import UserError, run_main
+from nanojax.cli import UserError, run_main, version
 
 SUBCOMMANDS = {
     "download": "fetch text shards from the Hugging Face hub",
@@ -27,14 +27,11 @@ def main() -> None:
         print(HELP, end="")
         return
     name = sys.argv[1]
+    if name == "--version":
+        return print(version())
     if name not in SUBCOMMANDS:
         raise UserError(f"no subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}")
-    try:
-        importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # what no step foresaw, a folder without permission say, still names its file
-        raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
+    importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

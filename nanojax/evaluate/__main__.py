@@ -1,7 +1,6 @@
 """Evaluates a trained or imported model: bits per byte, CORE, sample texts.        python -m nanojax.evaluate"""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,19 +33,20 @@ EXAMPLES = """\
   python -m nanojax.evaluate --run=runs/d32 --eval=core --bundle=eval_bundle --max-per-task=500
   python -m nanojax.evaluate --run=runs/demo --eval=bpb --text=book.txt --text='more/*.jsonl.zst' --by=source
   python -m nanojax.evaluate --hf=nanochat-d32 --eval=core,sample --bundle=eval_bundle --out=runs/nanochat-d32
-Results go to <run>/evals and to TensorBoard. --hf takes a folder with config.json and *.safetensors (transformers'
-NanoChat) or with model_NNNNNN.pt and meta_NNNNNN.json (nanochat); neither torch nor transformers is needed.
+Results go to <run>/evals and to TensorBoard; those of --hf are only printed unless there is --out. --hf takes a folder
+with config.json and *.safetensors (transformers' NanoChat) or with model_NNNNNN.pt and meta_NNNNNN.json (nanochat); neither
+torch nor transformers is needed.
 """
 
 
-def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
+def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
     tasks = core.load_tasks(Path(a.bundle))
     total = sum(len(core.load_examples(task, a.max_per_task)) for task in tasks)
     suffix = f"_max{a.max_per_task}" if a.max_per_task else ""
-    stem = subject.out / f"core_{subject.step:06d}{suffix}"
+    stem = subject.out / f"core_{subject.step:06d}{suffix}" if subject.out else None
     identity = {"bundle": core.fingerprint(tasks), "max_per_task": a.max_per_task, **subject.identity()}
-    ledger = core.Ledger(stem.with_suffix(".progress.jsonl"), identity)
-    if ledger.done:
+    ledger = core.Ledger(stem.with_suffix(".progress.jsonl"), identity) if stem else None
+    if ledger and ledger.done:
         console.print(f"resuming: {sum(map(len, ledger.done.values())):,} examples are done already")
     scores: list[core.TaskScore] = []
     began = time.monotonic()
@@ -64,16 +64,18 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
                     f"{score.total} examples · {score.seconds:.1f} s"
                 )
     value = core.core_of(scores)
-    core.write_csv(stem.with_suffix(".csv"), scores)
     kept = {
         s.task.label: {"accuracy": s.accuracy, "centred": s.centred, "correct": s.correct, "total": s.total}
         for s in scores
     }
     record = {"core": value, "tasks": kept, **_about(subject), "seconds": time.monotonic() - began, **identity}
-    _write_json(stem.with_suffix(".json"), record)
-    for score in scores:
-        board.add_scalar(f"core/{score.task.label}", score.centred, subject.step)
-    board.add_scalar("core/CORE", value, subject.step)
+    if stem:
+        core.write_csv(stem.with_suffix(".csv"), scores)
+        files.write_json(stem.with_suffix(".json"), record)
+    if board:
+        for score in scores:
+            board.add_scalar(f"core/{score.task.label}", score.centred, subject.step)
+        board.add_scalar("core/CORE", value, subject.step)
     table = Table(title="CORE" + (f", first {a.max_per_task} examples per task" if suffix else ""))
     table.add_column("model")
     table.add_column("CORE", justify="right")
@@ -81,11 +83,12 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
     for name, of_model in sorted(ranked.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{of_model:.4f}")
     console.print(table)
-    console.print(f"written: {stem}.csv, {stem}.json")
+    if stem:
+        console.print(f"written: {stem}.csv, {stem}.json")
 
 
-def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
-    T = subject.config.model.T
+def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
+    T, sizes = subject.config.model.T, subject.tokenizer.bytes_per_token(a.token_bytes)
     batch = max(1, a.batch_tokens // T)
     model = subject.config, subject.params, subject.tokenizer
     began = time.monotonic()
@@ -93,14 +96,22 @@ def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: S
         progress = lambda rows: bar.reach(rows * T)
         if a.text:
             where = ", ".join(a.text)
-            sources = bpb.of_texts(*model, bpb.text_documents(a.text, a.key, a.by), batch, progress)
+            sources = bpb.of_texts(*model, bpb.text_documents(a.text, a.key, a.by), batch, progress, sizes)
         else:
             where = _data_folder(subject, a.data)
-            sources = {"validation": bpb.of_shards(*model, where, batch, progress=progress)}
+            sources = {"validation": bpb.of_shards(*model, where, batch, progress=progress, bytes_V=sizes)}
     result = bpb.summary(sources)
-    record = {"input": where, **result, **_about(subject), "seconds": time.monotonic() - began}
-    _write_json(subject.out / f"bpb_{subject.step:06d}.json", record)
-    board.add_scalar("evaluate/bpb", result["bpb"], subject.step)
+    record = {
+        "input": where,
+        "token_bytes": a.token_bytes,
+        **result,
+        **_about(subject),
+        "seconds": time.monotonic() - began,
+    }
+    if subject.out:
+        files.write_json(subject.out / f"bpb_{subject.step:06d}.json", record)
+    if board:
+        board.add_scalar("evaluate/bpb", result["bpb"], subject.step)
     table = Table(title=f"bits per byte of {where}")
     for name in ("source", "bits/byte", "nats/token", "tokens", "bytes"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -115,6 +126,8 @@ def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: S
 def _data_folder(subject: Subject, given: str | None) -> str:
     """The folder whose validation shards are measured. UserError unless the subject's tokenizer made them."""
     folder = given or subject.config.data.path
+    if not folder:
+        raise UserError("this model's validation data is not known; give --data=FOLDER, or text with --text=FILE")
     if not (Path(folder) / "tokenizer").is_dir():
         raise UserError(f"{folder}: no data folder there; give --data=FOLDER, or text with --text=FILE")
     if Tokenizer.load(Path(folder) / "tokenizer").fingerprint != subject.tokenizer.fingerprint:
@@ -122,23 +135,21 @@ def _data_folder(subject: Subject, given: str | None) -> str:
     return folder
 
 
-def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
+def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
     prompts = a.prompt or PROMPTS
     config, params, tokenizer = subject.config, subject.params, subject.tokenizer
     texts = [sample.text(config, params, tokenizer, p, a.tokens, temperature=0.0)[0] for p in prompts]
     for text in texts:
         console.print(f"· {text}")
-    (subject.out / f"sample_{subject.step:06d}.txt").write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
-    board.add_text("evaluate/sample", "\n\n".join(texts), subject.step)
+    if subject.out:
+        with files.write_atomic(subject.out / f"sample_{subject.step:06d}.txt") as file:
+            file.write(("\n---\n".join(texts) + "\n").encode())
+    if board:
+        board.add_text("evaluate/sample", "\n\n".join(texts), subject.step)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
     return {"model": subject.name, "step": subject.step, "parameters": subject.config.model.parameters}
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    with files.write_atomic(path) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -148,21 +159,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_arguments(parser)
     add = parser.add_argument
-    add("--eval", default="bpb,sample", help=f"what to do, joined by commas: {', '.join(KINDS)} (bpb,sample)")
-    add("--out", help="results go to OUT/evals; default: the run or checkpoint folder")
+    add(
+        "--eval", help=f"what to do, joined by commas: {', '.join(KINDS)}; default: sample, and bpb where there is text"
+    )
+    add("--out", type=cli.path, help="results go to OUT/evals; default: the run folder, nowhere with --hf")
     add("--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)")
-    add("--bundle", default="eval_bundle", help="core: folder of nanochat's unpacked eval_bundle.zip (eval_bundle)")
+    add(
+        "--bundle",
+        type=cli.path,
+        default="eval_bundle",
+        help="core: folder of nanochat's unpacked eval_bundle.zip (eval_bundle)",
+    )
     add(
         "--max-per-task", type=int, default=0, metavar="N", help="core: examples of each task, the first N; 0 = all (0)"
     )
-    add("--data", help="bpb: data folder whose validation shards are used; default: the run's")
-    add("--text", action="append", help="bpb: .txt, .jsonl(.gz/.xz/.zst), .parquet, folder or glob; may be repeated")
+    add("--data", type=cli.path, help="bpb: data folder whose validation shards are used; default: the run's")
+    add(
+        "--text",
+        type=cli.path,
+        action="append",
+        help="bpb: .txt, .jsonl(.gz/.xz/.zst), .parquet, folder or glob; may be repeated",
+    )
     add("--key", default="text", help="bpb: key of the text in JSON lines and parquet (text)")
     add("--by", help="bpb: key whose value names the source of a text; default: one source per file")
+    add(
+        "--token-bytes",
+        choices=["raw", "decoded"],
+        default="raw",
+        help="bpb: bytes of a part of a character: its own (raw), or U+FFFD's 3 (decoded), as in nanochat till July 2026",
+    )
     add("--prompt", action="append", help="sample: text to continue greedily; may be repeated")
     add("--tokens", type=int, default=16, help="sample: new tokens (16)")
     a = parser.parse_args(arguments)
-    a.eval = [kind for kind in a.eval.split(",") if kind]
+    a.default = a.eval is None
+    a.eval = ["bpb", "sample"] if a.default else [kind for kind in a.eval.split(",") if kind]
     for kind in a.eval:
         if kind not in KINDS:
             raise UserError(f"--eval={kind}: choose from {', '.join(KINDS)}")
@@ -184,11 +214,14 @@ def main() -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     subject = load(a.run, a.hf, a.dtype, a.step, a.out)
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")
-    try:
-        subject.out.mkdir(parents=True, exist_ok=True)
-        board = SummaryWriter(str(subject.out.parent / "tensorboard"))
-    except OSError as error:
-        raise UserError(f"{subject.out}: cannot write there ({error.strerror}); choose another --out") from None
+    where = subject.config.data.path
+    if a.default and not (a.text or a.data or (where and (Path(where) / "tokenizer").is_dir())):
+        missing = f"no data folder {where}" if where else "this model's validation data is not known"
+        console.print(f"bits per byte left out: {missing}; give --data=FOLDER or --text=FILE")
+        a.eval.remove("bpb")
+    board = None
+    if subject.out:
+        board = SummaryWriter(str(cli.output_folder(subject.out).parent / "tensorboard"))
     try:
         run = {"bpb": _run_bpb, "core": _run_core, "sample": _run_sample}
         for kind in a.eval:
@@ -198,7 +231,8 @@ def main() -> None:
             raise
         raise UserError(f"out of device memory: lower --batch-tokens={a.batch_tokens}") from None
     finally:
-        board.close()
+        if board:
+            board.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Bits per byte of validation shards or of any text, as nanochat defines them, in total and per source.
 
 bpb = sum of nats over the text's tokens / ln 2 / sum of these tokens' UTF-8 bytes. Special tokens count in neither sum.
+A token's bytes are its own, also where they are part of a character (`Tokenizer.bytes_per_token` has nanochat's older rule).
 Text is cut into rows that begin with the begin token; every token of the text is predicted exactly once, from the tokens
 before it in its row. The rows do not depend on the batch size, so neither does the result.
 """
@@ -157,12 +158,17 @@ def of_shards(
     batch: int,
     tokens: int = 0,
     progress: Progress | None = None,
+    bytes_V: np.ndarray | None = None,
 ) -> Total:
-    """The total over the first `tokens` tokens (0: all) of a data folder's validation shards, rounded up to whole rows."""
+    """The total over the first `tokens` tokens (0: all) of a data folder's validation shards, rounded up to whole rows.
+
+    `bytes_V` None: the tokenizer's bytes_per_token().
+    """
+    bytes_V = tokenizer.bytes_per_token() if bytes_V is None else bytes_V
     # Batches of one row: larger ones would leave out the rows that do not fill the last batch.
     rows = shard_rows(loader.valid_batches(folder, 1, config.model.T))
     first = itertools.islice(rows, math.ceil(tokens / config.model.T) or None)
-    return measure(config, params, first, tokenizer.bytes_per_token(), batch, progress)[0]
+    return measure(config, params, first, bytes_V, batch, progress)[0]
 
 
 def of_texts(
@@ -172,11 +178,13 @@ def of_texts(
     documents: Iterable[tuple[str, str]],
     batch: int,
     progress: Progress | None = None,
+    bytes_V: np.ndarray | None = None,
 ) -> dict[str, Total]:
-    """The totals of (source, text) pairs by source, in order of appearance; see `text_documents`."""
+    """The totals of (source, text) pairs by source, in order of appearance; see `text_documents` and `of_shards`."""
+    bytes_V = tokenizer.bytes_per_token() if bytes_V is None else bytes_V
     names: list[str] = []
     rows = text_rows(documents, tokenizer, config.model.T, names)
-    totals = measure(config, params, rows, tokenizer.bytes_per_token(), batch, progress)
+    totals = measure(config, params, rows, bytes_V, batch, progress)
     return {names[i]: totals[i] for i in sorted(totals)}
 
 

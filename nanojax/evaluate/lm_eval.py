@@ -5,12 +5,13 @@ the continuations of one context together. The begin token stands before every t
 than the model's rows lose tokens from the left.
 """
 
+import collections
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanojax import cli, sample, xla
+from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.evaluate import likelihood, subject
@@ -67,7 +68,13 @@ class NanojaxLM(LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text after each context, up to (without) the first of the request's `until` strings."""
-        return [self._generate(*r.args) for r in requests]
+        asked: collections.Counter[str] = collections.Counter()
+        texts = []
+        for r in requests:
+            context, options = r.args
+            texts.append(self._generate(context, options, seed=asked[context]))  # repeats are other samples
+            asked[context] += 1
+        return texts
 
     @property
     def tokenizer_name(self) -> str:
@@ -99,9 +106,9 @@ class NanojaxLM(LM):
         chosen = [answers[pair] for pair in pairs]
         return [(-float(a.nll.astype("f8").sum()), bool(a.hits.all())) for a in chosen]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _generate(self, context: str, options: dict[str, Any], seed: int = 0) -> str:
         until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         sampled = bool(options.get("do_sample")) and float(options.get("temperature") or 0) > 0
         T = self.config.model.T
         room = min(int(options.get("max_gen_toks") or 256), T // 2)
@@ -112,6 +119,7 @@ class NanojaxLM(LM):
             ids,
             room,
             temperature=float(options["temperature"]) if sampled else 0.0,
+            seed=seed,
             end=self.tok.bos,
             vocab=self.tok.vocab_size,
         )
@@ -123,7 +131,7 @@ class NanojaxLM(LM):
             if any(stop in text for stop in until):
                 break
         for stop in until:
-            text = text.split(stop)[0] if stop else text
+            text = text.split(stop)[0]
         return text
 
 
@@ -136,14 +144,16 @@ def main() -> None:
     )
     subject.add_arguments(parser)
     parser.add_argument("--tasks", required=True, help="task names, joined by commas")
-    parser.add_argument("--include", help="folder with task files of your own")
+    parser.add_argument("--include", type=cli.path, help="folder with task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="examples of each task, the first N; default: all")
     parser.add_argument("--shots", type=int, help="few-shot examples; default: as the task says")
     parser.add_argument(
         "--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)"
     )
-    parser.add_argument("--out", help="file for the results as JSON")
+    parser.add_argument("--out", type=cli.path, help="file for the results as JSON")
     a = parser.parse_args()
+    if a.out:
+        cli.output_folder(Path(a.out).parent)
     xla.configure()
     manager = TaskManager(include_path=a.include)
     names = a.tasks.split(",")
@@ -156,7 +166,8 @@ def main() -> None:
     results = {task: {k: v for k, v in r.items() if k != "alias"} for task, r in (outcome or {})["results"].items()}
     print(json.dumps(results, indent=1, default=str))
     if a.out:
-        Path(a.out).write_text(json.dumps(results, indent=1, default=str) + "\n")
+        with files.write_atomic(a.out) as file:
+            file.write((json.dumps(results, indent=1, default=str) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -7,23 +7,23 @@ from typing import Any
 
 import jax
 
-from nanojax import interop
+from nanojax import cli, interop
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import checkpoint, run_folder
+from nanojax.run import checkpoint
 from nanojax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model with its tokenizer. Results of its evaluation go to `out`; `step` is its training step."""
+    """A model with its tokenizer. Results of its evaluation go to `out`, None = nowhere; `step` is its training step."""
 
     config: Config
     params: Any
     tokenizer: Tokenizer
     name: str
     step: int
-    out: Path
+    out: Path | None
 
     def identity(self) -> dict[str, Any]:
         """JSON of everything an outcome depends on: the parameters' bits, how they compute, the tokenizer."""
@@ -38,8 +38,8 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a model: --run or --hf, and which of its checkpoints in which dtype."""
-    parser.add_argument("--run", help="run folder that nanojax.train wrote")
-    parser.add_argument("--hf", help="folder of a Hugging Face or nanochat checkpoint, instead of --run")
+    parser.add_argument("--run", type=cli.path, help="run folder that nanojax.train wrote")
+    parser.add_argument("--hf", type=cli.path, help="folder of a Hugging Face or nanochat checkpoint, instead of --run")
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
     parser.add_argument(
         "--dtype", choices=["f32", "bf16", "stored"], help="default: f32 on a CPU, as stored on other devices"
@@ -52,10 +52,9 @@ def load(run: str | None, hf: str | None, dtype: str | None, step: int | None, o
         raise UserError("give either --run=DIR (a run folder) or --hf=FOLDER (a Hugging Face or nanochat checkpoint)")
     dtype = dtype or ("f32" if jax.default_backend() == "cpu" else "stored")
     if run is not None:
-        steps = run_folder.available(run)
-        step = steps[-1] if step is None and steps else step
-        config, params, tokenizer = checkpoint.load_params(run, None if dtype == "stored" else dtype, step)
-        return Subject(config, params, tokenizer, Path(run).name, step or 0, Path(out or run) / "evals")
+        config, params, tokenizer, step = checkpoint.load(run, None if dtype == "stored" else dtype, step)
+        return Subject(config, params, tokenizer, Path(run).name, step, Path(out or run) / "evals")
     found = interop.load(Path(str(hf)), step=step)
     config, params = interop.as_dtype(found.config, found.params, dtype)
-    return Subject(config, params, found.tokenizer, found.config.name, found.step, Path(out or str(hf)) / "evals")
+    kept = Path(out) / "evals" if out else None  # the folder is another program's
+    return Subject(config, params, found.tokenizer, found.config.name, found.step, kept)

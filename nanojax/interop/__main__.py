@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from nanojax import cli, xla
-from nanojax.cli import UserError, run_main
+from nanojax import cli, files, xla
+from nanojax.cli import run_main
 from nanojax.interop import convert
-from nanojax.run import checkpoint, run_folder
+from nanojax.run import checkpoint
 
 EXAMPLES = """\
   python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
@@ -19,6 +19,7 @@ Neither torch nor transformers is needed, and no pickled code is run.
 
 
 def _import(a: argparse.Namespace) -> None:
+    convert.check_free(Path(a.run))
     found = convert.load(Path(a.folder), Path(a.tokenizer) if a.tokenizer else None, a.step)
     for note in found.notes:
         print(f"note: {note}")
@@ -28,22 +29,23 @@ def _import(a: argparse.Namespace) -> None:
         f"{a.run}: {found.config.model.parameters:,} parameters of step {found.step}, "
         f"blocks {stored.blocks}, embed {stored.embed}, head {stored.head}"
     )
-    print(f"next: python -m nanojax.sample --run={a.run} --prompt='The'")
+    print(f"next: python -m nanojax.sample --run={a.run} --prompt='The'; --train.init={a.run} trains on from it")
 
 
 def _export(a: argparse.Namespace) -> None:
-    steps = run_folder.available(a.run)
-    step = steps[-1] if a.step is None and steps else a.step
-    config, params, tokenizer = checkpoint.load_params(a.run, None, step)
+    files.check_empty(a.out)
+    config, params, tokenizer, step = checkpoint.load(a.run, None, a.step)
     params, quantised = convert.floats(params, a.dtype)
     if quantised:
         print(f"note: {', '.join(quantised)} are quantised in the run and are written as the floats they stand for")
     if a.to == "nanochat":
-        convert.export_nanochat(Path(a.out), config, params, tokenizer, step or 0)
+        convert.export_nanochat(Path(a.out), config, params, tokenizer, step)
     else:
         convert.export_transformers(Path(a.out), config, params, tokenizer)
-    files = sorted(Path(a.out).iterdir())
-    print("\n".join(f"{path}  {path.stat().st_size:,} bytes" for path in files))
+    base = "to $NANOCHAT_BASE_DIR (~/.cache/nanochat)"
+    for path in sorted(Path(a.out).iterdir()):
+        room = "tokenizer" if path.name.startswith("token") else f"base_checkpoints/d{config.model.depth}"
+        print(f"{path}  {path.stat().st_size:,} bytes" + (f"  {base}/{room}/" if a.to == "nanochat" else ""))
 
 
 def main() -> None:
@@ -55,24 +57,25 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="import|export")
     take = commands.add_parser("import", help="a nanochat or Hugging Face checkpoint folder -> a run folder")
-    take.add_argument("folder", help="folder with model_NNNNNN.pt, meta_NNNNNN.json, or config.json, *.safetensors")
-    take.add_argument("run", help="run folder to make")
+    take.add_argument(
+        "folder", type=cli.path, help="folder with model_NNNNNN.pt, meta_NNNNNN.json, or config.json, *.safetensors"
+    )
+    take.add_argument("run", type=cli.path, help="run folder to make")
     take.add_argument("--step", type=int, help="nanochat: which model_NNNNNN.pt; default: the newest")
-    take.add_argument("--tokenizer", help="tokenizer.pkl or tokenizer.json, if it is not beside the weights")
+    take.add_argument(
+        "--tokenizer", type=cli.path, help="tokenizer.pkl or tokenizer.json, if it is not beside the weights"
+    )
     take.set_defaults(do=_import)
     give = commands.add_parser("export", help="a run folder -> a nanochat or Hugging Face checkpoint folder")
-    give.add_argument("run", help="run folder")
-    give.add_argument("out", help="folder to write, empty or new")
+    give.add_argument("run", type=cli.path, help="run folder")
+    give.add_argument("out", type=cli.path, help="folder to write, empty or new")
     give.add_argument("--to", choices=["hf", "nanochat"], default="hf", help="layout (hf)")
     give.add_argument("--dtype", choices=[*checkpoint.DTYPES], help="default: as stored, quantised ones as f32")
     give.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
     give.set_defaults(do=_export)
     a = parser.parse_args()
     xla.configure()
-    try:
-        a.do(a)
-    except OSError as error:
-        raise UserError(f"{error.filename or 'writing'}: {error.strerror or error}") from None
+    a.do(a)
 
 
 if __name__ == "__main__":

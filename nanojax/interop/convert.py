@@ -6,9 +6,9 @@ Float parameters keep dtype and bits. Quantised parameters are exported as the f
 """
 
 import dataclasses
-import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from nanojax import files
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Stored, Train, resolve, to_dict
+from nanojax.config import Compute, Config, Data, Model, Stored, Train, resolve, to_dict
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
@@ -43,6 +43,9 @@ TRANSFORMERS_SIZES = (
     "max_position_embeddings",
 )
 SAFETENSORS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
+SAFETENSORS |= {name: np.dtype(name.lower()) for name in ("U8", "I8")}
+SAFETENSORS |= {f"{kind}{8 * n}": np.dtype(f"{kind.lower()}{n}") for kind in "IU" for n in (2, 4, 8)}
+SAFETENSORS |= {"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,14 @@ def _config(name: str, model: Model, params: Any) -> Config:
         raise UserError(f"{name}: block matrices of different dtypes ({', '.join(dtypes)}); convert them to one")
     stored = Stored(blocks=dtypes[0], embed=DTYPES[params["embed"].dtype], head=DTYPES[params["head"].dtype])
     compute = Compute(dtype=dtypes[0], loss_chunk=math.gcd(model.T, 1024))
-    return resolve(Config(name=name, model=model, stored=stored, compute=compute, train=Train(tokens_per_step=model.T)))
+    train = Train(tokens_per_step=model.T)
+    return resolve(Config(name=name, model=model, stored=stored, compute=compute, data=Data(path=""), train=train))
+
+
+def _known(config: Config) -> dict[str, Any]:
+    """What an imported model's config says, as JSON: its training, which would be defaults of ours, is left out."""
+    known = to_dict(config)
+    return {name: known[name] for name in ("name", "model", "stored", "compute")} | {"data": {"path": ""}}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -94,6 +104,7 @@ def _whole(where: Path, found: Mapping[str, Any], key: str) -> int:
 def _model(where: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Model:
     """The sizes in `found` under `names`. UserError if one is missing or they are of a model this project lacks."""
     vocab, depth, width, heads, kv_heads, seq = names
+    found = {key: value for key, value in found.items() if value is not None}  # null says the default, as if left out
     D = _whole(where, found, width)
     N = _whole(where, found, heads)
     grouped = _whole(where, {kv_heads: N, **found}, kv_heads)
@@ -126,7 +137,8 @@ def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Im
     params = layouts.join(layouts.NANOCHAT, model, listed, found.__getitem__, path)
     places = [tokenizer] if tokenizer else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
     name = folder.name if folder.name not in ("", ".") else "nanochat"
-    return Imported(_config(name, model, params), params, _tokenizer(places, model), step)
+    own, notes = _tokenizer(places, model)
+    return Imported(_config(name, model, params), params, own, step, notes)
 
 
 def _load_transformers(folder: Path, tokenizer: Path | None) -> Imported:
@@ -138,15 +150,15 @@ def _load_transformers(folder: Path, tokenizer: Path | None) -> Imported:
             file = safe_open(path, "np")
             for name in file.keys():  # noqa: SIM118  not a dict
                 part = file.get_slice(name)
-                # Integers, which no layout has, are refused by name in `join`.
-                listed[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), np.dtype(np.int64)))
+                # Other dtypes, which no layout has, are refused by name in `join`.
+                listed[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), np.dtype(np.void)))
                 read[name] = file.get_tensor
         params = layouts.join(layouts.TRANSFORMERS, model, listed, lambda name: read[name](name), folder)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: damaged safetensors file ({error}); fetch it again") from None
     name = folder.name if folder.name not in ("", ".") else "huggingface"
-    config = _config(name, model, params)
-    return Imported(config, params, _tokenizer([tokenizer or folder], model), 0, notes)
+    own, more = _tokenizer([tokenizer or folder], model)
+    return Imported(_config(name, model, params), params, own, 0, (*notes, *more))
 
 
 def _transformers_config(path: Path) -> tuple[Model, tuple[str, ...]]:
@@ -159,26 +171,34 @@ def _transformers_config(path: Path) -> tuple[Model, tuple[str, ...]]:
         if given.get(key, value) != value:
             raise UserError(f"{path}: {key} is {given[key]!r}, only {value!r} is supported")
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r}, expected a table with rope_type and rope_theta")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_type is {rope['rope_type']!r}, only 'default' is supported")
     cap = given.get("final_logit_softcapping", 15.0)
-    if not isinstance(cap, (int, float)) or cap <= 0:
+    if not _positive(cap):
         raise UserError(f"{path}: final_logit_softcapping is {cap!r}; a model without a softcap is not supported")
     eps = given.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 <= eps <= 1e-5:
         raise UserError(f"{path}: rms_norm_eps is {eps!r}; only up to 1e-5 is close enough to our 2^-23")
-    base = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
-    model = dataclasses.replace(_model(path, given, TRANSFORMERS_SIZES), softcap=float(cap), rope_base=base)
+    base = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+    if not _positive(base):
+        raise UserError(f"{path}: rope_theta is {base!r}, expected a number above 0")
+    model = dataclasses.replace(_model(path, given, TRANSFORMERS_SIZES), softcap=float(cap), rope_base=float(base))
     if _whole(path, given, "intermediate_size") != model.F:
         raise UserError(
             f"{path}: intermediate_size is {given['intermediate_size']}, expected 4*hidden_size = {model.F}"
         )
-    if given.get("head_dim", model.H) != model.H:
+    if given.get("head_dim") not in (None, model.H):
         raise UserError(
             f"{path}: head_dim is {given['head_dim']}, expected hidden_size/num_attention_heads = {model.H}"
         )
     same_eps = math.isclose(eps, NORM_EPS, rel_tol=1e-3)
     return model, () if same_eps else (f"its rms_norm_eps is {eps:g}, ours 2^-23",)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _safetensors(folder: Path) -> list[Path]:
@@ -196,11 +216,14 @@ def _safetensors(folder: Path) -> list[Path]:
     return files
 
 
-def _tokenizer(places: list[Path], m: Model) -> Tokenizer:
+def _tokenizer(places: list[Path], m: Model) -> tuple[Tokenizer, tuple[str, ...]]:
+    """(tokenizer, notes for the user). UserError if the model lacks some of its ids."""
     found = tokenizers.load(places)
     if found.vocab_size > m.V:
         raise UserError(f"{places[0]}: its tokenizer has {found.vocab_size} ids, the model only {m.V}")
-    return found
+    spare = m.V - found.vocab_size
+    note = f"its tokenizer has {found.vocab_size} ids, the model {m.V}: the last {spare} rows are never chosen"
+    return found, (note,) if spare else ()
 
 
 def as_dtype(config: Config, params: Any, dtype: str) -> tuple[Config, Any]:
@@ -211,18 +234,12 @@ def as_dtype(config: Config, params: Any, dtype: str) -> tuple[Config, Any]:
 
 
 def to_run(found: Imported, run: Path) -> None:
-    """Makes a run folder that evaluate, sample and export accept: config, tokenizer, and parameters at `found.step`.
+    """Makes a run folder that evaluate, sample, export and train.init accept: config, tokenizer, parameters at `found.step`.
 
-    It holds no optimizer state, so training does not resume from it. UserError if the folder already holds checkpoints.
+    It holds no optimizer state, so training does not resume from it. UserError if the folder already holds checkpoints or
+    the parameters are not finite; then nothing is written.
     """
-    if run_folder.available(run):
-        raise UserError(f"{run}: holds checkpoints already; choose another folder")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run}: cannot write there ({error.strerror})") from None
-    found.tokenizer.save(run / "tokenizer")
-    run_folder.write_config(run, found.config)
+    check_free(run)
     params = jax.tree.map(jnp.asarray, found.params)
     sums, finite = jax.device_get(checkpoint.checks({"params": params}))
     for path, ok in finite.items():
@@ -232,15 +249,26 @@ def to_run(found: Imported, run: Path) -> None:
         "layout": legacy.LAYOUT,
         "step": found.step,
         "data": {},
-        "config": to_dict(found.config),
+        "config": _known(found.config),
         "tokenizer": found.tokenizer.fingerprint,
         "checks": {path: int(value) for path, value in sums.items()},
     }
-    writer = checkpoint.open_for_saving(run, found.config)
+    new = not run.exists()
     try:
-        writer.save_checkpointables(found.step, {"params": params, "meta": meta})
-    finally:
-        writer.close()
+        files.write_json(run / "config.json", _known(found.config))
+        found.tokenizer.save(run / "tokenizer")
+        checkpoint.save_import(run, found.config, found.step, {"params": params, "meta": meta})
+    except BaseException:
+        if new:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def check_free(run: Path) -> None:
+    """UserError if the run folder holds checkpoints already, or orbax could not write any there."""
+    run_folder.check_path(run)
+    if run_folder.available(run):
+        raise UserError(f"{run}: holds checkpoints already; choose another folder")
 
 
 def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
@@ -263,21 +291,29 @@ def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer
         raise UserError(
             f"nanochat fixes softcap 15 and rope base 10000 in its code; this one has {m.softcap:g} and {m.rope_base:g}"
         )
-    _fresh(out)
     kinds = layouts.dtypes(layouts.NANOCHAT, params, m)
     listed = {name: (shape, kinds[name]) for name, shape in layouts.shapes(layouts.NANOCHAT, m).items()}
-    torch_file.write(out / f"model_{step:06d}.pt", listed, layouts.split(layouts.NANOCHAT, params, m))
     sizes = {"sequence_len": m.T, "vocab_size": m.V, "n_layer": m.L, "n_head": m.N, "n_kv_head": m.N, "n_embd": m.D}
     meta = {"step": step, "model_config": sizes, "user_config": {}}
-    (out / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    tokenizers.save_nanochat(tokenizer, out, m.V)
+    with files.write_folder(out) as folder:
+        tokenizers.save_nanochat(tokenizer, folder, m.V)
+        files.write_json(folder / f"meta_{step:06d}.json", meta)
+        torch_file.write(folder / f"model_{step:06d}.pt", listed, layouts.split(layouts.NANOCHAT, params, m))
 
 
 def export_transformers(out: Path, config: Config, params: Any, tokenizer: Tokenizer) -> None:
     """Writes config.json, model.safetensors (or shards and an index), tokenizer files; `params` are numpy floats."""
     m = config.model
-    _fresh(out)
     kinds = layouts.dtypes(layouts.TRANSFORMERS, params, m)
+    with files.write_folder(out) as folder:
+        tokenizers.save_transformers(tokenizer, folder, m.T)
+        _save_weights(folder, params, kinds, m)
+        narrow = all(k == BF16 for k in kinds.values())
+        files.write_json(folder / "config.json", _transformers_table(m, tokenizer, narrow))
+
+
+def _save_weights(out: Path, params: Any, kinds: dict[str, np.dtype], m: Model) -> None:
+    """model.safetensors, or shards and an index where it would be larger than SHARD_BYTES."""
     listed = layouts.shapes(layouts.TRANSFORMERS, m)
     size = {name: math.prod(shape) * kinds[name].itemsize for name, shape in listed.items()}
     if sum(size.values()) <= SHARD_BYTES:
@@ -291,9 +327,12 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
             _save(out / file, dict(next(arrays) for _ in group))
             weight_map |= dict.fromkeys(group, file)
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    narrow = all(k == BF16 for k in kinds.values())
-    table = {
+        files.write_json(out / "model.safetensors.index.json", index)
+
+
+def _transformers_table(m: Model, tokenizer: Tokenizer, narrow: bool) -> dict[str, Any]:
+    """config.json of transformers' NanoChat; `narrow`: all weights are bf16."""
+    return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
         "vocab_size": m.V,
@@ -315,8 +354,6 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
         "pad_token_id": tokenizer.special(tokenizers.PADDING),
         "dtype": "bfloat16" if narrow else "float32",
     }
-    tokenizers.save_transformers(tokenizer, out, m.T)
-    (out / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _groups(size: Mapping[str, int]) -> list[list[str]]:
@@ -335,13 +372,3 @@ def _groups(size: Mapping[str, int]) -> list[list[str]]:
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with files.write_atomic(path) as file:
         save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, file.name, metadata={"format": "pt"})
-
-
-def _fresh(out: Path) -> None:
-    """Makes the folder. UserError unless it is empty, so that an export never mixes with other files."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UserError(f"{out}: is not empty; choose another folder")
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror})") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nanojax import files
 from nanojax.cli import UserError
 from nanojax.interop import torch_file
 from nanojax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -160,5 +161,6 @@ def save_transformers(tokenizer: Tokenizer, out: Path, seq: int) -> None:
         "model_max_length": seq,
         "clean_up_tokenization_spaces": False,
     }
-    (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with files.write_atomic(out / "tokenizer.json") as file:
+        file.write(json.dumps(content, ensure_ascii=False).encode())
+    files.write_json(out / "tokenizer_config.json", settings)

@@ -278,4 +278,5 @@ def write_tokenizer_pickle(path: Path, tokens: Iterable[bytes], pattern: str, sp
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens=dict(special),
     )
-    path.write_bytes(pickle.dumps(encoding))
+    with files.write_atomic(path) as file:
+        file.write(pickle.dumps(encoding))

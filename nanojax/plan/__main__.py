@@ -4,12 +4,11 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 
+from nanojax import cli, files, hardware
 from nanojax import config as configs
-from nanojax import hardware
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.plan import energy, planner, report
 
@@ -32,7 +31,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", help="name or path of a config; any --section.key=value overrides it")
     parser.add_argument("--card", help="the GPU to plan for; default: the one in the config's name, or rtx4070")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--hlo", metavar="FILE", type=Path, help="also write the optimised HLO of the step to FILE")
+    parser.add_argument("--hlo", metavar="FILE", type=cli.path, help="also write the optimised HLO of the step to FILE")
     parser.add_argument("--table", action="store_true", help="plan every shipped config")
     parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
     parser.add_argument("--try", dest="axes", metavar="KEY=A,B", action="append", default=[], help="compare values")
@@ -114,10 +113,8 @@ def main() -> None:
         plan = planner.make(config, card, cache=a.cache, watts=a.watts, prices=prices, say=_say)
         lines = []
     if a.hlo:
-        try:
-            a.hlo.write_text(plan.program.hlo)
-        except OSError as error:
-            raise UserError(f"--hlo={a.hlo}: {error.strerror}") from None
+        with files.write_atomic(a.hlo) as file:
+            file.write(plan.program.hlo.encode())
     found = []
     if not plan.fits:
         _say("it does not fit; trying what would")

@@ -8,12 +8,15 @@ zeros between steps.
 A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
 """
 
+import contextlib
 import gc
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +27,8 @@ from nanojax import step as steps
 from nanojax.cli import UserError, first_line
 from nanojax.config import Config
 from nanojax.quant import decode_tree
-from nanojax.run import legacy
-from nanojax.run.run_folder import CHECKPOINTS, available, read_config
+from nanojax.run import legacy, run_folder
+from nanojax.run.run_folder import CHECKPOINTS, available
 from nanojax.tokenizer import Tokenizer
 from nanojax.xla import is_out_of_memory
 
@@ -81,6 +84,15 @@ def save(
         raise UserError(_failed(writer, step, error)) from error
 
 
+def save_import(run: Path, config: Config, step: int, parts: dict[str, Any]) -> None:
+    """Writes another program's weights as a checkpoint: "params" and "meta" only. UserError when that fails."""
+    with contextlib.closing(open_for_saving(run, config)) as writer:
+        try:
+            writer.save_checkpointables(step, parts)
+        except Exception as error:
+            raise UserError(_failed(writer, step, error)) from error
+
+
 def wait(writer: ocp.training.Checkpointer) -> None:
     """Until the last save is on disk. UserError when it failed."""
     try:
@@ -93,32 +105,40 @@ def _failed(writer: ocp.training.Checkpointer, step: int, error: Exception) -> s
     return f"{writer.directory}: saving step {step} failed: {first_line(_cause(error))}; is the disk full or unplugged?"
 
 
-def restore(run: Path, config: Config) -> tuple[steps.State, dict[str, Any]] | None:
+def restore(run: Path, config: Config, step: int | None = None) -> tuple[steps.State, dict[str, Any]] | None:
     """The newest good checkpoint as (state on the default device, meta), or None where there is none.
 
     Leaves are copied by jit one at a time: a donated buffer that orbax or device_put made is accepted but not reused,
     and the first step would need the whole state twice. Damaged checkpoints newer than the good one are reported on
     stderr and moved aside to damaged/; UserError if none is good, and then nothing is moved.
+
+    Args:
+      step: of the only checkpoint to use (train.extend); newer ones are moved aside to superseded/.
     """
     shapes = steps.abstract_state(config)
     wanted = {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
-    found = _newest_good(run, config, wanted, available(run))
+    there = available(run)
+    found = _newest_good(run, there if step is None else [step], lambda _: (config, wanted))
     if found is None:
         return None
-    parts, meta = found
-    for step in available(run):
-        if step > meta["step"]:
-            (run / "damaged").mkdir(exist_ok=True)
-            number = sum(1 for p in (run / "damaged").glob(f"{step}*"))
-            os.rename(run / CHECKPOINTS / str(step), run / "damaged" / (f"{step}.{number}" if number else str(step)))
+    _, parts, meta = found
+    newer = [other for other in there if other > meta["step"]]
+    run_folder.set_aside(run, newer, "damaged" if step is None else "superseded")
     accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.accum))()
     return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum), meta
 
 
-def load_params(
-    run: str | os.PathLike, dtype: str | None = None, step: int | None = None
-) -> tuple[Config, Any, Tokenizer]:
-    """(config, params, tokenizer) of a run folder, for inference on any device; needs nothing but the folder.
+class Loaded(NamedTuple):
+    """A model for inference. `step` is its checkpoint's."""
+
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+
+
+def load(run: str | os.PathLike, dtype: str | None = None, step: int | None = None) -> Loaded:
+    """The model of a run folder, for inference on any device; needs nothing but the folder.
 
     Args:
       dtype: None = parameters as stored and compute as trained; "f32" or "bf16" = all parameters decoded to floats, and
@@ -129,51 +149,81 @@ def load_params(
     folder = Path(run)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    config = read_config(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    run_folder.check_path(folder)
     candidates = available(folder)
-    if step is not None:
-        if step not in candidates:
-            raise UserError(f"{folder / CHECKPOINTS}: no checkpoint of step {step}; there are {candidates or 'none'}")
-        candidates = [step]
-    found = _newest_good(folder, config, {"params": steps.abstract_state(config).params}, candidates)
-    if found is None:
+    if not candidates:
+        run_folder.read_config(folder)  # for its error where this is no run folder
         raise UserError(f"{folder}: no checkpoint yet; train until the first one is saved")
-    params = found[0]["params"]
-    if dtype is None:
-        return config, params, tokenizer
-    return config.in_floats(dtype), jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params), tokenizer
+    if step is not None and step not in candidates:
+        raise UserError(f"{folder / CHECKPOINTS}: no checkpoint of step {step}; there are {candidates}")
+
+    def own(saved: Config) -> tuple[Config, dict[str, Any]]:
+        return saved, {"params": steps.abstract_state(saved).params}
+
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    found = _newest_good(folder, candidates if step is None else [step], own)
+    assert found
+    config, parts, meta = found
+    params = parts["params"]
+    if dtype is not None:
+        config, params = config.in_floats(dtype), jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params)
+    return Loaded(config, params, tokenizer, meta["step"])
 
 
-def _newest_good(
-    run: Path, config: Config, wanted: dict[str, Any], candidates: list[int]
-) -> tuple[dict[str, Any], dict] | None:
-    """(the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
+def load_params(
+    run: str | os.PathLike, dtype: str | None = None, step: int | None = None
+) -> tuple[Config, Any, Tokenizer]:
+    """`load` without the step."""
+    return load(run, dtype, step)[:3]
+
+
+# The config to load a checkpoint with, and the tree of shapes that is wanted of it, from the config that it was saved with.
+Wanted = Callable[[Config], tuple[Config, dict[str, Any]]]
+
+
+def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Config, dict[str, Any], dict] | None:
+    """(config, the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
     for step in reversed(candidates):
         folder = run / CHECKPOINTS / str(step)
-        parts, reason = None, ""
-        with warnings.catch_warnings():
-            # when one part is damaged, orbax leaves coroutines of the others behind, which warn as they are collected
-            warnings.simplefilter("ignore", RuntimeWarning)
+        found, reason = None, ""
+        with _quiet():
             try:
-                parts = _load(folder.absolute(), config, wanted)
+                config, tree = wanted(run_folder.saved_config(run, step))
+                found = config, *_load(folder.absolute(), config, tree)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 reason = first_line(_cause(error))
-            if parts is None:
+            if found is None:
                 gc.collect()
-        if parts is not None:
+        if found is not None:
             for bad, why in reasons:
                 print(f"warning: {bad}: damaged ({why}); using {folder}", file=sys.stderr)
-            return parts
+            return found
         reasons.append((folder, reason))
     if reasons:
         folder, why = reasons[0]
-        others = f"; nor is any of the {len(reasons) - 1} older ones whole" if len(reasons) > 1 else ", no older one"
-        raise UserError(f"{folder}: damaged checkpoint ({why}){others}; copy it again, or delete {run} to start anew")
+        left = [step for step in available(run) if step not in candidates]
+        others = f"; nor is any of the {len(reasons) - 1} older ones whole" if len(reasons) > 1 else ""
+        advice = (
+            f"use another ({', '.join(map(str, left))})" if left else "copy the run folder again, or start another run"
+        )
+        raise UserError(f"{folder}: damaged checkpoint ({why}){others}; {advice}")
     return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the coroutines that orbax leaves behind when one part is damaged; they tell so as they are collected."""
+    log = logging.getLogger("asyncio")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        log.disabled = before
 
 
 def _load(folder: Path, config: Config, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:

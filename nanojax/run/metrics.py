@@ -6,6 +6,7 @@ Each line of metrics.jsonl is one record with a `kind`:
   eval     {step, nll (nats per token), bpb (bits per byte), tokens, bytes, time}
   core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
+  init, rounding, extended   {step, what resume.py says of a run that began or went on otherwise}
 `step` counts finished updates. mfu is nanochat's FLOPs per token times tokens/s over the card's dense bf16 peak, whatever
 the dtype of compute; null on an unknown device. watts (mean since the last reading) and kwh (of the whole run) are null
 without an NVIDIA driver.
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
-from nanojax import files, hardware
+from nanojax import cli, files, hardware
 from nanojax.cli import UserError, duration, short
 from nanojax.config import Config
 
@@ -89,7 +90,7 @@ class Metrics:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not cli.live(self.console),
         )
         self.task = self.bar.add_task("", total=config.train.steps, completed=step, text="")
         self.bar.start()
@@ -130,7 +131,7 @@ class Metrics:
             text.append(f"{watts:.0f} W")
         text.append(f"ETA {duration((self.config.train.steps - step) * per_step)}")
         self.bar.update(self.task, completed=step, text=" · ".join(text))
-        if not self.console.is_terminal and (end - self.line_time > LINE_SECONDS or step == self.config.train.steps):
+        if not cli.live(self.console) and (end - self.line_time > LINE_SECONDS or step == self.config.train.steps):
             self.line_time = end
             self.console.print(f"step {step}/{self.config.train.steps} · {' · '.join(text)}")
 
@@ -172,6 +173,10 @@ class Metrics:
         self.file.close()
         if self.board:
             self.board.close()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Writes a record of its own kind and step."""
+        self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")

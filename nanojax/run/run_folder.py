@@ -1,10 +1,12 @@
-"""A run folder's own files: its resolved config, which checkpoints it has, and whether a command continues it.
+"""A run folder's own files: which checkpoints it has, the config that each keeps, and what is set aside.
 
 RUN/config.json, RUN/tokenizer/, RUN/checkpoints/STEP/ (checkpoint.py), RUN/metrics.jsonl and RUN/tensorboard/ (metrics.py).
+Each checkpoint has its own copy of the config it was trained with, and that one counts; config.json shows the newest.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 from nanojax import config as configs
 from nanojax import files
@@ -12,6 +14,7 @@ from nanojax.cli import UserError
 from nanojax.config import Config
 
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -20,7 +23,15 @@ def write_config(run: Path, config: Config) -> None:
 
 
 def read_config(run: str | os.PathLike) -> Config:
-    """The resolved config of a run folder. UserError if there is none or it is damaged."""
+    """The resolved config of a run folder: its newest checkpoint's own; config.json's where no checkpoint has one.
+
+    UserError if there is none, or it is damaged.
+    """
+    for step in reversed(available(run)):
+        try:
+            return saved_config(run, step)
+        except UserError:
+            continue  # whether that checkpoint is whole is checked where it is loaded
     path = Path(run) / "config.json"
     missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"
     return configs.from_dict(files.read_table(path, missing), str(path))
@@ -29,19 +40,46 @@ def read_config(run: str | os.PathLike) -> Config:
 def available(run: str | os.PathLike) -> list[int]:
     """Steps of the run's checkpoints, oldest first. A save that was cut off is not among them."""
     folder = Path(run) / CHECKPOINTS
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
-def check_continues(run: Path, config: Config) -> None:
-    """UserError naming the keys in which `config` differs from the run that the folder's checkpoints belong to."""
-    if not available(run):
-        return
-    changed = configs.harmful_changes(read_config(run), config)
-    if changed:
-        list_of = ", ".join(f"{key} (was {earlier}, now {now})" for key, (earlier, now) in changed.items())
-        raise UserError(
-            f"{run}: its checkpoints were trained with other settings: {list_of}; choose another --train.run"
-        )
+def saved_meta(run: str | os.PathLike, step: int) -> dict[str, Any]:
+    """What the checkpoint of `step` keeps beside its arrays: step, data position, config. UserError if it cannot be read."""
+    path = Path(run) / CHECKPOINTS / str(step) / "meta" / "data.json"
+    return files.read_table(path, f"{path}: is missing; copy the checkpoint again")
+
+
+def saved_config(run: str | os.PathLike, step: int) -> Config:
+    """The config that the checkpoint of `step` was trained with. UserError if it cannot be read."""
+    config = saved_meta(run, step).get("config")
+    where = f"{Path(run) / CHECKPOINTS / str(step)}: its config"
+    if not isinstance(config, dict):
+        raise UserError(f"{where} is missing; copy the checkpoint again")
+    return configs.from_dict(config, where)
+
+
+def imported(run: str | os.PathLike, step: int) -> bool:
+    """Whether the checkpoint of `step` came from another program: weights without optimizer and data position."""
+    try:
+        return saved_meta(run, step).get("data") == {}
+    except UserError:
+        return False
+
+
+def set_aside(run: Path, steps: list[int], name: str) -> None:
+    """Moves the checkpoints of `steps` to RUN/`name`/, where an earlier one of the same step stays."""
+    for step in steps:
+        (run / name).mkdir(exist_ok=True)
+        number = sum(1 for p in (run / name).glob(f"{step}*"))
+        os.rename(run / CHECKPOINTS / str(step), run / name / (f"{step}.{number}" if number else str(step)))
+
+
+def check_path(run: str | os.PathLike) -> None:
+    """UserError where orbax, which takes UTF-8 only, could not write or read the folder's checkpoints."""
+    try:
+        str(Path(run).absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{run}: checkpoints need a path that is UTF-8; rename the folder or choose another") from None
 
 
 def recovery_hint(run: Path) -> str:

@@ -235,7 +235,7 @@ def test_the_card_of_this_machine(monkeypatch):
 def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
     """The run folder's config has the choice, and a resumed run keeps it without asking again."""
     from nanojax import train
-    from nanojax.run import run_folder
+    from nanojax.run import resume, run_folder
 
     config = configs.load("demo", ["--compute.residuals=auto"])
     chosen = types.SimpleNamespace(config=configs.override(config, {"compute.residuals": "attn+mlp_in"}))
@@ -247,7 +247,7 @@ def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "available", lambda run: [3])
     monkeypatch.setattr(planner, "best_residuals", lambda *_, **__: pytest.fail("asked again"))
     assert train._with_residuals(config, tmp_path) == concrete
-    run_folder.check_continues(tmp_path, concrete)
+    assert resume.check(tmp_path, concrete).config == concrete
 
 
 @pytest.mark.long
