@@ -123,6 +123,8 @@ def restore(run: Path, config: Config, step: int | None = None) -> tuple[steps.S
         return None
     _, parts, meta = found
     newer = [other for other in there if other > meta["step"]]
+    if step is not None and newer:
+        run_folder.keep_records(run, "superseded")
     run_folder.set_aside(run, newer, "damaged" if step is None else "superseded")
     accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.accum))()
     return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum), meta

@@ -74,6 +74,13 @@ def set_aside(run: Path, steps: list[int], name: str) -> None:
         os.rename(run / CHECKPOINTS / str(step), run / name / (f"{step}.{number}" if number else str(step)))
 
 
+def keep_records(run: Path, name: str) -> None:
+    """Copies metrics.jsonl to RUN/`name`/, before the records of steps that will be trained again are dropped."""
+    if (run / METRICS).exists():
+        with files.write_atomic(run / name / METRICS) as file:
+            file.write((run / METRICS).read_bytes())
+
+
 def check_path(run: str | os.PathLike) -> None:
     """UserError where orbax, which takes UTF-8 only, could not write or read the folder's checkpoints."""
     try:
