@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import io
 import os
 import sys
 import tempfile
@@ -25,6 +26,9 @@ def run_main(main: Callable[[], None]) -> None:
 
     So does an OSError that no step foresaw, which still names its file, and a path that a library cannot take.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks, or a path that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
