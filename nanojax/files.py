@@ -107,7 +107,7 @@ def read_table(path: str | os.PathLike, missing: str) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(missing) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); copy it again") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: unreadable (not a JSON table); copy it again")

@@ -160,7 +160,7 @@ class Tokenizer:
             ) from None
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not a readable tokenizer ({type(error).__name__}); copy it again or train anew"
             ) from None

@@ -111,7 +111,7 @@ def _read(path: Path) -> Shard:
             path.with_suffix(".bin"), int(matched[2]), int(meta["tokens"]), int(meta["documents"]), meta["sha256"],
             meta["tokenizer"], meta,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged ({type(error).__name__}); copy it again or rerun tokenize") from None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanojax import files
-from nanojax.cli import UserError
+from nanojax.cli import UserError, first_line
 from nanojax.interop import torch_file
 from nanojax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -44,11 +44,20 @@ def load(places: list[Path]) -> Tokenizer:
 
 def _build(path: Path, ranks: Mapping[bytes, int], special: Mapping[str, int], pattern: str) -> Tokenizer:
     n = len(ranks)
+    if not all(type(rank) is int for rank in ranks.values()):
+        raise UserError(f"{path}: ids of ordinary tokens are not whole numbers; such a tokenizer cannot be taken over")
     if sorted(ranks.values()) != list(range(n)):
         raise UserError(f"{path}: ids of ordinary tokens are not 0..{n - 1}; such a tokenizer cannot be taken over")
     if dict(special) != {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}:
         raise UserError(f"{path}: special tokens are not nanochat's nine in the last ids; it has {list(special)[:9]}")
-    return Tokenizer(sorted(ranks, key=ranks.__getitem__), pattern)
+    try:
+        built = Tokenizer(sorted(ranks, key=ranks.__getitem__), pattern)
+        built.encode("a text 1")
+        return built
+    except BaseException as error:  # tiktoken panics on some patterns, which is no Exception
+        if isinstance(error, (UserError, KeyboardInterrupt)):
+            raise
+        raise UserError(f"{path}: its split pattern is none ({first_line(error)})") from None
 
 
 def _load_pickle(path: Path) -> Tokenizer:
@@ -71,7 +80,7 @@ def _load_json(path: Path) -> Tokenizer:
         made = [ranks[bytes(BYTE[c] for c in "".join(pair))] for pair in merges]
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     if model.get("type") != "BPE" or len(patterns) != 1 or content.get("normalizer"):
         raise UserError(f"{path}: not a byte-level BPE with one split pattern and no normalizer")
