@@ -472,13 +472,13 @@ def _pairs(arguments: Sequence[str]) -> dict[str, str]:
     while left:
         argument = left.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not key:
+        if not argument.startswith("--"):
             raise UserError(f"{argument}: expected --section.key=value")
         if key not in known:
             raise _unknown(key, known)
         if not equals:
             if not left or left[0].startswith("--"):
-                raise UserError(f"{argument}: its value is missing; write {argument}=VALUE")
+                raise UserError(f"{argument}: has no value; expected --section.key=value")
             value = left.pop(0)
         pairs[key] = value
     return pairs

@@ -135,12 +135,28 @@ def configure() -> str | None:
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs several lines per save
-    try:
-        jax.devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not here
-        wanted = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(f"JAX_PLATFORMS={wanted}: {first_line(error)}; unset it, or set it to what is there") from None
+    start_device()
     return memory
+
+
+def start_device() -> None:
+    """Starts jax's default device. UserError where JAX_PLATFORMS asks for one that is not there."""
+    import jax
+
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    asked = f"JAX_PLATFORMS={wanted}" if wanted else "jax"
+    log = logging.getLogger("jax._src.xla_bridge")  # tells a missing plugin as a traceback
+    before, log.disabled = log.disabled, True
+    try:
+        if wanted.split(",")[0] in ("cuda", "gpu") and not hardware.nvidia_driver():  # XLA would log several lines
+            raise RuntimeError("no NVIDIA driver")
+        jax.devices()
+    except Exception as error:  # of several types, an AssertionError among them
+        raise UserError(
+            f"{asked}: no such device here ({first_line(error)}); unset JAX_PLATFORMS, or set cpu"
+        ) from None
+    finally:
+        log.disabled = before
 
 
 def user_cache() -> Path:

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
                         help="characters taken of one document, 0 for all (%(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     if (Path(args.out) / FILE_NAME).exists():
-        raise UserError(f"{Path(args.out) / FILE_NAME}: exists already; delete it or choose another --out")
+        raise UserError(f"{Path(args.out) / FILE_NAME}: exists already; choose another --out")
     text.find(args.input)  # reports missing inputs before anything is written
     folder = cli.output_folder(args.out)
     tokenizer = train_on(args.input, args.vocab, args.valid, args.chars, args.document_chars, args.key)

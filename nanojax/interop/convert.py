@@ -87,7 +87,7 @@ def _config(name: str, model: Model, params: Any) -> Config:
 def _known(config: Config) -> dict[str, Any]:
     """What an imported model's config says, as JSON: its training, which would be defaults of ours, is left out."""
     known = to_dict(config)
-    return {name: known[name] for name in ("name", "model", "stored", "compute")} | {"data": {"path": ""}}
+    return {name: known[name] for name in ("name", "model", "stored", "compute", "data")}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class Program:
 
 
 def start_compiler() -> None:
-    """Loads XLA's CUDA compiler. UserError if it is not installed or does not start. Call it before importing jax."""
+    """Loads XLA's CUDA compiler. UserError if that or jax's own device does not start. Call it before importing jax."""
     xla.start_cuda_compiler(CARDS["rtx4070"].target_config())
+    xla.start_device()
 
 
 def _sharding(card: Card) -> Any:

@@ -159,7 +159,8 @@ def load(run: str | os.PathLike, dtype: str | None = None, step: int | None = No
     if step is not None and step not in candidates:
         raise UserError(f"{folder / CHECKPOINTS}: no checkpoint of step {step}; there are {candidates}")
 
-    def own(saved: Config) -> tuple[Config, dict[str, Any]]:
+    def own(step: int) -> tuple[Config, dict[str, Any]]:
+        saved = run_folder.saved_config(folder, step)
         return saved, {"params": steps.abstract_state(saved).params}
 
     tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -179,8 +180,8 @@ def load_params(
     return load(run, dtype, step)[:3]
 
 
-# The config to load a checkpoint with, and the tree of shapes that is wanted of it, from the config that it was saved with.
-Wanted = Callable[[Config], tuple[Config, dict[str, Any]]]
+# Step -> the config to load that checkpoint with, and the tree of shapes that is wanted of it.
+Wanted = Callable[[int], tuple[Config, dict[str, Any]]]
 
 
 def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Config, dict[str, Any], dict] | None:
@@ -191,7 +192,7 @@ def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Conf
         found, reason = None, ""
         with _quiet():
             try:
-                config, tree = wanted(run_folder.saved_config(run, step))
+                config, tree = wanted(step)
                 found = config, *_load(folder.absolute(), config, tree)
             except Exception as error:
                 if is_out_of_memory(error):

@@ -32,6 +32,10 @@ def read_config(run: str | os.PathLike) -> Config:
             return saved_config(run, step)
         except UserError:
             continue  # whether that checkpoint is whole is checked where it is loaded
+    return _shown_config(run)
+
+
+def _shown_config(run: str | os.PathLike) -> Config:
     path = Path(run) / "config.json"
     missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"
     return configs.from_dict(files.read_table(path, missing), str(path))
@@ -52,10 +56,9 @@ def saved_meta(run: str | os.PathLike, step: int) -> dict[str, Any]:
 def saved_config(run: str | os.PathLike, step: int) -> Config:
     """The config that the checkpoint of `step` was trained with. UserError if it cannot be read."""
     config = saved_meta(run, step).get("config")
-    where = f"{Path(run) / CHECKPOINTS / str(step)}: its config"
-    if not isinstance(config, dict):
-        raise UserError(f"{where} is missing; copy the checkpoint again")
-    return configs.from_dict(config, where)
+    if not isinstance(config, dict):  # of before configs were kept there
+        return _shown_config(run)
+    return configs.from_dict(config, f"{Path(run) / CHECKPOINTS / str(step)}: its config")
 
 
 def imported(run: str | os.PathLike, step: int) -> bool:
