@@ -1,9 +1,12 @@
 """What all commands share: errors as one line, numbers and durations as people read them, progress without a terminal."""
 
 import argparse
+import io
 import sys
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nanojax import cli
 
@@ -58,3 +61,46 @@ def test_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with pytest.raises(ValueError), cli.Bar("reading", None, "B"):
         raise ValueError
     assert capsys.readouterr().err == ""
+
+
+def test_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` behind `=` is the home folder, which no shell expands; a home that is not known is a mistake, not a folder `~`."""
+    parser = cli.Parser("python -m nanojax.x")
+    parser.add_argument("--out", type=cli.path)
+    monkeypatch.setenv("HOME", "/h")
+    assert parser.parse_args(["--out=~/runs/x"]).out == "/h/runs/x"
+    assert [parser.parse_args([f"--out={p}"]).out for p in ("a~b", "./~", "x/~")] == ["a~b", "./~", "x/~"]
+    for unknown in ("~no-such-user/x", "~no-such-user"):
+        with pytest.raises(cli.UserError, match=r"no such home folder is known; write .* or \./~no-such-user"):
+            parser.parse_args([f"--out={unknown}"])
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    """Every parser has --version."""
+    with pytest.raises(SystemExit) as stop:
+        cli.Parser("python -m nanojax.x").parse_args(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"{cli.version()}\n"
+    assert cli.version().startswith("nanojax")
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar needs cursor movement, which TERM=dumb does not have; a file has none either."""
+    for term, terminal, live in (("xterm", True, True), ("dumb", True, False), ("xterm", False, False)):
+        monkeypatch.setenv("TERM", term)
+        assert cli.live(Console(file=io.StringIO(), force_terminal=terminal)) == live
+
+
+def test_errors_that_no_step_foresaw(capsys: pytest.CaptureFixture) -> None:
+    """A file that cannot be read, and a path that a library wants in UTF-8, are one line too."""
+
+    def no_file() -> None:
+        Path("/nowhere/x").read_text()
+
+    def not_utf8() -> None:
+        "caf\udce9".encode()
+
+    for main, message in ((no_file, "/nowhere/x: No such file or directory"), (not_utf8, "is not UTF-8")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run_main(main)
+        said = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(said) == 1 and message in said[0]

@@ -152,7 +152,7 @@ FOLDERS = [
 FORMS = [
     (["model.depth=3"], "expected --section.key=value"),
     (["--model.depth"], "expected --section.key=value"),
-    (["--model.depth", "3"], "expected"),
+    (["3", "--model.depth"], "expected"),
     (["-x"], "expected"),
     (["--=3"], "no such key"),
     ([""], "expected"),
@@ -275,3 +275,22 @@ def test_broken_config_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "broken.py").write_text(content)
     with pytest.raises(UserError, match=r"broken\.py: "):
         configs.load(str(tmp_path / "broken.py"))
+
+
+def test_values_behind_a_space() -> None:
+    """`--key value` is `--key=value`, negative numbers too; in the files, wrong types are told as on the command line."""
+    spaced = configs.load("demo", ["--model.depth", "2", "--profile.start", "-1", "--train.steps=5"])
+    assert spaced == configs.load("demo", ["--model.depth=2", "--profile.start=-1", "--train.steps=5"])
+    wrong = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, depth="two"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--model.depth=two: expected int"):
+        configs.resolve(wrong)
+
+
+def test_home_folder_in_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` in every key that is a path, from the command line or the file; not in other text."""
+    monkeypatch.setenv("HOME", "/h")
+    names = [name for name, _, field, _ in configs._fields(Config()) if field.metadata["path"]]
+    assert names == ["data.path", "train.run", "train.init", "eval.core_bundle"]
+    config = configs.load("demo", [f"--{name}=~/x" for name in [*names, "eval.prompt"]])
+    found = configs.keys(config)
+    assert {found[name].value for name in names} == {"/h/x"} and config.eval.prompt == "~/x"

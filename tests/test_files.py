@@ -1,5 +1,7 @@
 """Files appear whole or not at all; damaged JSON is one line; a folder is held by one process."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -122,3 +124,41 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match=r"cannot write there \(.*; choose another --train.run")
     with refused, files.locked(tmp_path / "file" / "run", "--train.run"):
         pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The block runs, and a warning says what is missing; nobody is told to stop a process that is not there."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with files.locked(tmp_path / "run", "--train.run"):
+        pass
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "has no locks (No locks available); make sure that no second process uses it" in said[0]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """It replaces an empty folder; an exception leaves nothing; a folder with files is refused before anything is written."""
+    for made in (False, True):
+        out = tmp_path / str(made) / "out"
+        if made:
+            out.mkdir(parents=True)
+        with pytest.raises(KeyError), files.write_folder(out) as folder:
+            (folder / "a").write_text("half")
+            raise KeyError
+        assert out.exists() == made and not list(out.parent.glob("*tmp"))
+        with files.write_folder(out) as folder:
+            (folder / "a").write_text("all")
+            assert not (out / "a").exists()
+        assert [p.name for p in out.iterdir()] == ["a"] and not list(out.parent.glob("*tmp"))
+        with pytest.raises(UserError, match="is not empty; choose another folder"), files.write_folder(out):
+            pass
+
+
+def test_a_table_without_end(tmp_path: Path) -> None:
+    """JSON nested deeper than Python recurses is unreadable, not a traceback."""
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json: unreadable"):
+        files.read_table(tmp_path / "deep.json", "missing")

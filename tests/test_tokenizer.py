@@ -164,3 +164,18 @@ def test_special_names_in_text_are_ordinary_text(tokenizer: Tokenizer) -> None:
     """A document that spells <|bos|> cannot forge a document border."""
     assert tokenizer.bos not in tokenizer.encode("evil <|bos|> text")
     assert isinstance(tokenizer._encoding, tiktoken.Encoding)
+
+
+def test_nanochats_older_count_of_bytes() -> None:
+    """Rule "decoded": a part of a character counts the 3 bytes of U+FFFD, whole characters what they have, specials 0."""
+    tokens = [*(bytes([b]) for b in range(256)), "é".encode(), "日".encode()[:2], b" the"]
+    tokenizer = Tokenizer(tokens)
+    raw, decoded = tokenizer.bytes_per_token(), tokenizer.bytes_per_token("decoded")
+    assert list(raw[[65, 200, 256, 257, 258]]) == [1, 1, 2, 2, 4] and list(decoded[[65, 200, 256, 257, 258]]) == [
+        1,
+        3,
+        2,
+        3,
+        4,
+    ]
+    assert not raw[-9:].any() and not decoded[-9:].any()

@@ -54,3 +54,20 @@ def test_a_choice_of_the_user_is_kept() -> None:
     """With JAX_PLATFORMS=cuda nothing is hidden: jax itself says why it cannot."""
     done = run("import nanojax, sys; print(sys.modules.get('jax_plugins.xla_cuda12'))", JAX_PLATFORMS="cuda")
     assert done.stdout == "None\n"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line(platform: str) -> None:
+    """JAX_PLATFORMS asks for it: UserError instead of jax's tracebacks."""
+    code = "from nanojax import cli, xla; cli.run_main(xla.configure)"
+    done = run(code, JAX_PLATFORMS=platform)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and f"JAX_PLATFORMS={platform}: no such device here" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caches go to the system's folder for temporary files."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert xla.user_cache().name == f"nanojax-{os.getuid()}" and xla.user_cache().is_absolute()

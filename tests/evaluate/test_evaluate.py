@@ -161,6 +161,24 @@ def test_a_hugging_face_folder_scores_as_the_run(run, tmp_path, monkeypatch, cap
         assert a[key] == b[key]
 
 
+@pytest.mark.long
+def test_another_programs_folder_stays_as_it_is(run, tmp_path, monkeypatch, capsys):
+    """--hf without --out: results are printed only; without --eval what cannot be measured is left out and said."""
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    convert.export_transformers(tmp_path / "hf", config, jax.tree.map(np.asarray, params), tokenizer)
+    (tmp_path / "t.txt").write_text("the people have met " * 30)
+    before = sorted(tmp_path.rglob("*"))
+    _command(monkeypatch, f"--hf={tmp_path / 'hf'}", "--tokens=2", "--prompt=the")
+    said = capsys.readouterr().out
+    assert "bits per byte left out: this model's validation data is not known" in said and "· the" in said
+    for rule in ("raw", "decoded"):
+        text = ("--eval=bpb,core", f"--text={tmp_path / 't.txt'}", f"--bundle={run.parent / 'bundle'}")
+        _command(monkeypatch, f"--hf={tmp_path / 'hf'}", *text, f"--token-bytes={rule}")
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="validation data is not known; give --data"):
+        _command(monkeypatch, f"--hf={tmp_path / 'hf'}", "--eval=bpb")
+
+
 def test_another_model_does_not_resume(run):
     """A single changed parameter, or two rows exchanged, gives another identity: no outcome is taken over."""
     subject = load(str(run), None, "f32", None)

@@ -21,6 +21,7 @@ from nanojax import sample
 from nanojax.cli import UserError
 from nanojax.config import Compute, Config, Model, Stored, Train, resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
+from nanojax.interop import __main__ as interop
 from nanojax.quant import encode
 from nanojax.run import checkpoint, run_folder
 from nanojax.tokenizer import Tokenizer, train
@@ -361,3 +362,63 @@ def test_a_pt_file_of_another_kind_is_an_error(tmp_path):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=r"not one that torch\.save wrote"):
         torch_file.read(path)
+
+
+@pytest.mark.parametrize("kind", ["nanochat", "hf"])
+def test_nanochats_odd_depths_go_both_ways(kind, tokenizer, tmp_path):
+    """nanochat's d3 is 192 wide with two heads of 96; our own d3 would be 256. It is imported and exported as it is."""
+    m = Model(depth=3, width=192, head_dim=96, vocab=tokenizer.vocab_size, seq=64)
+    config = resolve(Config(model=m, compute=Compute(loss_chunk=64), train=Train(tokens_per_step=64)))
+    params = _params(config)
+    _export(kind, tmp_path / "a", config, jax.tree.map(np.asarray, params), tokenizer)
+    found = convert.load(tmp_path / "a")
+    assert (found.config.model.D, found.config.model.N, found.config.model.H) == (192, 2, 96)
+    _export(kind, tmp_path / "b", found.config, found.params, tokenizer)
+    _same(params, convert.load(tmp_path / "b").params)
+    assert resolve(Config(model=Model(depth=3))).model.D == 256
+
+
+def test_what_an_import_knows(tokenizer, tmp_path):
+    """Fewer ids than rows are noted; null heads and head_dim are the defaults; nothing is said of how it was trained."""
+    config = _config(tokenizer, vocab=384)
+    _export("hf", tmp_path / "x", config, jax.tree.map(np.asarray, _params(config)), tokenizer)
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None, "num_key_value_heads": None}))
+    found = convert.load(tmp_path / "x")
+    assert f"its tokenizer has {tokenizer.vocab_size} ids, the model 384" in found.notes[-1]
+    to_run(found, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert set(stored) == {"name", "model", "stored", "compute", "data"} and stored["data"] == {"path": ""}
+    assert run_folder.imported(tmp_path / "run", 0) and run_folder.read_config(tmp_path / "run").model == config.model
+
+
+def test_a_refused_import_leaves_no_folder(tokenizer, tmp_path):
+    """NaN in a weight is seen before the run folder is begun."""
+    config = _config(tokenizer)
+    params = _params(config)
+    found = Imported(config, {**params, "head": params["head"] * jnp.nan}, tokenizer, 0)
+    with pytest.raises(UserError, match="params/head holds NaN or Inf; not imported"):
+        to_run(found, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_refuses_before_it_loads(tokenizer, tmp_path, monkeypatch, capsys):
+    """A folder with files is refused at once; nanochat's files are printed with the places that nanochat reads them from."""
+    config = _config(tokenizer)
+    to_run(Imported(config, _params(config), tokenizer, 7), tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "load", lambda *_: pytest.fail("loaded"))
+        patched.setattr(sys, "argv", ["interop", "export", str(tmp_path / "run"), str(tmp_path / "full")])
+        with pytest.raises(UserError, match="full: is not empty"):
+            interop.main()
+    monkeypatch.setattr(sys, "argv", ["interop", "export", str(tmp_path / "run"), str(tmp_path / "n"), "--to=nanochat"])
+    interop.main()
+    lines = [line.rsplit("/n/", 1)[1].split() for line in capsys.readouterr().out.splitlines()]
+    assert {line[0]: line[-1].split("/nanochat)/")[1] for line in lines} == {
+        "meta_000007.json": "base_checkpoints/d2/",
+        "model_000007.pt": "base_checkpoints/d2/",
+        "token_bytes.pt": "tokenizer/",
+        "tokenizer.pkl": "tokenizer/",
+    }

@@ -242,3 +242,43 @@ def test_failed_save_is_told(tiny: Make, tmp_path: Path, monkeypatch: pytest.Mon
         checkpoint.save(writer, config, _noise(_fresh(config), 2), {}, "abc")
     monkeypatch.undo()
     writer.close()
+
+
+def test_config_json_does_not_count(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Missing, empty, edited to another width, or of another version: the checkpoint's own copy is used, without a word."""
+    config = tiny(model=dict(vocab=272))
+    _save(tmp_path / "run", config, [3])
+    path = tmp_path / "run" / "config.json"
+    whole = path.read_text()
+    for content in (None, "", "{", whole.replace('"width": 64', '"width": 128'), '{"model": {"depht": 3}}'):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
+        assert checkpoint.load(tmp_path / "run")[0] == config == run_folder.read_config(tmp_path / "run")
+        assert checkpoint.restore(tmp_path / "run", config) is not None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("module, arguments", [
+    ("sample", ["--run={run}", "--tokens=2", "--step=6"]),
+    ("evaluate", ["--run={run}", "--eval=sample", "--tokens=2"]),
+    ("interop", ["export", "{run}", "{run}-x"]),
+])  # fmt: skip
+def test_commands_fall_back_quietly(tiny: Make, tmp_path: Path, module: str, arguments: list[str]) -> None:
+    """As processes, on a run whose newest checkpoint is cut: one warning line on stderr, and the one before is used.
+
+    With --step it is an error that names the other one. Nothing of the run is deleted.
+    """
+    _save(tmp_path / "run", tiny(model=dict(vocab=272)), [3, 6])
+    victim = max((tmp_path / "run/checkpoints/6/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:100])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"nanojax.{module}", *(a.format(run=tmp_path / "run") for a in arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    (told,) = done.stderr.splitlines()
+    if module == "sample":
+        assert done.returncode == 2 and "checkpoints/6: damaged" in told and told.endswith("; use another (3)")
+    else:
+        assert done.returncode == 0 and told.startswith("warning: ") and told.endswith("checkpoints/3"), told
+    assert run_folder.available(tmp_path / "run") == [3, 6]
