@@ -1,5 +1,6 @@
 """Configs: found by name, overridden, resolved, stored; 200 random mistakes each become one line before any compile."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -282,7 +283,7 @@ def test_values_behind_a_space() -> None:
     spaced = configs.load("demo", ["--model.depth", "2", "--profile.start", "-1", "--train.steps=5"])
     assert spaced == configs.load("demo", ["--model.depth=2", "--profile.start=-1", "--train.steps=5"])
     wrong = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, depth="two"))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--model.depth=two: expected int"):
+    with pytest.raises(UserError, match=r"--model\.depth=two: expected int"):
         configs.resolve(wrong)
 
 
