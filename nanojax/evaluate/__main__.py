@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
 from nanojax.evaluate import bpb, core, likelihood
 from nanojax.evaluate.subject import Subject, add_arguments, load
+from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
 
 KINDS = ("bpb", "core", "sample")
@@ -39,7 +39,7 @@ NanoChat) or with model_NNNNNN.pt and meta_NNNNNN.json (nanochat); neither torch
 """
 
 
-def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
+def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: Board) -> None:
     tasks = core.load_tasks(Path(a.bundle))
     total = sum(len(core.load_examples(task, a.max_per_task)) for task in tasks)
     suffix = f"_max{a.max_per_task}" if a.max_per_task else ""
@@ -72,8 +72,8 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
     record = {"core": value, "tasks": kept, **_about(subject), "seconds": time.monotonic() - began, **identity}
     _write_json(stem.with_suffix(".json"), record)
     for score in scores:
-        board.add_scalar(f"core/{score.task.label}", score.centred, subject.step)
-    board.add_scalar("core/CORE", value, subject.step)
+        board.scalar(f"core/{score.task.label}", score.centred, subject.step)
+    board.scalar("core/CORE", value, subject.step)
     table = Table(title="CORE" + (f", first {a.max_per_task} examples per task" if suffix else ""))
     table.add_column("model")
     table.add_column("CORE", justify="right")
@@ -84,7 +84,7 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
     console.print(f"written: {stem}.csv, {stem}.json")
 
 
-def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
+def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: Board) -> None:
     T = subject.config.model.T
     batch = max(1, a.batch_tokens // T)
     model = subject.config, subject.params, subject.tokenizer
@@ -100,7 +100,7 @@ def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: S
     result = bpb.summary(sources)
     record = {"input": where, **result, **_about(subject), "seconds": time.monotonic() - began}
     _write_json(subject.out / f"bpb_{subject.step:06d}.json", record)
-    board.add_scalar("evaluate/bpb", result["bpb"], subject.step)
+    board.scalar("evaluate/bpb", result["bpb"], subject.step)
     table = Table(title=f"bits per byte of {where}")
     for name in ("source", "bits/byte", "nats/token", "tokens", "bytes"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -122,14 +122,14 @@ def _data_folder(subject: Subject, given: str | None) -> str:
     return folder
 
 
-def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter) -> None:
+def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: Board) -> None:
     prompts = a.prompt or PROMPTS
     config, params, tokenizer = subject.config, subject.params, subject.tokenizer
     texts = [sample.text(config, params, tokenizer, p, a.tokens, temperature=0.0)[0] for p in prompts]
     for text in texts:
         console.print(f"· {text}")
     (subject.out / f"sample_{subject.step:06d}.txt").write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
-    board.add_text("evaluate/sample", "\n\n".join(texts), subject.step)
+    board.text("evaluate/sample", "\n\n".join(texts), subject.step)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def main() -> None:
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")
     try:
         subject.out.mkdir(parents=True, exist_ok=True)
-        board = SummaryWriter(str(subject.out.parent / "tensorboard"))
+        board = Board(subject.out.parent / "tensorboard")
     except OSError as error:
         raise UserError(f"{subject.out}: cannot write there ({error.strerror}); choose another --out") from None
     try:
