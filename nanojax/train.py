@@ -49,7 +49,7 @@ def train(config: Config) -> int:
     Diverged on NaN or Inf; Failed when the surroundings end the run, which is then saved if that is possible.
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
-    resumes = bool(run_folder.available(run))
+    begun = bool(run_folder.available(run) or metrics.read(run, "train"))
     if config.compute.residuals != "auto":
         residual_names(config)
 
@@ -57,7 +57,7 @@ def train(config: Config) -> int:
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
 
         # data
-        with exits.restarting(resumes):
+        with exits.restarting(begun):
             A, B, _ = config.batch_shape
             batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
             tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
@@ -69,7 +69,7 @@ def train(config: Config) -> int:
         # run folder
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
         run_folder.check_continues(run, config)
-        open_until_the_end.enter_context(exits.restarting(resumes))
+        open_until_the_end.enter_context(exits.restarting(begun))
         tokenizer.save(run / "tokenizer")
         run_folder.write_config(run, config)
 
@@ -90,7 +90,7 @@ def train(config: Config) -> int:
             print(f"resuming after step {meta['step']}")
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
-        done = begun = int(state.step)
+        done = first = int(state.step)
         if done >= t.steps and not any(_due(config, tasks, done, metrics.measured(metrics.read(run)))):
             print(f"{run}: all {t.steps} steps are done")
             return exits.DONE
@@ -104,7 +104,7 @@ def train(config: Config) -> int:
         # loop
         in_loop.set()
         trace = Trace(config, run, log)
-        begun_at = batches.position
+        first_row = batches.position
         late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
         try:
             while True:
@@ -112,7 +112,7 @@ def train(config: Config) -> int:
                 last, stopping = done >= t.steps, stop.is_set()
                 evaluate, run_core = _due(config, tasks, done, log.recorded) if not stopping else (False, False)
                 on_time = config.checkpoint.every and done % config.checkpoint.every == 0
-                save = done > begun and (on_time or last or stopping or saver.retry_is_due)
+                save = done > first and (on_time or last or stopping or saver.retry_is_due)
                 profiled = trace.until and (done == trace.until or stopping)
                 if save or evaluate or run_core or profiled:
                     if late:
@@ -148,7 +148,7 @@ def train(config: Config) -> int:
             raise
         except BaseException as error:
             log_late = lambda: log.train(late[0], _read(*late)) if late else None
-            raise ending.rescued(error, begun, begun_at, state, batches, log, saver, log_late) from error
+            raise ending.rescued(error, first, first_row, state, batches, log, saver, log_late) from error
 
 
 def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[str, int]]) -> tuple[bool, bool]:

@@ -128,7 +128,8 @@ def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board
     texts = [sample.text(config, params, tokenizer, p, a.tokens, temperature=0.0)[0] for p in prompts]
     for text in texts:
         console.print(f"· {text}")
-    (subject.out / f"sample_{subject.step:06d}.txt").write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
+    with files.write_atomic(subject.out / f"sample_{subject.step:06d}.txt") as file:
+        file.write(("\n---\n".join(texts) + "\n").encode())
     board.text("evaluate/sample", "\n\n".join(texts), subject.step)
 
 

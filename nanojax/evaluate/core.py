@@ -16,6 +16,7 @@ Prompts are never truncated: RoPE has no last position, and 10-shot prompts may 
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import random
@@ -260,8 +261,11 @@ class Ledger:
     def add(self, task: str, start: int, correct: Sequence[bool]) -> None:
         """Records the outcomes of the window of `task` that begins at example `start`."""
         self.done[task, start] = list(correct)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(self._line(task, start, correct))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._line(task, start, correct))
+        except OSError as error:
+            raise files.write_error(self.path, error) from None
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -317,9 +321,11 @@ def core_of(scores: Sequence[TaskScore]) -> float:
 
 def write_csv(path: Path, scores: Sequence[TaskScore]) -> None:
     """nanochat's table: Task, Accuracy, Centered, and a last row CORE."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["Task", "Accuracy", "Centered"])
-        for score in scores:
-            table.writerow([score.task.label, f"{score.accuracy:.{DECIMALS}f}", f"{score.centred:.{DECIMALS}f}"])
-        table.writerow(["CORE", "", f"{core_of(scores):.{DECIMALS}f}"])
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["Task", "Accuracy", "Centered"])
+    for score in scores:
+        table.writerow([score.task.label, f"{score.accuracy:.{DECIMALS}f}", f"{score.centred:.{DECIMALS}f}"])
+    table.writerow(["CORE", "", f"{core_of(scores):.{DECIMALS}f}"])
+    with files.write_atomic(path) as file:
+        file.write(text.getvalue().encode())

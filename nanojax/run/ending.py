@@ -37,8 +37,8 @@ def ended(
 
 def rescued(
     error: BaseException,
-    begun: int,
-    begun_at: int,
+    first: int,
+    first_row: int,
     state: steps.State,
     batches: TrainIterator,
     log: Metrics,
@@ -48,7 +48,7 @@ def rescued(
     """What to raise instead of `error`, which left the loop: every finished step is saved before, if that is possible.
 
     Args:
-      begun, begun_at: the step and the data position at which this process began.
+      first, first_row: the step and the data position at which this process began.
       log_last_step: logs what is not logged yet. Raises Diverged if it is not finite; then nothing is saved.
     """
     why, saved = guard.reason(error), False
@@ -56,12 +56,12 @@ def rescued(
         traceback.print_exception(error)
     try:
         step = int(state.step)  # raises if the device is gone, or the state with the step that failed
-        if step == begun and guard.is_out_of_memory(error):
+        if step == first and guard.is_out_of_memory(error):
             return UserError(why)  # not one step was possible: a mistake in the config
         log_last_step()
         log.flush()
-        taken = (batches.position - begun_at) // batches.rows
-        unused = taken - (step - begun)  # 1 if it was the step itself that failed
+        taken = (batches.position - first_row) // batches.rows
+        unused = taken - (step - first)  # 1 if it was the step itself that failed
         saved = step == saver.saved or saver.finish(state, batches.get_state(unused), guard.PATIENCE_STOPPING)
     except exits.Diverged as diverged:
         return diverged

@@ -1,5 +1,6 @@
 """CORE during training: logged at its steps, equal to evaluating the checkpoint, cut off by a signal, mistakes reported first."""
 
+import functools
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from helpers import core_bundle, tensorboard, tiny_run
 
 from nanojax import cli, step, train
 from nanojax.evaluate import core
-from nanojax.run import checkpoint, metrics
+from nanojax.run import checkpoint, guard, metrics, watch
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
