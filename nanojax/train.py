@@ -1,5 +1,6 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -26,6 +27,8 @@ from nanojax.run import watch as watching
 from nanojax.run.exits import Diverged
 from nanojax.run.trace import Trace
 from nanojax.tokenizer import Tokenizer
+
+Late = collections.deque[tuple[int, dict[str, jax.Array]]]  # (step, its metrics)
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
 
@@ -105,7 +108,7 @@ def train(config: Config) -> int:
         in_loop.set()
         trace = Trace(config, run, log)
         first_row = batches.position
-        late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
+        late: Late = collections.deque()  # metrics of steps that the device may still be computing
         try:
             while True:
                 saver.notice()
@@ -115,9 +118,7 @@ def train(config: Config) -> int:
                 save = done > first and (on_time or last or stopping or saver.retry_is_due)
                 profiled = trace.until and (done == trace.until or stopping)
                 if save or evaluate or run_core or profiled:
-                    if late:
-                        log.train(done, _read(*late))  # waits for the device
-                        late = None
+                    _log(log, late)  # waits for the device
                     if save:  # before anything that may fail
                         log.flush()
                         saver.save(state, batches.get_state())
@@ -138,17 +139,16 @@ def train(config: Config) -> int:
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
                     state, new = train_step(state, steps.Batch(jnp.asarray(rows.reshape(config.batch_shape))))
                 done += 1
-                if late:  # the device is busy with the next step meanwhile
-                    log.train(late[0], _read(*late))
-                late = done, new
+                late.append((done, new))
+                _log(log, late, but=1)  # the device is busy with the newest step meanwhile
                 watch.beat(done)
             return ending.ended(t.steps, state, batches, log, saver, watch, stop)
         except Diverged as error:
             log.end(exits.DIVERGED, str(error))
             raise
         except BaseException as error:
-            log_late = lambda: log.train(late[0], _read(*late)) if late else None
-            raise ending.rescued(error, first, first_row, state, batches, log, saver, log_late) from error
+            log_rest = functools.partial(_log, log, late)
+            raise ending.rescued(error, first, first_row, state, batches, log, saver, log_rest) from error
 
 
 def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[str, int]]) -> tuple[bool, bool]:
@@ -157,6 +157,13 @@ def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[
     evaluate = done > 0 and (last or (every > 0 and done % every == 0))
     run_core = done > 0 and bool(tasks) and (last or done % config.eval.core_every == 0)
     return evaluate and ("eval", done) not in measured, run_core and ("core", done) not in measured
+
+
+def _log(log: metrics.Metrics, late: Late, but: int = 0) -> None:
+    """Logs the steps of `late`, oldest first, until `but` of them are left."""
+    while len(late) > but:
+        log.train(late[0][0], _read(*late[0]))
+        late.popleft()
 
 
 def _read(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:

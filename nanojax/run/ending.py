@@ -43,13 +43,13 @@ def rescued(
     batches: TrainIterator,
     log: Metrics,
     saver: Saver,
-    log_last_step: Callable[[], None],
+    log_last_steps: Callable[[], None],
 ) -> Exception:
     """What to raise instead of `error`, which left the loop: every finished step is saved before, if that is possible.
 
     Args:
       first, first_row: the step and the data position at which this process began.
-      log_last_step: logs what is not logged yet. Raises Diverged if it is not finite; then nothing is saved.
+      log_last_steps: logs what is not logged yet. Raises Diverged if it is not finite; then nothing is saved.
     """
     why, saved = guard.reason(error), False
     if guard.is_a_bug(error):
@@ -58,7 +58,12 @@ def rescued(
         step = int(state.step)  # raises if the device is gone, or the state with the step that failed
         if step == first and guard.is_out_of_memory(error):
             return UserError(why)  # not one step was possible: a mistake in the config
-        log_last_step()
+        try:
+            log_last_steps()
+        except exits.Diverged:
+            raise
+        except Exception as another:
+            log.warn("records", f"the last steps' metrics cannot be read ({guard.reason(another)})")
         log.flush()
         taken = (batches.position - first_row) // batches.rows
         unused = taken - (step - first)  # 1 if it was the step itself that failed
