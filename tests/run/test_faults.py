@@ -49,7 +49,7 @@ class Supervised:
         path = f"{ROOT / 'tests' / 'helpers' / 'injected'}:{ROOT}"
         env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "ORDERS": str(self.orders)}
         self.output = run.with_name(f"{run.name}_output")
-        with open(self.output, "w") as output:
+        with open(self.output, "a") as output:
             self.loop = subprocess.Popen(["bash", "-c", script], env=env, stdout=output, stderr=output)
 
     @property
