@@ -53,7 +53,11 @@ class Status:
 
 def status(run: Path) -> Status:
     """The Status of a run folder: running, ended, damaged or empty, here or copied from elsewhere. Writes nothing."""
-    records, warnings = read(run), []
+    warnings: list[str] = []
+    try:
+        records = read(run)
+    except UserError as error:
+        records, warnings = [], [str(error)]
     train = [r for r in records if r["kind"] == "train"]
     newest: dict[str, Any] = train[-1] if train else {}
     steps, per_step = _plan(run, warnings)

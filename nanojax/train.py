@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def train(config: Config) -> int:
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
         run_folder.check_continues(run, config)
         open_until_the_end.enter_context(exits.restarting(begun))
+        watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         tokenizer.save(run / "tokenizer")
         run_folder.write_config(run, config)
 
@@ -101,11 +103,11 @@ def train(config: Config) -> int:
         saver = open_until_the_end.enter_context(
             contextlib.closing(saving.Saver(run, config, tokenizer.fingerprint, log))
         )
-        watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         alive = functools.partial(guard.alive, watch, stop)
 
         # loop
         in_loop.set()
+        watch.beat(done)
         trace = Trace(config, run, log)
         first_row = batches.position
         late: Late = collections.deque()  # metrics of steps that the device may still be computing
@@ -271,10 +273,13 @@ def _run(config: Config) -> int:
     except exits.Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except jax.errors.JaxRuntimeError as error:
-        if not guard.is_out_of_memory(error):
-            raise
-        raise UserError(guard.reason(error)) from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # before the loop; Python's own exit code would be that of a diverged run
+        if guard.is_out_of_memory(error):
+            raise UserError(guard.reason(error)) from None
+        traceback.print_exc()
+        return exits.FAILED
 
 
 if __name__ == "__main__":

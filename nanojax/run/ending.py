@@ -26,8 +26,10 @@ def ended(
     step = int(state.step)
     if step == 0:
         return _told(log, exits.STOPPED_UNSAVED, "stopped before the first step; nothing was saved")
-    patience = guard.PATIENCE_STOPPING if stop.is_set() else guard.PATIENCE
-    saved = saver.finish(state, batches.get_state(), patience, stop, watch.beat)
+    if stop.is_set():
+        saved = saver.finish(state, batches.get_state(), guard.PATIENCE_STOPPING, beat=watch.beat)
+    else:
+        saved = saver.finish(state, batches.get_state(), guard.PATIENCE, stop, watch.beat)
     end = f"done, {step} steps" if step >= last else f"stopped after step {step}; the same command resumes"
     if not saved:
         code = exits.FAILED_UNSAVED if step >= last else exits.STOPPED_UNSAVED

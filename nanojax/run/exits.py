@@ -30,13 +30,13 @@ class Failed(Exception):
 
 @contextlib.contextmanager
 def restarting(begun: bool) -> Iterator[None]:
-    """Where a run that has begun starts again, a UserError becomes Failed.
+    """Where a run that has begun starts again, what goes wrong becomes Failed.
 
     What is missing or full now was good enough before, so it is no mistake of the command, and another try may help.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         if not begun:
             raise
         raise Failed(f"{error}; the checkpoints are untouched, the same command resumes", FAILED) from error

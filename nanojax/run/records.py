@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojax import files
+from nanojax.cli import UserError
 
 FILE = "metrics.jsonl"
 KEPT = 100_000  # records that wait in memory while the file cannot be written, about 30 MB
@@ -18,19 +19,25 @@ RETRY_SECONDS = 1.0
 def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run folder's metrics.jsonl, of one kind if given.
 
-    Lines that are no records are left out: one that a crash cut off, what a damaged disk returns.
+    Lines that are no records are left out: one that a crash cut off, what a damaged disk returns. UserError when the file
+    is there and cannot be read.
     """
     path = Path(run) / FILE
     records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-            if whole and kind in (None, record["kind"]):
-                records.append(record)
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+        if whole and kind in (None, record["kind"]):
+            records.append(record)
     return records
 
 

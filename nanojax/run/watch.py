@@ -1,4 +1,4 @@
-"""The watch over the loop: a step that does not return for train.stall_minutes is reported and ends the process."""
+"""The watch over a run: a step that does not return for train.stall_minutes is reported and ends the process."""
 
 import contextlib
 import faulthandler
@@ -14,6 +14,7 @@ from nanojax.run.output import last_words
 
 REPORT = "stalled.txt"
 TICK = 1.0  # seconds
+STARTING_MINUTES = 60.0  # allowed at least until the loop begins: compilation with autotuning, reading a checkpoint
 GPU_SECONDS = 15.0  # a GPU that hangs does not answer its driver either
 
 
@@ -24,7 +25,7 @@ class Watch:
 
     def __init__(self, run: Path, minutes: float):
         self.run, self.minutes = run, minutes
-        self.step = 0
+        self.step: int | None = None  # None until the loop begins
         self.ticks = 0
         self.ended = threading.Event()
 
@@ -35,11 +36,11 @@ class Watch:
 
     def stand(self) -> None:
         """The thread: ends the process when too many ticks pass without a beat."""
-        limit = self.minutes * 60 / TICK
         while not self.ended.wait(TICK):
             self.ticks += 1
-            if self.ticks > limit:
-                report(self.run, self.step, self.minutes)
+            allowed = self.minutes if self.step is not None else max(self.minutes, STARTING_MINUTES)
+            if self.ticks * TICK > allowed * 60:
+                report(self.run, self.step, allowed)
                 os._exit(exits.STALLED)
 
 
@@ -56,9 +57,10 @@ def standing(run: Path, minutes: float) -> Iterator[Watch]:
         watch.ended.set()
 
 
-def report(run: Path, step: int, minutes: float) -> None:
+def report(run: Path, step: int | None, minutes: float) -> None:
     """Writes RUN/stalled.txt: when, after which step, what the GPU says, where every thread is; a line on stderr."""
-    head = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: nothing has happened for {minutes:g} minutes after step {step}"
+    where = "before the first step" if step is None else f"after step {step}"
+    head = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: nothing has happened for {minutes:g} minutes {where}"
     gpu: list[str] = []
     asking = threading.Thread(target=lambda: gpu.append(_gpu()), daemon=True)
     asking.start()

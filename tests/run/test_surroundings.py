@@ -224,6 +224,14 @@ def test_exit_codes_are_documented() -> None:
         assert {int(code) for code in stop} == codes - again
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_trouble_at_the_start(begun: bool) -> None:
+    """Missing data are a mistake the first time; a run that has trained before ends with a code to be restarted."""
+    with pytest.raises(exits.Failed if begun else UserError, match="no data folder") as failed, exits.restarting(begun):
+        raise UserError("no data folder")
+    assert not begun or failed.value.code == exits.FAILED  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +357,22 @@ def test_the_watch(tmp_path: Path) -> None:
     report = (tmp_path / watch.REPORT).read_text()
     assert "after step 41" in report and "a_step_that_hangs" in report and "GPU" in report
     assert len(done.stderr.splitlines()) == 1 and "stalled.txt" in done.stderr
+
+
+def test_a_hang_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the loop begins STARTING_MINUTES are allowed, however few minutes a step may take."""
+    ended: list[int] = []
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    monkeypatch.setattr(watch.os, "_exit", lambda code: ended.append(code) or sys.exit())
+    guarded = watch.Watch(tmp_path, 0.001)
+    for allowed, expected in ((1.0, []), (0.001, [exits.STALLED])):
+        monkeypatch.setattr(watch, "STARTING_MINUTES", allowed)
+        threading.Thread(target=guarded.stand, daemon=True).start()
+        time.sleep(0.5)
+        guarded.ended.set()
+        assert ended[:1] == expected
+        guarded = watch.Watch(tmp_path, 0.001)
+    assert "before the first step" in (tmp_path / watch.REPORT).read_text()
 
 
 def test_the_watch_waits_for_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
