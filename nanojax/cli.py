@@ -1,6 +1,8 @@
 """What every command shares: one-line errors, an argument parser, paths, number formats, a progress bar."""
 
 import argparse
+import contextlib
+import errno
 import importlib.metadata
 import io
 import os
@@ -21,32 +23,58 @@ class UserError(ValueError):
     """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Runs a command. UserError becomes `error: ...` on stderr and exit code 2; a closed pipe and Ctrl-C are silent.
+# What a disk says that takes no more: full, over a quota or a size limit, read-only, broken.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-    So does an OSError that no step foresaw, which still names its file, and a path that a library cannot take.
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a command. Its mistakes are one line on stderr, `error: ...`, and exit code 2.
+
+    A UserError is such a mistake. So are a file that cannot be read or written, and a path that a library wants in UTF-8. A
+    closed pipe or terminal and Ctrl-C are silent. A character that the output's encoding lacks is replaced.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks, or a path that is not UTF-8
-            stream.reconfigure(errors="backslashreplace")
+    _repair_streams()
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(str(error))
     except OSError as error:
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        if isinstance(error, BrokenPipeError) or (error.errno == errno.EIO and error.filename is None):
+            with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif error.errno in _DISK:
+            _fail(
+                f"{error.filename or 'the output'}: cannot be written ({error.strerror}); free space, then run it again"
+            )
+        else:
+            _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
     except UnicodeEncodeError as error:
         if error.reason != "surrogates not allowed":
             raise
-        print(f"error: {error.object}: is not UTF-8, which is needed here; rename it", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.object}: is not UTF-8, which is needed here; rename it")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _repair_streams() -> None:
+    """stdin, stdout and stderr are open, if only to nothing: a file opened later would get a closed one's number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class Parser(argparse.ArgumentParser):

@@ -191,6 +191,9 @@ class Train:
     seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
     log_every: int = _key(1, "steps between two lines of metrics", above=0, effect="none")
     tensorboard: bool = _key(True, "also write TensorBoard events", effect="none")
+    stall_minutes: float = _key(
+        30.0, "a step, save or evaluation that takes longer ends the process; 0 = never", at_least=0, effect="none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

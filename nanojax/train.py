@@ -1,12 +1,13 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
+import collections
 import contextlib
 import functools
 import math
 import sys
-import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,21 @@ from nanojax.data import loader
 from nanojax.evaluate import bpb, core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
-from nanojax.run import checkpoint, metrics, resume, run_folder, signals
+from nanojax.run import checkpoint, ending, exits, guard, metrics, output, resume, run_folder, saving, signals
+from nanojax.run import watch as watching
+from nanojax.run.exits import Diverged
+from nanojax.run.trace import Trace
 from nanojax.tokenizer import Tokenizer
+
+Late = collections.deque[tuple[int, dict[str, jax.Array]]]  # (step, its metrics)
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
 
-Trains a model. The same command again resumes where the run folder's newest checkpoint ends. SIGTERM and Ctrl-C finish
-the step, save and exit 0; a second Ctrl-C exits at once. Exit codes: 0 done, or stopped and saved; 1 the loss became
-NaN or Inf; 2 a mistake in config, data or folders, in one line.
+Trains a model. The same command again resumes where the run folder's newest checkpoint ends. SIGTERM, SIGHUP and Ctrl-C
+finish the step and save; a second Ctrl-C exits at once. Exit codes: 0 done; 1 the loss became NaN or Inf; 2 a mistake in
+config, data or folders, in one line; 3 stopped by a signal and saved, 4 not saved; 5 ended by its surroundings (data,
+disk, device) and saved, 6 not saved; 7 a step did not return for train.stall_minutes. Starting again helps from 3 on;
+docs/running.md has a loop for it. python -m nanojax.status --run=RUN tells where a run is.
 
 examples:
   python -m nanojax.train --config=demo
@@ -40,37 +48,39 @@ examples:
 """
 
 
-class Diverged(Exception):
-    """The loss, another metric or the state is NaN or Inf. The message says which and when."""
-
-
-def train(config: Config) -> None:
+def train(config: Config) -> int:
     """Runs `config` (resolved) to its last step, or to a signal; resumes if its run folder has a checkpoint.
 
-    Raises UserError before anything compiles when data, folder or sizes cannot work; Diverged on NaN or Inf.
+    Returns an exit code (run/exits.py). Raises UserError before anything compiles when data, folder or sizes cannot work;
+    Diverged on NaN or Inf; Failed when the surroundings end the run, which is then saved if that is possible.
     """
     run, t, T = Path(config.train.run), config.train, config.model.T
+    run_folder.check_path(run)
+    begun = bool(run_folder.available(run) or metrics.read(run, "train"))
     if config.compute.residuals != "auto":
         residual_names(config)
 
-    # data
-    A, B, _ = config.batch_shape
-    batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
-    tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
-    loader.valid_batches(config.data.path, 1, T)  # a mistake shows now rather than at the first evaluation
-    tasks = _core_tasks(config)
-    run_folder.check_path(run)
-    if config.compute.residuals == "auto":
-        config = _with_residuals(config, run)
-
     with contextlib.ExitStack() as open_until_the_end:
+        stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
+
+        # data
+        with exits.restarting(begun):
+            A, B, _ = config.batch_shape
+            batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
+            tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
+            loader.valid_batches(config.data.path, 1, T)  # a mistake shows now rather than at the first evaluation
+            tasks = _core_tasks(config)
+        if config.compute.residuals == "auto":
+            config = _with_residuals(config, run)
+
         # run folder
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
-        stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
         resumption = resume.check(run, config)
         config = resumption.config
         if config.train.init and not run_folder.available(run):
             resume.check_init(config, tokenizer)
+        open_until_the_end.enter_context(exits.restarting(begun))
+        watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         tokenizer.save(run / "tokenizer")
         run_folder.write_config(run, config)
 
@@ -97,63 +107,79 @@ def train(config: Config) -> None:
             records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step}]
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
-        done = int(state.step)
-        if done >= t.steps:
+        done = first = int(state.step)
+        if done >= t.steps and not any(_due(config, tasks, done, metrics.measured(metrics.read(run)))):
             print(f"{run}: all {t.steps} steps are done")
-            return
-        writer = open_until_the_end.enter_context(contextlib.closing(checkpoint.open_for_saving(run, config)))
+            return exits.DONE
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
         for record in records:
             log.record(record)
+        saver = open_until_the_end.enter_context(
+            contextlib.closing(saving.Saver(run, config, tokenizer.fingerprint, log))
+        )
+        alive = functools.partial(guard.alive, watch, stop)
 
         # loop
         in_loop.set()
-        traced_until = 0  # the step after which a trace that is being taken ends
-        late: tuple[int, dict[str, jax.Array]] | None = None  # the last step's metrics, still being computed
-        stopping = False
-        while done < t.steps and not stopping:
-            if done == config.profile.start:
-                jax.block_until_ready(state)  # otherwise the trace would hold the end of the step before
-                options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # a trace of three steps would be 25 MB of Python calls
-                jax.profiler.start_trace(run / "profile", profiler_options=options)
-                traced_until = min(done + config.profile.steps, t.steps)
-            with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, new = train_step(state, steps.Batch(jnp.asarray(next(batches).reshape(config.batch_shape))))
-            done += 1
-            if late:  # the device is busy with the next step meanwhile
-                log.train(late[0], _read(*late))
-            late = done, new
-            stopping = stop.is_set()  # read once per step, so that the step it ends is the step that is saved
+        watch.beat(done)
+        trace = Trace(config, run, log)
+        first_row = batches.position
+        late: Late = collections.deque()  # metrics of steps that the device may still be computing
+        try:
+            while True:
+                saver.notice()
+                last, stopping = done >= t.steps, stop.is_set()
+                evaluate, run_core = _due(config, tasks, done, log.recorded) if not stopping else (False, False)
+                on_time = config.checkpoint.every and done % config.checkpoint.every == 0
+                save = done > first and (on_time or last or stopping or saver.retry_is_due)
+                profiled = trace.until and (done == trace.until or stopping)
+                if save or evaluate or run_core or profiled:
+                    _log(log, late)  # waits for the device
+                    if save:  # before anything that may fail
+                        log.flush()
+                        saver.save(state, batches.get_state())
+                    if profiled:
+                        guard.attempt(log, "trace", trace.end, train_step)
+                    if evaluate:
+                        guard.attempt(log, "evaluation", _evaluate, config, state, tokenizer, log, alive)
+                    if run_core:
+                        guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
+                    log.restart_clock(done)
+                if last or stopping:
+                    break
+                if done == config.profile.start:
+                    guard.attempt(log, "trace", trace.begin, done, state)
+                rows = guard.next_batch(batches, log, watch, stop)
+                if rows is None:
+                    continue
+                with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                    state, new = train_step(state, steps.Batch(jnp.asarray(rows.reshape(config.batch_shape))))
+                done += 1
+                late.append((done, new))
+                _log(log, late, but=1)  # the device is busy with the newest step meanwhile
+                watch.beat(done)
+            return ending.ended(t.steps, state, batches, log, saver, watch, stop)
+        except Diverged as error:
+            log.end(exits.DIVERGED, str(error))
+            raise
+        except BaseException as error:
+            log_rest = functools.partial(_log, log, late)
+            raise ending.rescued(error, first, first_row, state, batches, log, saver, log_rest) from error
 
-            evaluate = done == t.steps or (config.eval.every and done % config.eval.every == 0)
-            run_core = tasks and (done == t.steps or done % config.eval.core_every == 0)
-            save = done == t.steps or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
-            profiled = traced_until and (done == traced_until or stopping)
-            if not (evaluate or run_core or save or profiled):
-                continue
-            log.train(done, _read(*late))  # waits for the device
-            late = None
-            if profiled:
-                jax.profiler.stop_trace()
-                traced_until = 0
-                (run / "profile" / "step.hlo.txt").write_text(train_step.as_text() or "")
-                log.say(f"trace in {run / 'profile'}; python scripts/top_kernels.py {run} prints its top kernels")
-            if evaluate:
-                scores = bpb.of_shards(
-                    config, state.params, tokenizer, config.data.path, t.microbatch, config.eval.tokens
-                )
-                log.evaluation(done, scores.scores(), _sample(config, state.params, tokenizer))
-            if run_core:
-                _core(config, state.params, tokenizer, tasks, done, log, stop)
-            if save:
-                log.flush()
-                _save(writer, config, state, batches, tokenizer)
-            log.restart_clock(done)
 
-        checkpoint.wait(writer)
-        left = f"stopped after step {done}; the same command resumes" if done < t.steps else f"done, {t.steps} steps"
-        log.say(f"{left}; saved in {run}")
+def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[str, int]]) -> tuple[bool, bool]:
+    """(evaluate, run CORE) after step `done`: what the config asks for and is not on record."""
+    last, every = done >= config.train.steps, config.eval.every
+    evaluate = done > 0 and (last or (every > 0 and done % every == 0))
+    run_core = done > 0 and bool(tasks) and (last or done % config.eval.core_every == 0)
+    return evaluate and ("eval", done) not in measured, run_core and ("core", done) not in measured
+
+
+def _log(log: metrics.Metrics, late: Late, but: int = 0) -> None:
+    """Logs the steps of `late`, oldest first, until `but` of them are left."""
+    while len(late) > but:
+        log.train(late[0][0], _read(*late[0]))
+        late.popleft()
 
 
 def _read(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -163,14 +189,6 @@ def _read(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
         if not math.isfinite(value):
             raise Diverged(f"step {step}: {name} is {value}")
     return values
-
-
-def _save(writer: Any, config: Config, state: steps.State, batches: loader.TrainIterator, tokenizer: Tokenizer) -> None:
-    step = int(state.step)
-    try:
-        checkpoint.save(writer, config, state, batches.get_state(), tokenizer.fingerprint)
-    except checkpoint.NotFinite as error:
-        raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved") from None
 
 
 def _core_tasks(config: Config) -> list[core.Task]:
@@ -183,25 +201,30 @@ def _core_tasks(config: Config) -> list[core.Task]:
     return tasks
 
 
-def _core(
-    config: Config,
-    params: Any,
-    tokenizer: Tokenizer,
-    tasks: list[core.Task],
-    step: int,
-    log: metrics.Metrics,
-    stop: threading.Event,
+def _evaluate(
+    config: Config, state: steps.State, tokenizer: Tokenizer, log: metrics.Metrics, alive: Callable[[], None]
 ) -> None:
+    """Logs bits per byte and a sample."""
+    scores = bpb.of_shards(
+        config, state.params, tokenizer, config.data.path, config.train.microbatch, config.eval.tokens,
+        progress=lambda _: alive(),
+    )  # fmt: skip
+    log.evaluation(int(state.step), scores.scores(), _sample(config, state.params, tokenizer))
+
+
+def _core(
+    config: Config, state: steps.State, tokenizer: Tokenizer, tasks: list[core.Task], log: metrics.Metrics,
+    alive: Callable[[], None],
+) -> None:  # fmt: skip
     """Logs CORE, in batches of a microbatch's size, which are known to fit. A signal ends it without a result."""
     batch_tokens = config.train.microbatch * config.model.T
     finished = []
-    for score in core.evaluate(config, params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
+    for score in core.evaluate(config, state.params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
         if score.finished:
             finished.append(score)
-        if stop.is_set():
-            return log.say(f"step {step} · CORE left out: asked to stop")
+        alive()
     by_task = {score.task.label: score.centred for score in finished}
-    log.core(step, core.core_of(finished), by_task, sum(score.total for score in finished))
+    log.core(int(state.step), core.core_of(finished), by_task, sum(score.total for score in finished))
 
 
 def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
@@ -244,19 +267,31 @@ def main() -> None:
     config = parse(sys.argv[1:])
     if config is None:
         return
+    with output.unfailing():
+        code = _run(config)
+    sys.exit(code)
+
+
+def _run(config: Config) -> int:
+    """`train` as a process: its exit code; errors are told on stderr."""
     memory = xla.configure()
     if memory:
         print(memory)
     try:
-        train(config)
+        return train(config)
     except Diverged as error:
         print(f"error: {error}; {run_folder.recovery_hint(Path(config.train.run))}", file=sys.stderr)
-        sys.exit(1)
-    except jax.errors.JaxRuntimeError as error:
-        if not xla.is_out_of_memory(error):
-            raise
-        hint = "lower train.microbatch, or set compute.residuals=inputs; python -m nanojax.plan shows what fits"
-        raise UserError(f"out of device memory: {str(error).splitlines()[0][:200]}; {hint}") from None
+        return exits.DIVERGED
+    except exits.Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # before the loop; Python's own exit code would be that of a diverged run
+        if guard.is_out_of_memory(error):
+            raise UserError(guard.reason(error)) from None
+        traceback.print_exc()
+        return exits.FAILED
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def configure() -> str | None:
     """Sets jax and XLA up for a run. Call it before jax touches a device; it respects jax's own environment variables.
 
     Gives XLA all free GPU memory (jax's default is 75 %), turns XLA's rematerialisation pass off, keeps compiled
-    programs in the user's cache folder, and limits orbax's logging to errors.
+    programs in the user's cache folder, and silences orbax: what it logs in hundreds of lines it also raises.
 
     Returns:
       A line that says how much memory XLA may use; None without an NVIDIA GPU.
@@ -134,7 +134,8 @@ def configure() -> str | None:
     jax.config.update("jax_compiler_enable_remat_pass", False)  # see no_remat_pass
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs several lines per save
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     start_device()
     return memory
 

@@ -165,13 +165,21 @@ class TrainIterator:
         """Rows handed out since the start of training."""
         return self.begun + self.taken * self.rows
 
-    def get_state(self) -> dict[str, Any]:
-        """The position as JSON: everything that the next batches depend on, with the shards and the tokenizer."""
-        stream = self.stream
+    def get_state(self, unused: int = 0) -> dict[str, Any]:
+        """The position as JSON: everything that the next batches depend on, with the shards and the tokenizer.
+
+        Args:
+          unused: batches handed out last that shall come again.
+        """
+        stream, position = self.stream, self.position - unused * self.rows
         return {
-            "position": self.position, "row": stream.row, "seed": stream.seed,
-            "tokenizer": stream.tokenizer.fingerprint, **stream.state(self.position),
+            "position": position, "row": stream.row, "seed": stream.seed,
+            "tokenizer": stream.tokenizer.fingerprint, **stream.state(position),
         }  # fmt: skip
+
+    def reopen(self) -> None:
+        """The same position, with every file opened anew. UserError while one is missing."""
+        self.set_state(self.get_state())
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at `state`. UserError when sequence, seed, tokenizer or a shard differs from when it was saved."""
@@ -183,8 +191,9 @@ class TrainIterator:
                     f"{stream.folder}: the saved data position was made with {name} {state[name]}, this run has {value}"
                 )
         # A new stream, because a prefetching thread may still read the old one.
-        self.stream = RowStream(stream.folder, stream.tokenizer, stream.row, stream.seed)
-        self.stream.restore(state)
+        new = RowStream(stream.folder, stream.tokenizer, stream.row, stream.seed)
+        new.restore(state)
+        self.stream = new
         self._seek(state["position"])
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
 from nanojax.evaluate import bpb, core, likelihood
 from nanojax.evaluate.subject import Subject, add_arguments, load
+from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
 
 KINDS = ("bpb", "core", "sample")
@@ -39,7 +39,7 @@ torch nor transformers is needed.
 """
 
 
-def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
+def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
     tasks = core.load_tasks(Path(a.bundle))
     total = sum(len(core.load_examples(task, a.max_per_task)) for task in tasks)
     suffix = f"_max{a.max_per_task}" if a.max_per_task else ""
@@ -74,8 +74,8 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
         files.write_json(stem.with_suffix(".json"), record)
     if board:
         for score in scores:
-            board.add_scalar(f"core/{score.task.label}", score.centred, subject.step)
-        board.add_scalar("core/CORE", value, subject.step)
+            board.scalar(f"core/{score.task.label}", score.centred, subject.step)
+        board.scalar("core/CORE", value, subject.step)
     table = Table(title="CORE" + (f", first {a.max_per_task} examples per task" if suffix else ""))
     table.add_column("model")
     table.add_column("CORE", justify="right")
@@ -87,7 +87,7 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
         console.print(f"written: {stem}.csv, {stem}.json")
 
 
-def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
+def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
     T, sizes = subject.config.model.T, subject.tokenizer.bytes_per_token(a.token_bytes)
     batch = max(1, a.batch_tokens // T)
     model = subject.config, subject.params, subject.tokenizer
@@ -111,7 +111,7 @@ def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: S
     if subject.out:
         files.write_json(subject.out / f"bpb_{subject.step:06d}.json", record)
     if board:
-        board.add_scalar("evaluate/bpb", result["bpb"], subject.step)
+        board.scalar("evaluate/bpb", result["bpb"], subject.step)
     table = Table(title=f"bits per byte of {where}")
     for name in ("source", "bits/byte", "nats/token", "tokens", "bytes"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -135,7 +135,7 @@ def _data_folder(subject: Subject, given: str | None) -> str:
     return folder
 
 
-def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: SummaryWriter | None) -> None:
+def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
     prompts = a.prompt or PROMPTS
     config, params, tokenizer = subject.config, subject.params, subject.tokenizer
     texts = [sample.text(config, params, tokenizer, p, a.tokens, temperature=0.0)[0] for p in prompts]
@@ -145,7 +145,7 @@ def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board
         with files.write_atomic(subject.out / f"sample_{subject.step:06d}.txt") as file:
             file.write(("\n---\n".join(texts) + "\n").encode())
     if board:
-        board.add_text("evaluate/sample", "\n\n".join(texts), subject.step)
+        board.text("evaluate/sample", "\n\n".join(texts), subject.step)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def main() -> None:
         a.eval.remove("bpb")
     board = None
     if subject.out:
-        board = SummaryWriter(str(cli.output_folder(subject.out).parent / "tensorboard"))
+        board = Board(cli.output_folder(subject.out).parent / "tensorboard")
     try:
         run = {"bpb": _run_bpb, "core": _run_core, "sample": _run_sample}
         for kind in a.eval:

@@ -261,8 +261,11 @@ class Ledger:
     def add(self, task: str, start: int, correct: Sequence[bool]) -> None:
         """Records the outcomes of the window of `task` that begins at example `start`."""
         self.done[task, start] = list(correct)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(self._line(task, start, correct))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._line(task, start, correct))
+        except OSError as error:
+            raise files.write_error(self.path, error) from None
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

@@ -6,6 +6,7 @@ Float parameters keep dtype and bits. Quantised parameters are exported as the f
 """
 
 import dataclasses
+import errno
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nanojax import files
-from nanojax.cli import UserError
+from nanojax.cli import UserError, first_line
 from nanojax.config import Compute, Config, Data, Model, Stored, Train, resolve, to_dict
 from nanojax.interop import layouts, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
@@ -371,4 +372,7 @@ def _groups(size: Mapping[str, int]) -> list[list[str]]:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with files.write_atomic(path) as file:
-        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, file.name, metadata={"format": "pt"})
+        try:
+            save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, file.name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, first_line(error)) from None

@@ -62,7 +62,7 @@ def save(
     Args:
       data: the loader's get_state().
       fingerprint: the tokenizer's.
-    Raises NotFinite before anything is written; UserError when an earlier or this save failed (disk full, ...).
+    Raises NotFinite before anything is written; UserError when the save cannot begin (disk full, ...).
     """
     parts = {"params": state.params, "opt": {"step": state.step, "opt": state.opt}}
     sums, finite = jax.device_get(checks(parts))
@@ -93,16 +93,16 @@ def save_import(run: Path, config: Config, step: int, parts: dict[str, Any]) -> 
             raise UserError(_failed(writer, step, error)) from error
 
 
-def wait(writer: ocp.training.Checkpointer) -> None:
-    """Until the last save is on disk. UserError when it failed."""
+def wait(writer: ocp.training.Checkpointer, step: int) -> None:
+    """Until the save of `step`, the last one begun, is on disk. UserError when it failed."""
     try:
         writer.wait()
     except Exception as error:
-        raise UserError(_failed(writer, writer.latest.step if writer.latest else 0, error)) from error
+        raise UserError(_failed(writer, step, error)) from error
 
 
 def _failed(writer: ocp.training.Checkpointer, step: int, error: Exception) -> str:
-    return f"{writer.directory}: saving step {step} failed: {first_line(_cause(error))}; is the disk full or unplugged?"
+    return f"{writer.directory}: saving step {step} failed: {first_line(_cause(error))}"
 
 
 def restore(run: Path, config: Config, step: int | None = None) -> tuple[steps.State, dict[str, Any]] | None:

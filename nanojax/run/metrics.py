@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.jsonl (the source of truth), TensorBoard events, and a progress bar or plain lines.
+"""The logs of a run: metrics.jsonl, TensorBoard events, and a progress bar or plain lines. None of them can end the run.
 
 Each line of metrics.jsonl is one record with a `kind`:
   start    {step, device, jax, time}                       written at every (re)start
@@ -7,15 +7,16 @@ Each line of metrics.jsonl is one record with a `kind`:
   core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
   init, rounding, extended   {step, what resume.py says of a run that began or went on otherwise}
+  warning  {step, about, text}                             the first trouble of its kind since the start
+  end      {step, code (exits.py), text}                   unless the process was killed
 `step` counts finished updates. mfu is nanochat's FLOPs per token times tokens/s over the card's dense bf16 peak, whatever
 the dtype of compute; null on an unknown device. watts (mean since the last reading) and kwh (of the whole run) are null
-without an NVIDIA driver.
+without an NVIDIA driver. After a warning, train records have `warnings`, how often each kind came since the start.
 """
 
 import collections
-import json
 import math
-import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,39 +24,17 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
-from nanojax import cli, files, hardware
-from nanojax.cli import UserError, duration, short
+from nanojax import cli, hardware
+from nanojax.cli import UserError, duration, first_line, short
 from nanojax.config import Config
+from nanojax.run.output import Output
+from nanojax.run.records import FILE, Appender, forget_after, read
+from nanojax.run.tensorboard import Board
 
-FILE = "metrics.jsonl"
 LINE_SECONDS = 10.0  # without a terminal, at most one line per this many seconds
 POWER_SECONDS = 10.0  # between readings: without NVML's Python module, nvidia-smi takes 50 ms
 WINDOW = 20  # log lines over which tokens/s and ETA are averaged
-
-
-def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl, of one kind if given. A last line cut off by a crash is left out."""
-    path = Path(run) / FILE
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if kind in (None, record["kind"]):
-            records.append(record)
-    return records
-
-
-def forget_after(run: Path, step: int) -> None:
-    """Drops the records of steps after `step`; a resumed run writes them again."""
-    if not (run / FILE).exists():
-        return
-    kept = "".join(json.dumps(r) + "\n" for r in read(run) if r["step"] <= step)
-    with files.write_atomic(run / FILE) as file:
-        file.write(kept.encode())
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -66,24 +45,31 @@ def peak_flops(device_kind: str) -> float | None:
         return None
 
 
+def measured(records: list[dict[str, Any]]) -> set[tuple[str, int]]:
+    """("eval" or "core", step) of every measurement in `records`."""
+    return {(r["kind"], r["step"]) for r in records if r["kind"] in ("eval", "core")}
+
+
 class Metrics:
     """The open logs of a run. `step` is the restored step; records of later steps are dropped first."""
 
     def __init__(self, config: Config, run: Path, step: int, console: Console | None = None):
-        self.config = config
+        self.config, self.step = config, step
+        self.warnings: dict[str, int] = {}
+        self.outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
         device = jax.devices()[0]
         self.peak = peak_flops(device.device_kind)
-        forget_after(run, step)
-        earlier = [r["kwh"] for r in read(run, "train") if r.get("kwh")]
-        self.kwh = earlier[-1] if earlier else 0.0
+        try:
+            forget_after(run, step)
+            earlier = read(run)
+            self.file = Appender(run)
+        except OSError as error:
+            raise UserError(f"{run / FILE}: cannot be written ({error.strerror}); choose another --train.run") from None
+        self.recorded = measured(earlier)
+        self.kwh = next((r["kwh"] for r in reversed(earlier) if r.get("kwh")), 0.0)
         self.power = hardware.PowerMeter()
         self.power_read = time.monotonic()
-        try:
-            self.file = open(run / FILE, "a", buffering=1)  # noqa: SIM115  closed by close()
-            folder = str(run / "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=step + 1) if config.train.tensorboard else None
-        except OSError as error:
-            raise UserError(f"{run}: cannot write there ({error.strerror}); choose another --train.run") from None
+        self.board: Board | None = None
         self.console = console or Console(highlight=False, markup=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -97,7 +83,19 @@ class Metrics:
         self.bpb: float | None = None
         self.line_time = -math.inf
         self._write({"kind": "start", "step": step, "device": device.device_kind, "jax": jax.__version__})
+        if config.train.tensorboard:
+            try:
+                self.board = Board(run / "tensorboard", purge_step=step + 1)
+            except OSError as error:
+                self.warn("tensorboard", f"{run / 'tensorboard'}: cannot be written ({error.strerror})")
         self.restart_clock(step)
+
+    def warn(self, about: str, text: str) -> None:
+        """Counts a trouble that the run survives. The first of its kind is printed and recorded."""
+        self.warnings[about] = self.warnings.get(about, 0) + 1
+        if self.warnings[about] == 1:
+            print(f"warning: {text}", file=sys.stderr)
+            self._write({"kind": "warning", "step": self.step, "about": about, "text": text})
 
     def restart_clock(self, step: int) -> None:
         """Excludes the time since the last record (evaluation, saving) from tokens/s. The device must be idle."""
@@ -105,6 +103,7 @@ class Metrics:
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """Logs a finished step's metrics every train.log_every steps; other steps only move the bar."""
+        self.step = step
         if step % self.config.train.log_every and step != self.config.train.steps:
             self.bar.update(self.task, completed=step)
             return
@@ -113,17 +112,14 @@ class Metrics:
         per_step = (end - begin) / max(1, last - first)
         rate = self.config.train.tokens_per_step / max(per_step, 1e-9)
         mfu = rate * self.config.model.flops_per_token / self.peak if self.peak else None
-        if self.power.available and end - self.power_read > POWER_SECONDS:
-            before, self.power_read = self.power.joules, end
-            self.power.update()
-            self.kwh += (self.power.joules - before) / 3.6e6
-        watts, kwh = (self.power.watts, self.kwh) if self.power.available else (None, None)
+        watts, kwh = self._energy(end)
         speed = {"tokens_per_s": rate, "mfu": mfu, "watts": watts, "kwh": kwh}
         tokens = step * self.config.train.tokens_per_step
-        self._write({"kind": "train", "step": step, "tokens": tokens, **values, **speed})
+        self._count_lost_output()
+        warnings = {"warnings": dict(self.warnings)} if self.warnings else {}
+        self._write({"kind": "train", "step": step, "tokens": tokens, **values, **speed, **warnings})
         for name, value in {**values, **speed}.items():
-            if self.board and value is not None:
-                self.board.add_scalar(f"train/{name}", value, step)
+            self._scalar(f"train/{name}", value, step)
         text = [f"loss {values['loss']:.4f}", f"{short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
         if self.bpb is not None:
             text.insert(1, f"bpb {self.bpb:.4f}")
@@ -138,24 +134,29 @@ class Metrics:
     def evaluation(self, step: int, scores: dict[str, float], text: str | None) -> None:
         """Logs bits per byte and, if there is one, the sample text."""
         self.bpb = scores["bpb"]
-        self._write({"kind": "eval", "step": step, **scores})
+        self.recorded.add(("eval", step))
+        sampled = [{"kind": "sample", "step": step, "text": text}] if text else []
+        self._write({"kind": "eval", "step": step, **scores}, *sampled)
         line = f"step {step} · validation {scores['bpb']:.4f} bits/byte, {scores['nll']:.4f} nats/token"
         self.say(line + (f" · {text!r}" if text else ""))
-        if text:
-            self._write({"kind": "sample", "step": step, "text": text})
-        if self.board:
-            self.board.add_scalar("eval/bpb", scores["bpb"], step)
-            self.board.add_scalar("eval/nll", scores["nll"], step)
-            if text:
-                self.board.add_text("sample", text, step)
+        self._scalar("eval/bpb", scores["bpb"], step)
+        self._scalar("eval/nll", scores["nll"], step)
+        if text and self.board:
+            self._board_failed(self.board.text("sample", text, step))
 
     def core(self, step: int, core: float, tasks: dict[str, float], examples: int) -> None:
         """Logs CORE and its tasks' centred accuracies."""
+        self.recorded.add(("core", step))
         self._write({"kind": "core", "step": step, "core": core, "tasks": tasks, "examples": examples})
         self.say(f"step {step} · CORE {core:.4f} over {len(tasks)} tasks, {examples:,} examples")
-        if self.board:
-            for name, value in {"CORE": core, **tasks}.items():
-                self.board.add_scalar(f"core/{name}", value, step)
+        for name, value in {"CORE": core, **tasks}.items():
+            self._scalar(f"core/{name}", value, step)
+
+    def end(self, code: int, text: str) -> None:
+        """Logs how the process ends."""
+        self._count_lost_output()
+        counted = {"warnings": dict(self.warnings)} if self.warnings else {}
+        self._write({"kind": "end", "step": self.step, "code": code, "text": text, **counted})
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -163,13 +164,11 @@ class Metrics:
 
     def flush(self) -> None:
         """Writes the log to the disk. Called before each checkpoint, so that no restored step is missing from the log."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self._file_failed(self.file.sync())
 
     def close(self) -> None:
         """Stops the bar and closes the files."""
         self.bar.stop()
-        self.flush()
         self.file.close()
         if self.board:
             self.board.close()
@@ -178,5 +177,38 @@ class Metrics:
         """Writes a record of its own kind and step."""
         self._write(record)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+    def _write(self, *records: dict[str, Any]) -> None:
+        self._file_failed(self.file.write(*({**record, "time": round(time.time(), 3)} for record in records)))
+
+    def _file_failed(self, error: OSError | None) -> None:
+        if error:
+            self.warn(FILE, f"{self.file.path}: cannot be written ({error.strerror}); its records wait in memory")
+
+    def _scalar(self, name: str, value: float | None, step: int) -> None:
+        if self.board and value is not None:
+            self._board_failed(self.board.scalar(name, value, step))
+
+    def _board_failed(self, error: OSError | None) -> None:
+        if error:
+            self.warn("tensorboard", f"TensorBoard's events cannot be written ({error.strerror}) and are left out")
+
+    def _count_lost_output(self) -> None:
+        lost = sum(output.lost for output in self.outputs)
+        if lost:
+            reason = next(output.reason for output in self.outputs if output.lost)
+            if "output" not in self.warnings:
+                self.warn("output", f"output is lost ({reason}); the run goes on without it")
+            self.warnings["output"] = lost
+
+    def _energy(self, now: float) -> tuple[float | None, float | None]:
+        """(watts, kWh of the run so far), read anew every POWER_SECONDS; None, None where nothing tells."""
+        if not self.power.available:
+            return None, None
+        if now - self.power_read > POWER_SECONDS:
+            before, self.power_read = self.power.joules, now
+            try:
+                self.power.update()
+            except Exception as error:  # a driver's module may raise anything
+                self.warn("power", f"the GPU's power cannot be read ({first_line(error)})")
+            self.kwh += (self.power.joules - before) / 3.6e6
+        return self.power.watts, self.kwh

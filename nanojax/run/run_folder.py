@@ -12,9 +12,9 @@ from nanojax import config as configs
 from nanojax import files
 from nanojax.cli import UserError
 from nanojax.config import Config
+from nanojax.run import records
 
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -79,9 +79,9 @@ def set_aside(run: Path, steps: list[int], name: str) -> None:
 
 def keep_records(run: Path, name: str) -> None:
     """Copies metrics.jsonl to RUN/`name`/, before the records of steps that will be trained again are dropped."""
-    if (run / METRICS).exists():
-        with files.write_atomic(run / name / METRICS) as file:
-            file.write((run / METRICS).read_bytes())
+    if (run / records.FILE).exists():
+        with files.write_atomic(run / name / records.FILE) as file:
+            file.write((run / records.FILE).read_bytes())
 
 
 def check_path(run: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """CORE during training: logged at its steps, equal to evaluating the checkpoint, cut off by a signal, mistakes reported first."""
 
+import functools
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from helpers import core_bundle, tensorboard, tiny_run
 
 from nanojax import cli, step, train
 from nanojax.evaluate import core
-from nanojax.run import checkpoint, metrics
+from nanojax.run import checkpoint, guard, metrics, watch
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
@@ -65,12 +66,13 @@ def test_core_is_off_by_default(home: Path) -> None:
 def test_a_signal_cuts_core_off(home: Path) -> None:
     """Told to stop, it ends after the examples it is at and logs no half result."""
     resolved = tiny_run.load(home / "tiny.py", home / "cut", **_overrides(home))
-    params = jax.jit(step.init_state, static_argnums=0)(resolved).params
+    state = jax.jit(step.init_state, static_argnums=0)(resolved)
     tokenizer = train.Tokenizer.load(Path(resolved.data.path) / "tokenizer")
     (home / "cut").mkdir()
     log, stop = metrics.Metrics(resolved, home / "cut", 0), threading.Event()
     stop.set()
-    train._core(resolved, params, tokenizer, train._core_tasks(resolved), 3, log, stop)
+    alive = functools.partial(guard.alive, watch.Watch(home / "cut", 0), stop)
+    guard.attempt(log, "CORE", train._core, resolved, state, tokenizer, train._core_tasks(resolved), log, alive)
     log.close()
     assert metrics.read(home / "cut", "core") == []
 

@@ -136,8 +136,9 @@ def saved(run: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
 
 def records_of(run: Path) -> list[dict[str, Any]]:
     """The records without what depends on the clock and on where the run was interrupted."""
-    clock = ("time", "tokens_per_s", "mfu", "watts", "kwh")
-    return [{k: v for k, v in r.items() if k not in clock} for r in metrics.read(run) if r["kind"] != "start"]
+    process = ("time", "tokens_per_s", "mfu", "watts", "kwh", "warnings")
+    kinds = ("train", "eval", "core", "sample")
+    return [{k: v for k, v in r.items() if k not in process} for r in metrics.read(run) if r["kind"] in kinds]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -53,7 +53,7 @@ def _save(run: Path, config: Config, seeds: list[int]) -> dict[int, step.State]:
     writer = checkpoint.open_for_saving(run, config)
     for seed, state in states.items():
         checkpoint.save(writer, config, state, {"position": seed}, "abc")
-    checkpoint.wait(writer)
+    checkpoint.wait(writer, max(seeds, default=0))
     writer.close()
     return states
 
@@ -222,7 +222,7 @@ def test_state_may_be_donated_at_once(tiny: Make, tmp_path: Path) -> None:
     checkpoint.save(writer, config, state, {}, "abc")
     for _ in range(3):
         state, _ = advance(state, step.Batch(jnp.zeros(config.batch_shape, jnp.int32)))
-    checkpoint.wait(writer)
+    checkpoint.wait(writer, int(state.step))
     writer.close()
     restored = checkpoint.restore(tmp_path / "run", config)
     assert restored is not None and _same(restored[0], expected)

@@ -18,7 +18,7 @@ from helpers import tiny_run
 from nanojax import cli, files, step, train
 from nanojax import config as configs
 from nanojax.data import loader
-from nanojax.run import checkpoint, metrics, run_folder
+from nanojax.run import checkpoint, exits, metrics, run_folder
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
@@ -134,7 +134,7 @@ def test_resume_in_process(whole: Path, home: Path, tmp_path: Path) -> None:
     """A run stopped by SIGTERM in mid-flight and resumed equals the uninterrupted run bit by bit, records included."""
     run = tmp_path / "run"
     thread = tiny_run.stop_after(run, 4)
-    train.train(tiny_run.load(home / "tiny.py", run))
+    assert train.train(tiny_run.load(home / "tiny.py", run)) == exits.STOPPED
     thread.join()
     stopped = run_folder.available(run)[-1]
     assert 4 <= stopped < 12
@@ -197,21 +197,21 @@ def test_second_sigint_exits_at_once(home: Path, tmp_path: Path, compile_cache: 
 
 @pytest.mark.long
 def test_sigint_and_restart(home: Path, tmp_path: Path, compile_cache: Path) -> None:
-    """SIGINT: exit 0, the message says how to go on, the step is saved. A signal before the loop exits 0."""
+    """SIGINT: exit 3, the message says how to go on, the step is saved. A signal before the loop: exit 4, which it says."""
     run = tmp_path / "run"
     process = tiny_run.spawn(home / "tiny.py", run, compile_cache, train__steps=100000)
     tiny_run.wait_for(process, lambda: metrics.read(run, "train"))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    assert process.returncode == 0
+    assert process.returncode == exits.STOPPED
     assert "the same command resumes" in output
     step_saved = run_folder.available(run)[-1]
     assert metrics.read(run, "train")[-1]["step"] == step_saved
     early = tiny_run.spawn(home / "tiny.py", tmp_path / "early", compile_cache)
     tiny_run.wait_for(early, (tmp_path / "early" / "config.json").exists)
     early.send_signal(signal.SIGTERM)
-    early.communicate()
-    assert early.returncode == 0
+    output, _ = early.communicate()
+    assert early.returncode == exits.STOPPED_UNSAVED and "nothing was saved" in output
     assert run_folder.available(tmp_path / "early") == []
 
 

@@ -1,0 +1,42 @@
+"""How a run ends: its exit codes. docs/running.md has the table and the loop of a supervisor, which reads them."""
+
+import contextlib
+from collections.abc import Iterator
+
+from nanojax.cli import UserError
+
+DONE = 0
+DIVERGED = 1
+MISTAKE = 2
+STOPPED = 3  # a signal; every finished step is saved
+STOPPED_UNSAVED = 4  # a signal before the first step, or while the disk was full
+FAILED = 5  # the surroundings: data, disk, device; every finished step is saved
+FAILED_UNSAVED = 6
+STALLED = 7
+SECOND_INTERRUPT = 130
+
+
+class Diverged(Exception):
+    """The loss, another metric or the state is NaN or Inf. The message says which and when."""
+
+
+class Failed(Exception):
+    """The surroundings ended the run. The message is one line: what failed, and what is saved."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def restarting(begun: bool) -> Iterator[None]:
+    """Where a run that has begun starts again, what goes wrong becomes Failed.
+
+    What is missing or full now was good enough before, so it is no mistake of the command, and another try may help.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not begun:
+            raise
+        raise Failed(f"{error}; the checkpoints are untouched, the same command resumes", FAILED) from error
