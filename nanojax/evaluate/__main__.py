@@ -156,7 +156,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-per-task", type=int, default=0, metavar="N", help="core: examples of each task, the first N; 0 = all (0)"
     )
     add("--data", help="bpb: data folder whose validation shards are used; default: the run's")
-    add("--text", action="append", help="bpb: .txt, .jsonl(.gz/.xz/.zst), .parquet, folder or glob; may be repeated")
+    add(
+        "--text",
+        action="append",
+        help="bpb: .txt, JSON or parquet as `data tokenize` reads, folder or glob; may be repeated",
+    )
     add("--key", default="text", help="bpb: key of the text in JSON lines and parquet (text)")
     add("--by", help="bpb: key whose value names the source of a text; default: one source per file")
     add("--prompt", action="append", help="sample: text to continue greedily; may be repeated")

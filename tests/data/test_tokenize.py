@@ -224,7 +224,8 @@ def test_a_run_that_ends_in_validation_documents(data: Path, tokenizer: Tokenize
     for path in (data / "text").iterdir():
         path.unlink()
     write(data / "text" / "a.jsonl", other)
-    run(data, Options(valid="hash:0.2"))
+    with pytest.raises(UserError, match="no text is left for validation"):
+        run(data, Options(valid="hash:0.2"))
     write(data / "text" / "b.jsonl", chosen)
     manifest = run(data, Options(valid="hash:0.2"))
     assert texts(data / "out", "train", tokenizer) == other
@@ -351,7 +352,8 @@ def test_full_disk_is_one_line_and_resumable(data: Path, tokenizer: Tokenizer) -
     """When the disk refuses a write (here a file size limit of 16 kB): exit 2, one line with the file, nothing
     half-written; with room again the same command ends with the same shards as an undisturbed run."""
     tokenizer.save(data / "whole" / "tokenizer")
-    arguments = ["tokenize", "--input", str(data / "text"), "--shard-tokens", "9000", "--workers", "1", "--out"]
+    arguments = ["tokenize", "--input", str(data / "text"), "--valid", "hash:0.05", "--shard-tokens", "9000"]
+    arguments += ["--workers", "1", "--out"]
     full = command([*arguments, str(data / "out")], file_size=16_000)
     assert full.returncode == 2, full.stderr
     errors = [line for line in full.stderr.splitlines() if line.startswith("error:")]
@@ -359,7 +361,7 @@ def test_full_disk_is_one_line_and_resumable(data: Path, tokenizer: Tokenizer) -
     assert "Traceback" not in full.stderr
     assert not files(data / "out") and not list((data / "out").rglob("*.tmp"))
     for out in ("out", "whole"):
-        run(data, Options(shard_tokens=9000), out=out)
+        run(data, Options(valid="hash:0.05", shard_tokens=9000), out=out)
     assert files(data / "out") == files(data / "whole")
 
 
