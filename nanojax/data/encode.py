@@ -121,9 +121,14 @@ def open_pool(workers: int, tokenizer_folder: str) -> Executor:
 def results(
     pool: Executor, workers: int, left: list[tuple[text.Source, int]], key: str
 ) -> Iterator[tuple[Task, Encoded]]:
-    """The tasks and their results in order, with at most three tasks per worker in flight."""
+    """The tasks and their results in order, with at most three tasks per worker in flight.
+
+    A file is read to its end before its first task, so that no part of a damaged one is used.
+    """
     flying: collections.deque[tuple[Task, Future[Encoded]]] = collections.deque()
     for source, start in left:
+        if not start:
+            text.verify(source, key)
         for task in tasks(source, start, key):
             flying.append((task, pool.submit(encode, task.documents)))
             task.documents = []  # the worker has them now

@@ -227,7 +227,7 @@ def parquet_text(key: str) -> Rows:
     def text(path: Path, file: pq.ParquetFile) -> Iterator[str | Dropped]:
         check_column(path, file, key)
         number = 0
-        for column in _batches(file, key):
+        for column in batches(file, key):
             for value in column.cast(pa.large_binary()).to_pylist():
                 number += 1
                 if value is None:
@@ -248,14 +248,14 @@ def parquet_labels(by: str) -> Rows:
     def label(path: Path, file: pq.ParquetFile) -> Iterator[str]:
         if (names := file.schema_arrow.names).count(by) != 1:
             raise UserError(f"{path}: no column {by!r} (it has: {', '.join(names[:8])}); choose with --by")
-        for column in _batches(file, by):
+        for column in batches(file, by):
             yield from ("" if value is None else str(value) for value in column.to_pylist())
 
     return label
 
 
-def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.Array]:
-    # Batches of 256 rows: a row group of 1,024 web pages is ~5 MB, but other writers make groups of a GB.
+def batches(file: pq.ParquetFile, name: str) -> Iterator[pa.Array]:
+    """The column's values in pieces of 256 rows: a row group of 1,024 web pages is ~5 MB, but others make groups of a GB."""
     for batch in file.iter_batches(batch_size=256, columns=[name]):
         column = batch.column(batch.schema.get_field_index(name))
         if isinstance(column, pa.ExtensionArray):

@@ -111,14 +111,16 @@ class _Job:
                 of_file = split == "valid" and shard.meta.get("by_file", not options.valid.startswith("hash:"))
                 if options.dedup or of_file:
                     hashes = self._hashes(shard)
-                    (self.held if of_file else self.seen).add(hashes)
-                    if options.dedup:
-                        self.seen.add(hashes)
+                    for kept, wanted in ((self.held, of_file), (self.seen, options.dedup)):
+                        if wanted:
+                            kept.add(hashes)
         self.leftover: dict[str, collections.Counter[str]] = {}  # dropped since the last shard
         self.tally = text.Tally()
         for shard in self.shards["valid"] + self.shards["train"]:
-            for counts in shard.meta["counts"].values():
+            for name, counts in shard.meta["counts"].items():
                 self.tally.counts.update(counts)
+                if counts.get("odd characters"):
+                    self.tally.advice = f"{name}: has text that cannot be read"
 
     def _held_before(self) -> frozenset[str]:
         """The validation files that the folder's shards are of."""
@@ -152,12 +154,14 @@ class _Job:
             raise UserError(
                 f"{position['name']}: tokenising stopped inside this input, which is now missing; put it back"
             )
-        if position and named[position["name"]].end != position.get("end"):
-            raise UserError(
-                f"{position['name']}: tokenising stopped inside this input; run the same command once more before you "
-                "change the inputs"
-            )
-        open_at = [(named[position["name"]], position["documents"])] if position else []
+        open_at = []
+        if position:
+            source = named[position["name"]]
+            if (
+                position.get("end") is not None
+            ):  # its end was held out; with other inputs it is read up to there all the same
+                source = dataclasses.replace(source, end=position["end"])
+            open_at = [(source, position["documents"])]
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
 
     def run(

@@ -58,7 +58,7 @@ def text_documents(inputs: list[str], key: str = "text", by: str | None = None) 
     tally = text.Tally()
     for source in text.find(inputs):
         labels = text.labels(source, by) if by else itertools.repeat(source.name)
-        for document, label in zip(text.documents(source, key=key), labels):
+        for label, document in zip(labels, text.documents(source, key=key)):
             tally.add(document)
             if isinstance(document, str):
                 yield label, document
