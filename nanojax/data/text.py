@@ -25,15 +25,10 @@ from nanojax.data.kinds import Dropped
 KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 SUFFIXES = tuple(k + c for k in KINDS for c in ("", *(decompress.SUFFIXES if k != ".parquet" else ())))
 KNOWN = ".txt, .jsonl, .ndjson, .json (each also .gz, .bz2, .xz, .zst), .parquet"  # SUFFIXES for people
-# JSON that datasets and downloads keep beside their text.
-_METADATA = {
-    "download.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "config.json",
-}
+# JSON that datasets, downloads and data folders keep beside their text.
+_METADATA = re.compile(
+    r"(download|dataset_info|dataset_infos|dataset_dict|state|config|manifest|tokenizer)\.json|(train|valid)_\d{5}\.json"
+)
 MAX_ODD = 10  # oddities (kinds.ODDITIES) that are dropped in any case
 MAX_ODD_SHARE = 0.05  # of the text: more is a mistake, in the file or in the command
 EARLY = 10_000_000  # characters after which the share is looked at for the first time
@@ -259,7 +254,7 @@ def _walk(folder: Path) -> list[Path]:
 
 def is_text(path: Path) -> bool:
     """Whether the name is that of a file of text, and not of JSON about one."""
-    return bool(_kind(path)) and path.name not in _METADATA
+    return bool(_kind(path)) and not _METADATA.fullmatch(path.name)
 
 
 def _kind(path: Path) -> str:

@@ -268,13 +268,13 @@ class _Job:
             file.write(json.dumps(manifest, indent=1).encode())
         return manifest
 
-    def check(self) -> None:
+    def check(self, dropped: dict[str, int]) -> None:
         """UserError if too much could not be read, or if nothing is in one of the splits."""
         self.tally.check()
-        dropped = ", ".join(f"{reason} {n:,}" for reason, n in self.tally.counts.items() if reason not in _NOT_DROPPED)
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
         for split, what in (("train", "training"), ("valid", "validation")):
             if not self.shards[split]:
-                why = f"dropped: {dropped}" if dropped else f"--valid={self.options.valid} gives it none"
+                why = f"dropped: {reasons}" if dropped else f"--valid={self.options.valid} gives it none"
                 raise UserError(
                     f"{self.tally.advice or self.out}: no text is left for {what} ({why}); give more text, or another "
                     "--valid (end:0.05 holds out the end of the last file), with a new --out folder"
@@ -304,7 +304,7 @@ def tokenize(
                 with cli.Bar(f"tokenize {split}", sum(source.size for source, _ in left), "B", quiet) as bar:
                     job.run(split, left, results(pool, workers, left, options.key), bar)
         manifest = job.write_manifest()
-        job.check()
+        job.check(manifest["dropped"])
         return manifest
     except BrokenExecutor:
         raise UserError(

@@ -87,14 +87,17 @@ def main(arguments: list[str]) -> None:
 
 
 def _prose(inputs: list[str], key: str) -> str:
-    """The first 100,000 characters of the last input file, which the rule `last` holds out."""
+    """The first 100,000 characters of the last input file that has text, which the rule `last` holds out."""
     parts: list[str] = []
     size = 0
-    for document in text.documents(text.find(inputs)[-1], 0, key):
-        if isinstance(document, str):
-            parts.append(document[: 100_000 - size])
-            size += len(parts[-1])
-        if size >= 100_000:
+    for source in reversed(text.find(inputs)):
+        for document in text.documents(source, 0, key):
+            if isinstance(document, str):
+                parts.append(document[: 100_000 - size])
+                size += len(parts[-1])
+            if size >= 100_000:
+                break
+        if size:
             break
     return "\n".join(parts)
 

@@ -2,6 +2,7 @@
 counted."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -22,6 +23,7 @@ from nanojax.cli import UserError, run_main
 from nanojax.data import loader
 from nanojax.data.__main__ import main
 from nanojax.data.tokenize import Options, tokenize
+from nanojax.evaluate import bpb
 
 ROOT = Path(__file__).parents[2]
 COUNT = 30  # documents in each file
@@ -105,7 +107,7 @@ def run(arguments: list[str], monkeypatch, capsys, note: str) -> str:
 
 
 def check_text(case: int, whole: Path, folder: Path, monkeypatch, capsys) -> bool:
-    """Breaks one text file and tokenises or prepares it; whether it was read."""
+    """Breaks one text file and gives it to a command and to evaluation; whether it was read."""
     rng = np.random.default_rng(case)
     path = folder / NAMES[case % len(NAMES)]
     write(path, plain(path.name, rng))
@@ -116,17 +118,22 @@ def check_text(case: int, whole: Path, folder: Path, monkeypatch, capsys) -> boo
     path.write_bytes(content)
     out = folder / "new"
     rest = ["--input", str(path), "--out", str(out), "--workers", "1"]
-    if rng.integers(4):
+    command = str(rng.choice(["tokenize", "tokenize", "prepare", "tokenizer"]))
+    if command == "tokenize":
         shutil.copytree(whole / "tok", out / "tokenizer")
         arguments = ["tokenize", *rest]
     else:
-        arguments = ["prepare", *rest, "--vocab", "270"]
+        arguments = [command, *(rest if command == "prepare" else rest[:4]), "--vocab", "270"]
     note = f"case {case}: {path.name} {how}: {' '.join(arguments)}"
+    with contextlib.suppress(UserError):  # as `evaluate --text` reads it
+        list(bpb.text_documents([str(path)], by="id"))
     error = run(arguments, monkeypatch, capsys, note)
     assert not list(folder.rglob("*.tmp")), note
     if error:
         assert path.name in error or str(out) in error or "the inputs" in error or "vocabulary" in error, (note, error)
         return False
+    if command == "tokenizer":
+        return True
     manifest = json.loads((out / "manifest.json").read_text())
     kept = sum(manifest["totals"][split]["documents"] for split in ("train", "valid"))
     size = sum(manifest["totals"][split]["bytes"] for split in ("train", "valid"))
@@ -161,7 +168,8 @@ def check_folder(case: int, whole: Path, folder: Path, monkeypatch, capsys) -> N
 
 @pytest.mark.parametrize("part", range(5))
 def test_broken_text_is_one_line_or_counted(whole: Path, tmp_path: Path, part: int, monkeypatch, capsys) -> None:
-    """40 random damages (in each of 5 parts) of text in every kind and compression, through tokenize and prepare."""
+    """40 random damages (in each of 5 parts) of text in every kind and compression, through tokenize, prepare, tokenizer
+    and evaluation's reader."""
     read = 0
     for case in range(40 * part, 40 * part + 40):
         folder = tmp_path / str(case)
