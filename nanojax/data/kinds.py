@@ -249,7 +249,11 @@ def parquet_labels(by: str) -> Rows:
         if (names := file.schema_arrow.names).count(by) != 1:
             raise UserError(f"{path}: no column {by!r} (it has: {', '.join(names[:8])}); choose with --by")
         for column in batches(file, by):
-            yield from ("" if value is None else str(value) for value in column.to_pylist())
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                column = column.cast(pa.large_binary())  # of a damaged file it need not be UTF-8
+            for value in column.to_pylist():
+                text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                yield "" if text is None else str(text)
 
     return label
 

@@ -282,7 +282,7 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: this text file is gone; put it back or leave it out") from None
-    except (*decompress.DAMAGE, pa.ArrowException) as error:
+    except (*decompress.DAMAGE, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a parquet schema's names
         raise UserError(
             f"{path}: damaged or unreadable ({first_line(error)}); fetch it again or leave it out"
         ) from None

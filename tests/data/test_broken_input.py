@@ -126,7 +126,7 @@ def check_text(case: int, whole: Path, folder: Path, monkeypatch, capsys) -> boo
         arguments = [command, *(rest if command == "prepare" else rest[:4]), "--vocab", "270"]
     note = f"case {case}: {path.name} {how}: {' '.join(arguments)}"
     with contextlib.suppress(UserError):  # as `evaluate --text` reads it
-        list(bpb.text_documents([str(path)], by="id"))
+        list(bpb.text_documents([str(path)], by="text"))
     error = run(arguments, monkeypatch, capsys, note)
     assert not list(folder.rglob("*.tmp")), note
     if error:
