@@ -1,23 +1,35 @@
 """The rules for documents: which are dropped, which are cut, which are duplicates, which are validation."""
 
+import dataclasses
 import hashlib
+import itertools
+import math
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from nanojax.cli import UserError
-from nanojax.data.text import Dropped, Source
+from nanojax.data.kinds import Dropped
+from nanojax.data.text import Source, documents
 
 RULES = """\
-  empty          nothing but white space: dropped
-  invalid UTF-8  bytes that are not UTF-8, or half a surrogate pair in JSON: dropped
-  binary         a NUL, or more than 1 ASCII control character per 50 bytes: dropped
-  giant          over 1,000,000 characters: cut at white space into documents of at most that; a JSON line over 64 MiB
-                 is dropped
+  empty          nothing but white space, a null, a file of no bytes: dropped
+  invalid UTF-8  a line of .txt or a document with bytes that are not UTF-8 (nor UTF-16 or UTF-32 throughout), or with
+                 half a surrogate pair in JSON: dropped
+  not JSON       a line, or a value of an array, that is not JSON: dropped
+  no text        a JSON value with no text under the key: dropped
+  binary         a NUL (in .txt, the line), or more than 1 ASCII control character per 50 bytes: dropped
+  giant          over 1,000,000 characters: cut at white space into documents of at most that; a JSON line of 64 million
+                 characters is dropped
   duplicate      (with --dedup) equal to an earlier document, byte for byte: dropped
-  held out       equal to a validation document, byte for byte: dropped from training"""
+  held out       equal to a validation document, byte for byte: dropped from training
+More than 10 pieces that are invalid UTF-8, not JSON or no text are an error if they are over 5% of the text, of its first
+10 MB or of all."""
 MAX_CHARS = 1_000_000
+MIN_END = 0.05  # of a single file's text
+FEW = 10  # validation documents that a hash rule gives at least, on average
 _CONTROL = bytes({*range(1, 32), 127} - set(b"\t\n\f\r"))  # deleting these is 4 times as fast as a regex
 
 
@@ -87,35 +99,137 @@ class HashSet:
 
 
 class Split:
-    """Which documents are validation: `hash:F` (a fraction F of the documents, by hash), `last` (the last input file), or a
-    file name or glob among the inputs' names. Every rule puts equal documents on the same side."""
+    """Which documents are validation, by a rule.
 
-    def __init__(self, rule: str):
-        self.rule = rule
-        self.fraction = 0.0
-        if rule.startswith("hash:"):
-            try:
-                self.fraction = float(rule[5:])
-            except ValueError:
-                self.fraction = -1.0
-            if not 0 < self.fraction < 1:
-                raise UserError(f"--valid={rule}: the fraction after hash: must be between 0 and 1, as in hash:0.01")
-        self.threshold = np.uint64(int(self.fraction * 2.0**64))
+    `hash:F` is a fraction F of the documents, by hash; `end:F` the last F of all text; `last` the last input file; anything
+    else a file name or glob among the inputs' names. Every rule but `end` puts equal documents on the same side.
 
-    def files(self, sources: list[Source]) -> list[Source]:
-        """The held-out files among the sources. UserError when there are none, or when none is left for training."""
-        if self.fraction:
-            return []
-        if self.rule == "last":
-            held = sources[-1:]
+    * With fewer than FEW/F documents, and with a single .txt, `hash:F` would be a matter of luck: it becomes `end`, and so
+      does `last` with a single file. The share is F, at least MIN_END. A data folder that has shards (`grown`) keeps what
+      it had: `before` has the names of its validation files.
+    * If inputs are named as training files (train-00000.parquet), `hash` and `last` hold out those named validation, valid,
+      val, dev or eval, if there are any, and files named test are left out.
+
+    `held` and `training` are the files of the two sides, and `left_out` the others with the reason. Under a hash rule
+    (`threshold` > 0) `held` is empty. `by_file` says that whole files are held out.
+    UserError: a rule that makes no sense, or leaves one side empty.
+    """
+
+    def __init__(
+        self, rule: str, sources: list[Source], key: str, before: frozenset[str] = frozenset(), grown: bool = False
+    ):
+        self.held: list[Source] = []
+        self.training = sources
+        self.left_out: dict[str, str] = {}
+        self.threshold = np.uint64(0)
+        self.by_file = False
+        kind, share = _rule(rule)
+        if kind in ("hash", "last"):
+            self._leave_out_tests()
+            marked = [source for source in self.training if split_of(source.name) == "valid"]
+            if marked and any(split_of(source.name) == "train" for source in self.training):
+                self._hold(marked, rule)
+                return
+            one = len(self.training) == 1
+            as_before = not grown or any(_end_name(source) in before for source in self.training)
+            if as_before and (one if kind == "last" else _few(self.training, share, key)):
+                kind, share = "end", max(share, MIN_END)
+        if kind == "hash":
+            self.threshold = np.uint64(int(share * 2.0**64))
+        elif kind == "end":
+            self.held, self.training = _end(self.training, share, key)
+        elif kind == "last":
+            chosen = [source for source in self.training if source.name in before]
+            self._hold(chosen if before else self.training[-1:], rule)
         else:
-            held = [source for source in sources if fnmatchcase(source.name, self.rule)]
-        if not held:
-            raise UserError(f"--valid={self.rule}: matches none of the inputs, e.g. {sources[0].name}")
-        if len(held) == len(sources):
-            raise UserError(f"--valid={self.rule}: all inputs would be validation; use hash:0.01 for a single file")
-        return held
+            self._hold([source for source in sources if fnmatchcase(source.name, rule)], rule)
+            self._leave_out_tests()
+
+    def _hold(self, held: list[Source], rule: str) -> None:
+        if not held and rule != "last":
+            raise UserError(f"--valid={rule}: matches none of the inputs, e.g. {self.training[0].name}")
+        self.held = held
+        self.by_file = True
+        self.training = [source for source in self.training if source not in held]
+        if not self.training:
+            raise UserError(f"--valid={rule}: all inputs would be validation; use end:0.05, the end of the last file")
+
+    def _leave_out_tests(self) -> None:
+        if any(split_of(source.name) == "train" for source in self.training):
+            tests = [source for source in self.training if split_of(source.name) == "test"]
+            self.training = [source for source in self.training if source not in tests]
+            self.left_out = {source.name: "a test file beside training files" for source in tests}
 
     def chosen(self, hashes: np.ndarray) -> np.ndarray:
         """bool [documents]: those whose uint64 hash makes them validation (all False when the rule names files)."""
         return hashes < self.threshold
+
+
+def split_of(name: str) -> str:
+    """ "train", "valid" or "test" if the name of a file or folder on its path says so, as on the hub; or ""."""
+    for split, words in (("test", "test"), ("valid", "validation|valid|val|dev|eval"), ("train", "train|training")):
+        if re.search(rf"(?:^|[/._-])(?:{words})(?=[/._-]|$)", name.lower()):
+            return split
+    return ""
+
+
+def _rule(rule: str) -> tuple[str, float]:
+    kind, colon, number = rule.partition(":")
+    if kind not in ("hash", "end") or not colon:
+        return ("last" if rule == "last" else "name"), 0.0
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UserError(f"--valid={rule}: the fraction after {kind}: must be between 0 and 1, as in {kind}:0.01")
+    return kind, share
+
+
+def _end_name(source: Source) -> str:
+    return f"{source.name} (end)"
+
+
+def _few(sources: list[Source], share: float, key: str) -> bool:
+    """Whether a hash rule holds out less than a handful of documents, or pieces of a single text."""
+    if len(sources) == 1 and ".txt" in sources[0].path.name.lower():
+        return True
+    enough = math.ceil(FEW / share)
+    found = (1 for source in sources for document in documents(source, 0, key) if isinstance(document, str))
+    return sum(itertools.islice(found, enough)) < enough
+
+
+def _end(sources: list[Source], share: float, key: str) -> tuple[list[Source], list[Source]]:
+    """(the end of all text, what comes before it); the file where the end begins is on both sides."""
+    lengths = [[len(text) for text in documents(source, 0, key) if isinstance(text, str)] for source in sources]
+    cut = _cut(sources, lengths, share, key)
+    held = []
+    training = []
+    begin = 0
+    for source, of_source in zip(sources, lengths):
+        inside = cut - begin
+        begin += sum(of_source)
+        if cut < begin:
+            held.append(dataclasses.replace(source, name=_end_name(source), begin=max(0, inside)))
+        if inside > 0 or not sum(of_source):
+            training.append(dataclasses.replace(source, end=inside if cut < begin else None))
+    return held, training
+
+
+def _cut(sources: list[Source], lengths: list[list[int]], share: float, key: str) -> int:
+    """Where the end begins, in characters of all text: between documents if one ends near there, or else between lines."""
+    total = sum(map(sum, lengths))
+    wanted = max(0, min(int(total * (1 - share)), total - 1))
+    borders = (border for border in itertools.accumulate(itertools.chain(*lengths)) if border < total)
+    near = min(borders, key=lambda border: abs(border - wanted), default=-total)
+    if 2 * abs(near - wanted) <= total - wanted:
+        return near
+    at = 0
+    for source in sources:
+        for text in documents(source, 0, key):
+            if isinstance(text, str) and at + len(text) > wanted:
+                inside = wanted - at
+                ends = (text.find(end, inside, inside + 10_000) + 1 for end in ("\n", " "))
+                return at + next((cut for cut in ends if 0 < cut < len(text)), inside or 1)
+            at += len(text) if isinstance(text, str) else 0
+    return 0

@@ -17,7 +17,8 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 from nanojax import cli, files
 from nanojax.cli import UserError, first_line
-from nanojax.data.text import SUFFIXES
+from nanojax.data.clean import split_of
+from nanojax.data.text import KNOWN, is_text
 
 # nanochat's shuffled sets: ~100 MB and ~250 M characters per shard, column `text`, the last shard is validation.
 PRESETS = {
@@ -51,8 +52,9 @@ class _Record:
 def download(
     dataset: str, out: str | os.PathLike, shards: int, threads: int = 4, wait_seconds: float = 1.0, quiet: bool = False
 ) -> list[Path]:
-    """Fetches the first `shards` text files of a dataset repository and its last one (validation) into `out`.
+    """Fetches the first `shards` training files of a dataset repository and one for validation into `out`.
 
+    Where files are named train, validation, test, the names say which are which; otherwise the last one is validation.
     download.json keeps the revision of the first call, so later calls add files of the same version. Returns the local
     paths, validation last. UserError: no such repository, no text files, disk too small, or a file that still fails after
     TRIES tries; whole files that have arrived stay, and the same call continues.
@@ -70,16 +72,20 @@ def download(
     if record.content.get("shards", 0) < shards or not record.content.get("files"):
         files = _listing(HfApi(endpoint=endpoint), repo, record, wait_seconds)
         record.content |= {"repo": repo, "shards": shards}
-        chosen = dict(sorted(files.items())[:shards]) | dict([max(files.items())])
-        if shards > len(files) - 1:
-            raise UserError(f"--shards={shards}: {repo} has {len(files) - 1} training shards and one for validation")
+        training, held = _splits(sorted(files), repo)
+        if shards > len(training):
+            raise UserError(f"--shards={shards}: {repo} has {len(training)} training shards and one for validation")
+        chosen = {name: files[name] for name in [*training[:shards], held]}
+        record.content["validation"] = held
         record.content["files"] = {
             name: info | ({"verified": old["verified"]} if (old := _old(record, name, info)) else {})
             for name, info in chosen.items()
         }
         record.save()
     names = sorted(record.content["files"])
-    wanted = [names[-1], *sorted(names)[:-1][:shards]]  # validation first, because tokenize needs it first
+    held = record.content.get("validation", names[-1])  # older records have the last file
+    # validation first, because tokenize needs it first
+    wanted = [held, *[name for name in names if name != held][:shards]]
     left = [name for name in wanted if not _verified(out, name, record)]
     need = sum(record.content["files"][name]["size"] for name in left)
     free = shutil.disk_usage(out).free
@@ -90,6 +96,17 @@ def download(
         )
     _fetch_all(left, out, repo, endpoint, record, threads, wait_seconds, quiet)
     return [out / name for name in [*wanted[1:], wanted[0]]]
+
+
+def _splits(names: list[str], repo: str) -> tuple[list[str], str]:
+    """(training files, the validation file) among the sorted names. UserError if nothing is left to train on."""
+    if len(names) < 2:
+        raise UserError(f"{repo}: has {len(names)} text files ({KNOWN}), and at least two are needed")
+    of = {split: [name for name in names if split_of(name) == split] for split in ("train", "valid", "test", "")}
+    training = of["train"] or of[""]
+    if not training or len(training) + len(of["valid"]) < 2:
+        raise UserError(f"{repo}: no training files among {', '.join(names[:6])}; give a repository that has some")
+    return (training, of["valid"][0]) if of["valid"] else (training[:-1], training[-1])
 
 
 def _old(record: _Record, name: str, info: dict[str, Any]) -> dict[str, Any] | None:
@@ -106,16 +123,13 @@ def _listing(api: HfApi, repo: str, record: _Record, wait_seconds: float) -> dic
         found = {}
         tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True, revision=record.content["revision"])
         for entry in tree:
-            if isinstance(entry, RepoFile) and entry.path.endswith(SUFFIXES):
+            if isinstance(entry, RepoFile) and is_text(Path(entry.path)):
                 # A large file's checksum is its sha256; a small one's is git's sha1 of b"blob <size>\0" + content.
                 sha256 = entry.lfs.sha256 if entry.lfs else ""
                 found[entry.path] = {"size": entry.size, "sha256": sha256, "git": entry.blob_id}
         return found
 
-    files = _persist(ask, f"listing of {repo}", wait_seconds, lambda attempt, reason: None)
-    if len(files) < 2:
-        raise UserError(f"{repo}: has {len(files)} text files ({', '.join(SUFFIXES)}), and at least two are needed")
-    return files
+    return _persist(ask, f"listing of {repo}", wait_seconds, lambda attempt, reason: None)
 
 
 def _persist(action, what: str, wait_seconds: float, note):
@@ -231,8 +245,8 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser(
         "python -m nanojax.data download",
         "Fetches text shards from the Hugging Face hub (or the server in HF_ENDPOINT) and checks every checksum.\n"
-        "The repository's last file is always fetched, for validation. The command may be stopped and repeated: whole\n"
-        "files are kept, a larger --shards adds to them, and the revision stays that of the first call.",
+        "A validation file, or else the repository's last file, is always fetched. The command may be stopped and\n"
+        "repeated: whole files are kept, a larger --shards adds to them, and the revision stays that of the first call.",
         "  python -m nanojax.data download --dataset fineweb-edu --shards 800 --out texts/fw\n"
         "  python -m nanojax.data download --dataset climbmix --shards 2 --out texts/cm\n"
         "then\n"

@@ -14,6 +14,7 @@ import numpy as np
 
 from nanojax.data import text
 from nanojax.data.clean import clean, document_hash
+from nanojax.data.kinds import Dropped
 from nanojax.tokenizer import Tokenizer
 
 TASK_CHARS = 1_000_000  # text of one task: ~0.1 s of tokenising, against ~2 ms of passing it between processes
@@ -27,7 +28,8 @@ class Encoded:
     lengths: np.ndarray  # int64 [documents]
     sizes: np.ndarray  # int64 [documents], in UTF-8 bytes
     hashes: np.ndarray  # uint64 [documents]
-    counts: dict[str, int]  # documents read, and dropped by reason
+    counts: dict[str, int]  # documents read, and those of text.Tally
+    advice: str  # of the first oddity
 
 
 _worker_tokenizer: Tokenizer | None = None
@@ -51,26 +53,26 @@ def _start_worker(folder: str) -> None:
     _load_tokenizer(folder)
 
 
-def encode(documents: list[str | text.Dropped]) -> Encoded:
+def encode(documents: list[str | Dropped]) -> Encoded:
     """Cleans and tokenises documents, in a worker of `open_pool`."""
     tokenizer = _worker_tokenizer
     assert tokenizer is not None
-    counts = collections.Counter(read=len(documents))
+    tally = text.Tally()
     pieces: list[np.ndarray] = []  # begin token, document, begin token, document, ...
     sizes: list[int] = []
     hashes: list[int] = []
     bos = np.array([tokenizer.bos], np.uint16)
     for document in documents:
         for part in clean(document):
-            if isinstance(part, text.Dropped):
-                counts[part.reason] += 1
-            else:
+            tally.add(part)
+            if isinstance(part, str):
                 pieces += [bos, tokenizer.encode_numpy(part).astype(np.uint16)]
                 sizes.append(len(part.encode()))
                 hashes.append(document_hash(part))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
     lengths = np.array([1 + len(piece) for piece in pieces[1::2]], np.int64)
-    return Encoded(tokens, lengths, np.array(sizes, np.int64), np.array(hashes, np.uint64), dict(counts))
+    counts = {"read": len(documents), **tally.counts}
+    return Encoded(tokens, lengths, np.array(sizes, np.int64), np.array(hashes, np.uint64), counts, tally.advice)
 
 
 @dataclasses.dataclass
@@ -78,7 +80,7 @@ class Task:
     """Some documents of one source. `fraction` of its file has been read after them; `last` says that none follow."""
 
     source: text.Source
-    documents: list[str | text.Dropped]
+    documents: list[str | Dropped]
     fraction: float
     last: bool
 
@@ -86,7 +88,7 @@ class Task:
 def tasks(source: text.Source, start: int, key: str) -> Iterator[Task]:
     """The source's documents from `start` on, in tasks of about TASK_CHARS characters; at least one task."""
     meter = text.Meter()
-    task: list[str | text.Dropped] = []
+    task: list[str | Dropped] = []
     chars = 0
     for document in text.documents(source, start, key, meter):
         task.append(document)
@@ -119,9 +121,14 @@ def open_pool(workers: int, tokenizer_folder: str) -> Executor:
 def results(
     pool: Executor, workers: int, left: list[tuple[text.Source, int]], key: str
 ) -> Iterator[tuple[Task, Encoded]]:
-    """The tasks and their results in order, with at most three tasks per worker in flight."""
+    """The tasks and their results in order, with at most three tasks per worker in flight.
+
+    A file is read to its end before its first task, so that no part of a damaged one is used.
+    """
     flying: collections.deque[tuple[Task, Future[Encoded]]] = collections.deque()
     for source, start in left:
+        if not start:
+            text.verify(source, key)
         for task in tasks(source, start, key):
             flying.append((task, pool.submit(encode, task.documents)))
             task.documents = []  # the worker has them now

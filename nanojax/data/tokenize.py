@@ -16,6 +16,7 @@ from nanojax.cli import UserError
 from nanojax.data import text
 from nanojax.data.clean import RULES, HashSet, Split
 from nanojax.data.encode import Encoded, Task, open_pool, results
+from nanojax.data.kinds import ODDITIES
 from nanojax.data.shards import Shard, Writer, find_shards
 from nanojax.tokenizer import Tokenizer
 
@@ -28,6 +29,11 @@ class Options:
     shard_tokens: int = 100_000_000
     dedup: bool = False
     key: str = "text"
+
+
+MAX_LINES = 10  # of files with losses that are printed; manifest.json has all of them
+_LOSSES = (*ODDITIES, "binary", "giant", "empty")  # by the file's own fault
+_NOT_DROPPED = ("read", "characters", "odd characters")  # among the counts of an input
 
 
 class _Part:
@@ -69,12 +75,19 @@ def _hash_path(shard: Path) -> Path:
     return shard.parent / "hashes" / f"{shard.stem}.u64"
 
 
+def _changed(source: text.Source, done: dict[str, Any]) -> bool:
+    if source.size != done["size"]:
+        return True
+    return "sha256" in done and text.digest(source) != done["sha256"]  # older shards have none
+
+
 class _Job:
     """One run over one folder: what the shards there record as done, and the shards written since."""
 
-    def __init__(self, out: Path, options: Options, tokenizer: Tokenizer):
-        self.out, self.options, self.tokenizer = out, options, tokenizer
-        self.split = Split(options.valid)
+    def __init__(
+        self, out: Path, options: Options, tokenizer: Tokenizer, sources: list[text.Source], left_out: dict[str, str]
+    ):
+        self.out, self.options, self.tokenizer, self.left_out = out, options, tokenizer, left_out
         self.shards = {split: find_shards(out, split, tokenizer.fingerprint) for split in ("valid", "train")}
         for path in [*out.glob("*.tmp"), *(out / "hashes").glob("*.tmp")]:
             path.unlink()  # of an earlier run that was killed
@@ -88,34 +101,37 @@ class _Job:
             if shard.meta["options"] != dataclasses.asdict(options):
                 before = ", ".join(f"{name}={value}" for name, value in shard.meta["options"].items())
                 raise UserError(f"{shard.path}: made with other options ({before}); use these or a new --out folder")
-        self.held = HashSet()  # hashes of validation documents
+        grown = bool(self.shards["valid"] or self.shards["train"])
+        self.split = Split(options.valid, sources, options.key, self._held_before(), grown)
+        self.held = HashSet()  # hashes of the documents of validation files
         self.seen = HashSet()  # hashes of all documents
-        self.keep_hashes = {"valid": options.dedup or not self.split.fraction, "train": options.dedup}
+        self.keep_hashes = {"valid": options.dedup or self.split.by_file, "train": options.dedup}
         for split, shards in self.shards.items():
-            if self.keep_hashes[split]:
-                for shard in shards:
-                    self._remember(split, self._hashes(shard))
+            for shard in shards:
+                of_file = split == "valid" and shard.meta.get("by_file", not options.valid.startswith("hash:"))
+                if options.dedup or of_file:
+                    hashes = self._hashes(shard)
+                    for kept, wanted in ((self.held, of_file), (self.seen, options.dedup)):
+                        if wanted:
+                            kept.add(hashes)
         self.leftover: dict[str, collections.Counter[str]] = {}  # dropped since the last shard
+        self.tally = text.Tally()
+        for shard in self.shards["valid"] + self.shards["train"]:
+            for name, counts in shard.meta["counts"].items():
+                self.tally.counts.update(counts)
+                if counts.get("odd characters"):
+                    self.tally.advice = f"{name}: has text that cannot be read"
+
+    def _held_before(self) -> frozenset[str]:
+        """The validation files that the folder's shards are of."""
+        done = [done for shard in self.shards["valid"] for done in (*shard.meta["finished"], shard.meta["position"])]
+        return frozenset(entry["name"] for entry in done if entry)
 
     def _hashes(self, shard: Shard) -> np.ndarray:
         path = _hash_path(shard.path)
         if not path.exists() or path.stat().st_size != 8 * shard.documents:
             raise UserError(f"{path}: missing or truncated; copy it again, or tokenize into a new --out folder")
         return np.fromfile(path, "<u8").astype(np.uint64)
-
-    def _remember(self, split: str, hashes: np.ndarray) -> None:
-        if self.options.dedup:
-            self.seen.add(hashes)
-        if split == "valid" and not self.split.fraction:
-            self.held.add(hashes)
-
-    def held_out(self, sources: list[text.Source]) -> list[text.Source]:
-        """The validation files. Once the rule `last` has chosen one, inputs added later are training text."""
-        before = {done["name"] for shard in self.shards["valid"] for done in shard.meta["finished"]}
-        before |= {shard.meta["position"]["name"] for shard in self.shards["valid"] if shard.meta["position"]}
-        if self.options.valid == "last" and before:
-            return [source for source in sources if source.name in before]
-        return self.split.files(sources)
 
     def left(self, split: str, sources: list[text.Source]) -> list[tuple[text.Source, int]]:
         """The sources that are not done, each with the number of its first document that is not done."""
@@ -129,16 +145,23 @@ class _Job:
             position = {}
         for done in [*finished, *([position] if position else [])]:
             source = named.get(done["name"])
-            if source and source.size != done["size"]:
+            if source and _changed(source, done):
                 raise UserError(
-                    f"{source.path}: has changed ({source.size} bytes) since it was tokenised ({done['size']}); put "
-                    "the old file back, or tokenize into a new --out folder"
+                    f"{source.path}: has changed since it was tokenised ({done['size']} bytes then, {source.size} now); "
+                    "put the old file back, or tokenize into a new --out folder"
                 )
         if position and position["name"] not in named:
             raise UserError(
                 f"{position['name']}: tokenising stopped inside this input, which is now missing; put it back"
             )
-        open_at = [(named[position["name"]], position["documents"])] if position else []
+        open_at = []
+        if position:
+            source = named[position["name"]]
+            if (
+                position.get("end") is not None
+            ):  # its end was held out; with other inputs it is read up to there all the same
+                source = dataclasses.replace(source, end=position["end"])
+            open_at = [(source, position["documents"])]
         return open_at + [(s, 0) for s in sources if s.name not in over and s.name != position.get("name")]
 
     def run(
@@ -147,23 +170,28 @@ class _Job:
         """Writes what became of `left` into shards of `split`; under a hash rule also validation shards of training text."""
         parts = {name: _Part(self.out, name) for name in ("valid", "train")}
         starts = {source.name: start for source, start in left}
+        sha256 = {"": ""}  # of the file that is being read
         position: dict[str, Any] = {}
         finished: list[dict[str, Any]] = []
         bytes_before = 0
         try:
             for task, result in encoded:
                 source = task.source
+                if source.name not in sha256:
+                    sha256 = {source.name: text.digest(source)}
                 counts = self.leftover.setdefault(source.name, collections.Counter())
+                self.tally.update(result.counts, result.advice)
                 keep = self._keep(split, result, counts)
                 chosen = self.split.chosen(result.hashes) if split == "train" else np.ones(len(keep), bool)
                 for name, part in parts.items():
                     part.append(len(self.shards[name]), source, result, keep & (chosen == (name == "valid")))
                 done = position.get("documents", starts[source.name]) + result.counts["read"]
-                position = {"name": source.name, "size": source.size, "documents": done}
+                file = {"name": source.name, "size": source.size, "sha256": sha256[source.name], "end": source.end}
+                position = {**file, "documents": done}
                 tokens = sum(map(self._tokens, parts.values()))
                 bar.reach(bytes_before + task.fraction * source.size, f"{tokens / 1e6:.1f} M tokens")
                 if task.last:
-                    finished.append({"name": source.name, "size": source.size})
+                    finished.append(file)
                     position = {}
                     bytes_before += source.size
                 writer = parts[split].writer
@@ -189,7 +217,7 @@ class _Job:
             fresh = self.seen.add(encoded.hashes)
             counts["duplicate"] += int((keep & ~fresh).sum())
             keep &= fresh
-        if split == "valid":
+        if split == "valid" and self.split.by_file:
             self.held.add(encoded.hashes[keep])
         return keep
 
@@ -198,6 +226,7 @@ class _Job:
         common = {
             "tokenizer": self.tokenizer.fingerprint, "options": dataclasses.asdict(self.options),
             "with_train": len(self.shards["train"]) if carrier == "train" else -1,
+            "by_file": self.split.by_file,
         }  # fmt: skip
         for name, part in parts.items():  # validation first: see __init__
             if part.writer:
@@ -226,7 +255,9 @@ class _Job:
         manifest = {
             "tokenizer": self.tokenizer.fingerprint, "options": dataclasses.asdict(self.options),
             "totals": {split: dict(counts) for split, counts in totals.items()},
-            "documents": read.pop("read", 0), "dropped": {name: count for name, count in read.items() if count},
+            "documents": read.pop("read", 0),
+            "dropped": {name: count for name, count in read.items() if count and name not in _NOT_DROPPED},
+            "left_out": self.left_out | self.split.left_out,
             "shards": [
                 {"name": s.name, "tokens": s.tokens, "documents": s.documents, "sha256": s.sha256}
                 for shards in self.shards.values() for s in shards
@@ -236,6 +267,18 @@ class _Job:
         with files.write_atomic(self.out / "manifest.json") as file:
             file.write(json.dumps(manifest, indent=1).encode())
         return manifest
+
+    def check(self, dropped: dict[str, int]) -> None:
+        """UserError if too much could not be read, or if nothing is in one of the splits."""
+        self.tally.check()
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+        for split, what in (("train", "training"), ("valid", "validation")):
+            if not self.shards[split]:
+                why = f"dropped: {reasons}" if dropped else f"--valid={self.options.valid} gives it none"
+                raise UserError(
+                    f"{self.tally.advice or self.out}: no text is left for {what} ({why}); give more text, or another "
+                    "--valid (end:0.05 holds out the end of the last file), with a new --out folder"
+                )
 
 
 def tokenize(
@@ -248,18 +291,21 @@ def tokenize(
     are removed.
     """
     out = Path(out)
-    sources = text.find(inputs)
+    left_out: dict[str, str] = {}
+    sources = text.find(inputs, left_out)
     tokenizer = Tokenizer.load(out / "tokenizer")
-    job = _Job(out, options, tokenizer)
-    held = job.held_out(sources)
+    text.check_columns(sources, options.key)
+    job = _Job(out, options, tokenizer, sources, left_out)
     pool = open_pool(workers, str(out / "tokenizer"))
     try:
-        for split, group in (("valid", held), ("train", [source for source in sources if source not in held])):
+        for split, group in (("valid", job.split.held), ("train", job.split.training)):
             left = job.left(split, group)
             if left:
                 with cli.Bar(f"tokenize {split}", sum(source.size for source, _ in left), "B", quiet) as bar:
                     job.run(split, left, results(pool, workers, left, options.key), bar)
-        return job.write_manifest()
+        manifest = job.write_manifest()
+        job.check(manifest["dropped"])
+        return manifest
     except BrokenExecutor:
         raise UserError(
             "a tokenising process died (out of memory?); run the same command again, with fewer --workers"
@@ -293,6 +339,15 @@ def report(manifest: dict[str, Any], out: str) -> None:
         print(f"{split}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {each:.2f} bytes/token")
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest["dropped"].items()) or "none"
     print(f"documents read: {manifest['documents']:,}; dropped: {dropped}")
+    lost = [
+        f"  {name}: " + ", ".join(f"{reason} {read[reason]:,}" for reason in _LOSSES if read.get(reason))
+        for name, read in ((name, kinds.get("read", {})) for name, kinds in manifest["inputs"].items())
+        if any(read.get(reason) for reason in _LOSSES)
+    ]
+    left_out = [f"  {name}: left out, {why}" for name, why in manifest["left_out"].items()]
+    for lines in (lost, left_out):
+        print(*lines[:MAX_LINES], *[f"  and {len(lines) - MAX_LINES:,} more files in manifest.json"][: len(lines) > MAX_LINES],
+              sep="\n", end="\n" if lines else "")  # fmt: skip
     print(f"written to {out}; train with --data.path={out}")
 
 

@@ -11,6 +11,7 @@ from nanojax.cli import UserError
 from nanojax.data import text
 from nanojax.data.clean import Split, clean, document_hash
 from nanojax.data.compression import print_comparison
+from nanojax.data.kinds import Dropped
 from nanojax.tokenizer import FILE_NAME, Tokenizer, train
 
 CHARS = 2_000_000_000  # nanochat's budget and cap of characters per document
@@ -18,18 +19,18 @@ DOCUMENT_CHARS = 10_000
 PIECE_CHARS = 100_000
 
 
-def training_text(
-    sources: list[text.Source], split: Split, chars: int, document_chars: int, key: str, bar: cli.Bar
-) -> Iterator[str]:
-    """Training documents, each cut to `document_chars` characters (0: whole), until `chars` characters are yielded."""
-    held = split.files(sources)
+def training_text(split: Split, chars: int, document_chars: int, key: str, bar: cli.Bar) -> Iterator[str]:
+    """Training documents, each cut to `document_chars` characters (0: whole), until `chars` characters are yielded.
+
+    UserError if there are none, or too many that cannot be read.
+    """
     given = 0
-    for source in sources:
-        if source in held:
-            continue
+    tally = text.Tally()
+    for source in split.training:
         for document in text.documents(source, 0, key):
             for part in clean(document):
-                if isinstance(part, text.Dropped) or split.chosen(np.array([document_hash(part)], np.uint64))[0]:
+                tally.add(part)
+                if isinstance(part, Dropped) or split.chosen(np.array([document_hash(part)], np.uint64))[0]:
                     continue
                 part = part[: document_chars or None][: chars - given]
                 given += len(part)
@@ -37,7 +38,12 @@ def training_text(
                 yield from (part[begin : begin + PIECE_CHARS] for begin in range(0, len(part), PIECE_CHARS))
                 bar.reach(given)
                 if given >= chars:
+                    tally.check()
                     return
+    tally.check()
+    if not given:
+        dropped = ", ".join(f"{reason} {tally.counts[reason]:,}" for reason in tally.counts if "char" not in reason)
+        raise UserError(f"{tally.advice or 'the inputs'}: no training text in them (dropped: {dropped or 'none'})")
 
 
 def train_on(
@@ -45,9 +51,10 @@ def train_on(
 ) -> Tokenizer:
     """A tokenizer of `vocab` ids trained on the inputs' training documents."""
     sources = text.find(inputs)
+    text.check_columns(sources, key)
     enough = sum(source.size for source in sources) > chars  # a guess if the text is compressed
     with cli.Bar("tokenizer", chars if enough else None, "chars", quiet) as bar:
-        texts = training_text(sources, Split(valid), chars, document_chars, key, bar)
+        texts = training_text(Split(valid, sources, key), chars, document_chars, key, bar)
         return train(texts, vocab)
 
 
@@ -80,14 +87,17 @@ def main(arguments: list[str]) -> None:
 
 
 def _prose(inputs: list[str], key: str) -> str:
-    """The first 100,000 characters of the last input file, which the rule `last` holds out."""
+    """The first 100,000 characters of the last input file that has text, which the rule `last` holds out."""
     parts: list[str] = []
     size = 0
-    for document in text.documents(text.find(inputs)[-1], 0, key):
-        if isinstance(document, str):
-            parts.append(document[: 100_000 - size])
-            size += len(parts[-1])
-        if size >= 100_000:
+    for source in reversed(text.find(inputs)):
+        for document in text.documents(source, 0, key):
+            if isinstance(document, str):
+                parts.append(document[: 100_000 - size])
+                size += len(parts[-1])
+            if size >= 100_000:
+                break
+        if size:
             break
     return "\n".join(parts)
 

@@ -178,7 +178,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--text",
         type=cli.path,
         action="append",
-        help="bpb: .txt, .jsonl(.gz/.xz/.zst), .parquet, folder or glob; may be repeated",
+        help="bpb: .txt, JSON or parquet as `data tokenize` reads, folder or glob; may be repeated",
     )
     add("--key", default="text", help="bpb: key of the text in JSON lines and parquet (text)")
     add("--by", help="bpb: key whose value names the source of a text; default: one source per file")

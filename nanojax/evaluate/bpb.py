@@ -53,14 +53,17 @@ class Total:
 def text_documents(inputs: list[str], key: str = "text", by: str | None = None) -> Iterator[tuple[str, str]]:
     """(source, text) of every usable document of files, folders or globs; source = file name, or the value under `by`.
 
-    `by` names a key of JSON lines or a column of parquet that holds text. UserError when it is not there.
+    `by` names a key of JSON or a column of parquet; a .txt has none and keeps its name. UserError when no record has it,
+    or when too much of the text cannot be read.
     """
+    tally = text.Tally()
     for source in text.find(inputs):
-        found = text.documents(source, key=key)
-        labels: Iterable[str | text.Dropped] = text.documents(source, key=by) if by else itertools.repeat(source.name)
-        for document, label in zip(found, labels):
-            if isinstance(document, str) and isinstance(label, str):
+        labels = text.labels(source, by) if by else itertools.repeat(source.name)
+        for label, document in zip(labels, text.documents(source, key=key)):
+            tally.add(document)
+            if isinstance(document, str):
                 yield label, document
+    tally.check()
 
 
 def text_rows(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, T: int, names: list[str]) -> Iterator[Row]:

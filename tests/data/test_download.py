@@ -53,6 +53,38 @@ def test_first_shards_and_the_last_one(hub: HubServer, tmp_path: Path) -> None:
     assert not any("00002" in name or "README" in name for name in hub.requests)
 
 
+@pytest.mark.parametrize(
+    "names, training, validation",
+    [
+        ("data/test-0 data/train-0 data/train-1 data/train-2 data/validation-0", "data/train-0 data/train-1", "data/validation-0"),
+        ("en/dev en/test en/train-0 en/train-1", "en/train-0 en/train-1", "en/dev"),
+        ("test-0 train-0 train-1 train-2", "train-0 train-1", "train-2"),
+        ("a b c test validation", "a b", "validation"),
+        ("training/a training/b eval/a", "training/a training/b", "eval/a"),
+        ("latest contest trainer validity", "contest latest", "validity"),
+    ],
+)  # fmt: skip
+def test_splits_of_a_repository(tmp_path: Path, monkeypatch, names: str, training: str, validation: str) -> None:
+    """Files named train are training text and one named validation is validation, wherever the names stand in the path; a
+    file named test is never fetched, and metadata is no text."""
+    files = {f"{name}.jsonl": name.encode() for name in names.split()} | {"dataset_infos.json": b"{}", "README.md": b"#"}
+    with HubServer(REPO, files) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        for _ in range(2):  # the second call has nothing to fetch and says the same
+            paths = download(REPO, tmp_path, 2, 1, WAIT, quiet=True)
+            expected = [f"{name}.jsonl" for name in [*training.split(), validation]]
+            assert [path.relative_to(tmp_path).as_posix() for path in paths] == expected
+
+
+def test_a_repository_without_training_files(tmp_path: Path, monkeypatch) -> None:
+    """Test files alone are not trained on: one line with the names."""
+    with HubServer(REPO, {"test-0.jsonl": b"a", "test-1.jsonl": b"b"}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises(UserError, match=r"no training files among test-0\.jsonl, test-1\.jsonl"):
+            download(REPO, tmp_path, 1, 1, WAIT, quiet=True)
+
+
 @pytest.mark.parametrize("fault", ["cut", "429", "500", "short", "corrupt", "head500", "head429"])
 def test_each_fault_is_overcome(hub: HubServer, tmp_path: Path, fault: str) -> None:
     """A file that fails once in this way (and another that fails three times) arrives whole and right."""

@@ -15,7 +15,7 @@ import pytest
 
 from nanojax import tokenizer as tokenizers
 from nanojax.cli import UserError, run_main
-from nanojax.data import encode
+from nanojax.data import encode, kinds
 from nanojax.data import tokenizer as training
 from nanojax.data.__main__ import SUBCOMMANDS, main
 from nanojax.data.clean import HashSet, document_hash
@@ -224,7 +224,8 @@ def test_a_run_that_ends_in_validation_documents(data: Path, tokenizer: Tokenize
     for path in (data / "text").iterdir():
         path.unlink()
     write(data / "text" / "a.jsonl", other)
-    run(data, Options(valid="hash:0.2"))
+    with pytest.raises(UserError, match="no text is left for validation"):
+        run(data, Options(valid="hash:0.2"))
     write(data / "text" / "b.jsonl", chosen)
     manifest = run(data, Options(valid="hash:0.2"))
     assert texts(data / "out", "train", tokenizer) == other
@@ -294,7 +295,94 @@ def test_new_inputs_append_shards(data: Path, tokenizer: Tokenizer) -> None:
     assert len(texts(data / "out", "valid", tokenizer)) == 100
 
 
-@pytest.mark.parametrize("change", ["options", "grown", "tokenizer", "gone", "hashes", "json", "truncated"])
+def test_losses_are_named(data: Path, monkeypatch, capsys) -> None:
+    """What is dropped by a file's fault and what is left out of a folder is printed by file, and is in manifest.json."""
+    with open(data / "text" / "0.jsonl", "ab") as file:
+        file.write(b'{bad\n{"text": 5}\n{"text": null}\n')
+    (data / "text" / "readme.md").write_text("about")
+    arguments = ["tokenize", "--input", str(data / "text"), "--valid", "last", "--out", str(data / "out"), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["nanojax.data", *arguments])
+    run_main(main)
+    printed = capsys.readouterr().out
+    assert "  0.jsonl: not JSON 1, no text 1, empty 1\n" in printed
+    assert "  readme.md: left out, not a kind of text\n" in printed
+    manifest = json.loads((data / "out" / "manifest.json").read_text())
+    assert manifest["left_out"] == {"readme.md": "not a kind of text"}
+    assert manifest["dropped"] == {"not JSON": 1, "no text": 1, "empty": 1}
+    assert manifest["inputs"]["0.jsonl"]["read"]["not JSON"] == 1
+
+
+@pytest.mark.parametrize("mended", ["fetched again", "left out"])
+def test_a_damaged_archive_leaves_no_trace(data: Path, monkeypatch, mended: str) -> None:
+    """An archive that ends too early stops the job before any part of it is used; what came before it stays, and the job
+    goes on with the whole file or without it."""
+    monkeypatch.setattr(encode, "TASK_CHARS", 5_000)
+    packed = data / "text" / "1.jsonl.gz"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-4])
+    options = Options(valid="hash:0.2", shard_tokens=3_000)
+    with pytest.raises(UserError, match=r"1\.jsonl\.gz: damaged .*fetch it again or leave it out"):
+        run(data, options)
+    before = files(data / "out")
+    assert len(before) > 2 and not any(b"1.jsonl.gz" in content for content in before.values())
+    if mended == "fetched again":
+        packed.write_bytes(whole)
+    else:
+        packed.unlink()
+    manifest = run(data, options)
+    assert manifest["documents"] == (300 if mended == "fetched again" else 200)
+    assert {name: files(data / "out")[name] for name in before} == before
+
+
+def test_too_many_oddities_end_the_job(data: Path) -> None:
+    """A file of which too much is no text ends the job with the place of the first, also when the command is repeated."""
+    with open(data / "text" / "0.jsonl", "ab") as file:
+        file.write(b'{"body": "words of the law that are under another key"}\n' * 500)
+    for place in ("0.jsonl line 101: no text under 'text' (it has: body); choose with --key", "0.jsonl: has text"):
+        with pytest.raises(UserError) as ended:
+            run(data, Options(valid="hash:0.2"))
+        assert place in str(ended.value) and "(no text 500 are 10% of the text" in str(ended.value)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_one_text_is_enough(data: Path, tokenizer: Tokenizer, monkeypatch, stop_after: int) -> None:
+    """Of a single book the end is validation, the rest training, and nothing is lost or in both; stopped and restarted the
+    shards are the same; with another book later, the first one's end stays validation only."""
+    for path in (data / "text").iterdir():
+        path.unlink()
+    book = "".join(document(n) + "\n" for n in range(300))
+    (data / "text" / "book.txt").write_text(book)
+    monkeypatch.setattr(kinds, "PIECE_CHARS", 20_000)
+    monkeypatch.setattr(encode, "TASK_CHARS", 20_000)
+    options = Options(shard_tokens=20_000)
+    tokenizer.save(data / "whole" / "tokenizer")
+    whole = run(data, options, out="whole")
+    train, valid = "".join(texts(data / "whole", "train", tokenizer)), "".join(texts(data / "whole", "valid", tokenizer))
+    assert train + valid == book and abs(len(valid) / len(book) - 0.05) < 0.01
+    real, calls = encode.encode, 0
+
+    def failing(documents):
+        nonlocal calls
+        calls += 1
+        if calls > stop_after:
+            raise UserError("stopped")
+        return real(documents)
+
+    monkeypatch.setattr(encode, "encode", failing)
+    with pytest.raises(UserError, match="stopped"):
+        run(data, options)
+    monkeypatch.setattr(encode, "encode", real)
+    assert run(data, options) == whole
+    assert files(data / "out") == files(data / "whole")
+    second = "".join(document(n) + "\n" for n in range(1000, 1200))
+    (data / "text" / "second.txt").write_text(second)
+    run(data, options)
+    after = ["".join(texts(data / "out", split, tokenizer)) for split in ("train", "valid")]
+    assert after[0].startswith(train) and after[1].startswith(valid)
+    assert after[0].removeprefix(train) + after[1].removeprefix(valid) == second
+
+
+@pytest.mark.parametrize("change", ["options", "grown", "rewritten", "tokenizer", "gone", "hashes", "json", "truncated"])
 def test_changes_between_runs_are_one_line(data: Path, tokenizer: Tokenizer, monkeypatch, change: str) -> None:
     """Other options, a changed or missing input, another tokenizer, damaged shards: one UserError that names the file,
     and no shard is touched."""
@@ -312,6 +400,11 @@ def test_changes_between_runs_are_one_line(data: Path, tokenizer: Tokenizer, mon
     elif change == "grown":
         with open(data / "text" / "0.jsonl", "ab") as file:
             file.write(b'{"text": "more"}\n')
+    elif change == "rewritten":  # as many bytes, and the time that it had
+        path = data / "text" / "0.jsonl"
+        stat = path.stat()
+        path.write_bytes(path.read_bytes().replace(b"law", b"war"))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "tokenizer":
         tokenizers.train(iter([document(7)]), 270).save(out / "tokenizer")
     elif change == "hashes":
@@ -322,7 +415,7 @@ def test_changes_between_runs_are_one_line(data: Path, tokenizer: Tokenizer, mon
     elif change == "truncated":
         os.truncate(out / "train_00001.bin", 100)
     expected = {
-        "options": r"train_00000\.bin|valid_00000\.bin: made with other options", "grown": r"0\.jsonl: has changed",
+        "options": r"train_00000\.bin|valid_00000\.bin: made with other options", "grown": r"0\.jsonl: has changed", "rewritten": r"0\.jsonl: has changed",
         "tokenizer": "made with another tokenizer", "gone": r"2\.jsonl: tokenising stopped inside",
         "hashes": r"train_00001\.u64: missing or truncated", "json": r"train_00001\.json: damaged",
         "truncated": r"train_00001\.bin: 100 bytes where",
@@ -351,7 +444,8 @@ def test_full_disk_is_one_line_and_resumable(data: Path, tokenizer: Tokenizer) -
     """When the disk refuses a write (here a file size limit of 16 kB): exit 2, one line with the file, nothing
     half-written; with room again the same command ends with the same shards as an undisturbed run."""
     tokenizer.save(data / "whole" / "tokenizer")
-    arguments = ["tokenize", "--input", str(data / "text"), "--shard-tokens", "9000", "--workers", "1", "--out"]
+    arguments = ["tokenize", "--input", str(data / "text"), "--valid", "hash:0.05", "--shard-tokens", "9000"]
+    arguments += ["--workers", "1", "--out"]
     full = command([*arguments, str(data / "out")], file_size=16_000)
     assert full.returncode == 2, full.stderr
     errors = [line for line in full.stderr.splitlines() if line.startswith("error:")]
@@ -359,7 +453,7 @@ def test_full_disk_is_one_line_and_resumable(data: Path, tokenizer: Tokenizer) -
     assert "Traceback" not in full.stderr
     assert not files(data / "out") and not list((data / "out").rglob("*.tmp"))
     for out in ("out", "whole"):
-        run(data, Options(shard_tokens=9000), out=out)
+        run(data, Options(valid="hash:0.05", shard_tokens=9000), out=out)
     assert files(data / "out") == files(data / "whole")
 
 
