@@ -7,6 +7,7 @@ from nanojax.cli import UserError, run_main, version
 COMMANDS = {
     "data": "text to token shards",
     "train": "train a model; the same command again resumes",
+    "status": "where a run is, from its folder alone",
     "sample": "text from a trained model",
     "evaluate": "bits per byte, CORE, sample texts",
     "plan": "what a run needs on a GPU that may be absent",

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nanojax import cli
 from nanojax.cli import Parser, UserError, duration, run_main, short
 from nanojax.plan.energy import DAY, PRICES
 from nanojax.run import exits, run_folder
@@ -194,14 +195,14 @@ def main() -> None:
         "  python -m nanojax.status --run=runs/d32_4070 --watch\n"
         "  python -m nanojax.status --run=runs/d32_4070 --json\n",
     )
-    parser.add_argument("--run", required=True, type=Path, help="run folder")
+    parser.add_argument("--run", required=True, type=cli.path, help="run folder")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} s, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON object; with --watch one per line")
     a = parser.parse_args()
-    if not a.run.is_dir():
+    if not Path(a.run).is_dir():
         raise UserError(f"--run={a.run}: no such folder")
     while True:
-        found = status(a.run)
+        found = status(Path(a.run))
         print(json.dumps(dataclasses.asdict(found)) if a.json else table(found, time.time()), flush=True)
         if not a.watch:
             return

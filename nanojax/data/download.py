@@ -255,7 +255,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--dataset", required=True, help=f"{', '.join(PRESETS)}, or a dataset repository owner/name")
     parser.add_argument("--shards", type=cli.count, required=True, metavar="N", help="training files to fetch")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the files and download.json")
+    parser.add_argument(
+        "--out", type=cli.path, required=True, metavar="DIR", help="folder for the files and download.json"
+    )
     parser.add_argument("--threads", type=cli.count, default=4, metavar="N", help="parallel downloads (%(default)s)")
     args = parser.parse_args(arguments)
     paths = download(args.dataset, args.out, args.shards, args.threads)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojax import cli
+from nanojax import cli, files
 from nanojax.cli import UserError
 from nanojax.data.clean import HashSet
 from nanojax.data.packing import read_row, shard_plan
@@ -168,8 +168,11 @@ def picture(reports: list[Report], seq: int, path: str | os.PathLike) -> None:
         sources.barh([name[-32:] for name, _ in ordered], [c["tokens"] for _, c in ordered], color="tab:green")
         sources.set(title=f"largest of {len(r.sources)} sources, {r.bytes_per_token:.2f} bytes/token", xlabel="tokens")
     try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
+        with files.write_atomic(path) as file:
+            figure.savefig(file, dpi=100, format=Path(path).suffix[1:] or "png")
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: picture cannot be written ({error}); choose another --png") from None
     finally:
         pyplot.close(figure)
@@ -183,10 +186,10 @@ def main(arguments: list[str]) -> None:
         "  python -m nanojax.data inspect --data data/demo --seq 512 --rows 2\n"
         "  python -m nanojax.data inspect --data data/fw --png fw.png --verify",
     )
-    parser.add_argument("--data", required=True, metavar="DIR", help="data folder")
+    parser.add_argument("--data", type=cli.path, required=True, metavar="DIR", help="data folder")
     parser.add_argument("--seq", type=cli.count, default=2048, metavar="T", help="row length of the run (%(default)s)")
     parser.add_argument("--rows", type=cli.count, metavar="N", help="also print this many rows, decoded")
-    parser.add_argument("--png", metavar="FILE", help="also draw the figures")
+    parser.add_argument("--png", type=cli.path, metavar="FILE", help="also draw the figures")
     parser.add_argument("--shards", type=cli.count, default=10, metavar="N",
                         help="shards to read of each split, evenly spaced (%(default)s)")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="also compare these shards with their checksums")

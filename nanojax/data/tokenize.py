@@ -317,7 +317,9 @@ def tokenize(
 def add_arguments(parser: cli.Parser) -> None:
     """The options that `tokenize` and `prepare` share."""
     text.add_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="data folder to write or to continue")
+    parser.add_argument(
+        "--out", type=cli.path, required=True, metavar="DIR", help="data folder to write or to continue"
+    )
     parser.add_argument("--dedup", action="store_true", help="drop documents equal to an earlier one, byte for byte")
     parser.add_argument(
         "--shard-tokens", type=cli.count, default=100_000_000, metavar="N",
@@ -363,6 +365,7 @@ def main(arguments: list[str]) -> None:
     add_arguments(parser)
     parser.add_argument(
         "--tokenizer",
+        type=cli.path,
         metavar="DIR",
         help="folder with tokenizer.json, copied to the data folder (default: the one there)",
     )

