@@ -87,7 +87,7 @@ VALUES = (
 )
 
 
-class Reached(Exception):
+class Reached(BaseException):
     """The command read all its input and would begin to compute."""
 
 
