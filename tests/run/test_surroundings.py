@@ -362,13 +362,9 @@ def test_the_watch(tmp_path: Path) -> None:
 def test_a_hang_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the loop begins STARTING_MINUTES are allowed, however few minutes a step may take."""
     reported = threading.Event()
-
-    def ended(*_: object) -> None:
-        reported.set()
-        sys.exit()  # ends the watch's thread only
-
     monkeypatch.setattr(watch, "TICK", 0.01)
-    monkeypatch.setattr(watch, "report", ended)
+    monkeypatch.setattr(watch, "report", lambda *_: reported.set())
+    monkeypatch.setattr(watch.os, "_exit", lambda _: None)
     with watch.standing(tmp_path, 0.001):
         assert not reported.wait(0.5)
     monkeypatch.setattr(watch, "STARTING_MINUTES", 0.001)
