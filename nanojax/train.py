@@ -267,7 +267,7 @@ def main() -> None:
     config = parse(sys.argv[1:])
     if config is None:
         return
-    with output.unfailing():
+    with output.unfailing(), output.quiet_threads():
         code = _run(config)
     sys.exit(code)
 

@@ -99,6 +99,21 @@ def unfailing() -> Iterator[list[Output]]:
             output.drain()
 
 
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Until the block ends, errors of background threads and callbacks are not printed.
+
+    A save that meets a full disk prints hundreds of lines of tracebacks from the threads of orbax and tensorstore. What
+    matters of them is raised in the main thread.
+    """
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook, threading.excepthook = before
+
+
 def last_words(text: str) -> None:
     """Writes a line to descriptor 2 before the process ends at once; gives up after LAST_SECONDS."""
 

@@ -55,6 +55,8 @@ def standing(run: Path, minutes: float) -> Iterator[Watch]:
         yield watch
     finally:
         watch.ended.set()
+        if minutes:
+            thread.join()
 
 
 def report(run: Path, step: int | None, minutes: float) -> None:

@@ -361,18 +361,15 @@ def test_the_watch(tmp_path: Path) -> None:
 
 def test_a_hang_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the loop begins STARTING_MINUTES are allowed, however few minutes a step may take."""
-    ended: list[int] = []
+    reported = threading.Event()
     monkeypatch.setattr(watch, "TICK", 0.01)
-    monkeypatch.setattr(watch.os, "_exit", lambda code: ended.append(code) or sys.exit())
-    guarded = watch.Watch(tmp_path, 0.001)
-    for allowed, expected in ((1.0, []), (0.001, [exits.STALLED])):
-        monkeypatch.setattr(watch, "STARTING_MINUTES", allowed)
-        threading.Thread(target=guarded.stand, daemon=True).start()
-        time.sleep(0.5)
-        guarded.ended.set()
-        assert ended[:1] == expected
-        guarded = watch.Watch(tmp_path, 0.001)
-    assert "before the first step" in (tmp_path / watch.REPORT).read_text()
+    monkeypatch.setattr(watch, "report", lambda *_: reported.set())
+    monkeypatch.setattr(watch.os, "_exit", lambda _: None)
+    with watch.standing(tmp_path, 0.001):
+        assert not reported.wait(0.5)
+    monkeypatch.setattr(watch, "STARTING_MINUTES", 0.001)
+    with watch.standing(tmp_path, 0.001):
+        assert reported.wait(5)
 
 
 def test_the_watch_waits_for_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
