@@ -12,7 +12,7 @@ import numpy as np
 
 from nanojax.cli import UserError
 from nanojax.data.kinds import Dropped
-from nanojax.data.text import Source, documents
+from nanojax.data.text import Source, Tally, documents
 
 RULES = """\
   empty          nothing but white space, a null, a file of no bytes: dropped
@@ -195,13 +195,23 @@ def _few(sources: list[Source], share: float, key: str) -> bool:
     if len(sources) == 1 and ".txt" in sources[0].path.name.lower():
         return True
     enough = math.ceil(FEW / share)
-    found = (1 for source in sources for document in documents(source, 0, key) if isinstance(document, str))
+    tally = Tally()
+    found = (1 for source in sources for _ in _texts(source, key, tally))
     return sum(itertools.islice(found, enough)) < enough
+
+
+def _texts(source: Source, key: str, tally: Tally) -> Iterator[str]:
+    """The source's documents that can be read; UserError early if too many cannot."""
+    for document in documents(source, 0, key):
+        tally.add(document)
+        if isinstance(document, str):
+            yield document
 
 
 def _end(sources: list[Source], share: float, key: str) -> tuple[list[Source], list[Source]]:
     """(the end of all text, what comes before it); the file where the end begins is on both sides."""
-    lengths = [[len(text) for text in documents(source, 0, key) if isinstance(text, str)] for source in sources]
+    tally = Tally()
+    lengths = [[len(text) for text in _texts(source, key, tally)] for source in sources]
     cut = _cut(sources, lengths, share, key)
     held = []
     training = []
@@ -226,10 +236,10 @@ def _cut(sources: list[Source], lengths: list[list[int]], share: float, key: str
         return near
     at = 0
     for source in sources:
-        for text in documents(source, 0, key):
-            if isinstance(text, str) and at + len(text) > wanted:
+        for text in _texts(source, key, Tally()):
+            if at + len(text) > wanted:
                 inside = wanted - at
                 ends = (text.find(end, inside, inside + 10_000) + 1 for end in ("\n", " "))
                 return at + next((cut for cut in ends if 0 < cut < len(text)), inside or 1)
-            at += len(text) if isinstance(text, str) else 0
+            at += len(text)
     return 0

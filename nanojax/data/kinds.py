@@ -172,7 +172,8 @@ def _values(
     def read() -> None:
         nonlocal buffer, at, more
         tick()
-        block = file.read(max(1 << 20, len(buffer) - at))  # doubled, so that a long value is not parsed too often
+        # Doubled, so that a long value is not parsed too often; small at first, as json counts lines up to each error.
+        block = file.read(max(1 << 16, len(buffer) - at))
         buffer, at, more = buffer[at:] + block, 0, bool(block)
 
     while True:
@@ -193,9 +194,8 @@ def _values(
             if more and _is_cut(error, buffer) and len(buffer) - at < MAX_LINE:
                 read()
                 continue
-            while more and len(buffer) - at < MAX_LOST:
+            while not (resume := _NEXT.search(buffer, at)) and more and len(buffer) - at < MAX_LOST:
                 read()
-            resume = _NEXT.search(buffer, at)
             if not lost:
                 advice = f"{path} value {number + 1}: not JSON; repair or remove it"
                 yield Dropped("not JSON", (resume.end() if resume else len(buffer)) - at, advice)

@@ -158,22 +158,24 @@ class Tally:
         self.advice = ""  # of the first oddity
 
     def add(self, document: str | Dropped) -> None:
-        """Counts one document."""
-        if isinstance(document, Dropped):
-            self.counts[document.reason] += 1
-            if document.reason in kinds.ODDITIES:
-                self.counts["odd characters"] += document.size
-                self.advice = self.advice or document.advice
-        else:
+        """Counts one document; UserError as `check` when EARLY characters are passed."""
+        before = self._all()
+        if isinstance(document, str):
             self.counts["characters"] += len(document)
+        else:
+            self.counts[document.reason] += 1
+            if document.reason not in kinds.ODDITIES:
+                return
+            self.counts["odd characters"] += document.size
+            self.advice = self.advice or document.advice
+        self._check_early(before)
 
     def update(self, counts: Mapping[str, int], advice: str = "") -> None:
-        """Adds the counts of another tally; UserError as `check` when EARLY characters are passed."""
+        """Adds the counts of another tally; UserError as in `add`."""
         before = self._all()
         self.counts.update(counts)
         self.advice = self.advice or advice
-        if before < EARLY <= self._all():
-            self.check()
+        self._check_early(before)
 
     def check(self) -> None:
         """UserError if too much of the text was dropped as oddities."""
@@ -184,6 +186,10 @@ class Tally:
                 f"{self.advice or 'the input'} ({why} are {100 * odd / self._all():.0f}% of the text; more than "
                 f"{100 * MAX_ODD_SHARE:.0f}% is an error)"
             )
+
+    def _check_early(self, before: int) -> None:
+        if before < EARLY <= self._all():
+            self.check()
 
     def _all(self) -> int:
         return self.counts["characters"] + self.counts["odd characters"]
