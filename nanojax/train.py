@@ -147,6 +147,8 @@ def train(config: Config) -> int:
                     log.restart_clock(done)
                 if last or stopping:
                     break
+                if stop.is_set():
+                    continue  # to save this very step: a measurement that was cut short is made when the run resumes here
                 if done == config.profile.start:
                     guard.attempt(log, "trace", trace.begin, done, state)
                 rows = guard.next_batch(batches, log, watch, stop)
@@ -158,7 +160,8 @@ def train(config: Config) -> int:
                 late.append((done, new))
                 _log(log, late, but=1)  # the device is busy with the newest step meanwhile
                 watch.beat(done)
-            return ending.ended(t.steps, state, batches, log, saver, watch, stop)
+            cut_short = stop.is_set() and any(_due(config, tasks, done, log.recorded))
+            return ending.ended(done >= t.steps and not cut_short, state, batches, log, saver, watch, stop)
         except Diverged as error:
             log.end(exits.DIVERGED, str(error))
             raise

@@ -14,7 +14,7 @@ from nanojax.run.watch import Watch
 
 
 def ended(
-    last: int,
+    finished: bool,
     state: steps.State,
     batches: TrainIterator,
     log: Metrics,
@@ -22,7 +22,7 @@ def ended(
     watch: Watch,
     stop: threading.Event,
 ) -> int:
-    """After the loop: waits until `state` is on disk, says so, and returns the exit code. `last`: the run's last step."""
+    """After the loop: waits until `state` is on disk, says so, and returns the exit code."""
     step = int(state.step)
     if step == 0:
         return _told(log, exits.STOPPED_UNSAVED, "stopped before the first step; nothing was saved")
@@ -30,11 +30,11 @@ def ended(
         saved = saver.finish(state, batches.get_state(), guard.PATIENCE_STOPPING, beat=watch.beat)
     else:
         saved = saver.finish(state, batches.get_state(), guard.PATIENCE, stop, watch.beat)
-    end = f"done, {step} steps" if step >= last else f"stopped after step {step}; the same command resumes"
+    end = f"done, {step} steps" if finished else f"stopped after step {step}; the same command resumes"
     if not saved:
-        code = exits.FAILED_UNSAVED if step >= last else exits.STOPPED_UNSAVED
+        code = exits.FAILED_UNSAVED if finished else exits.STOPPED_UNSAVED
         return _told(log, code, f"{end}; {saver.left()}")
-    return _told(log, exits.DONE if step >= last else exits.STOPPED, f"{end}; saved in {saver.run}")
+    return _told(log, exits.DONE if finished else exits.STOPPED, f"{end}; saved in {saver.run}")
 
 
 def rescued(

@@ -264,6 +264,29 @@ def test_a_failed_evaluation(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [r["step"] for r in metrics.read(tmp_path / "run", "eval")] == [12]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("at", [6, 12])
+def test_a_signal_cuts_an_evaluation_short(
+    at: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before it is saved, nothing else is trained, and the same command makes the evaluation first; at the end, too."""
+    alive = guard.alive
+
+    def signalled(watched: watch.Watch, stop: threading.Event) -> None:
+        if watched.step == at:
+            stop.set()
+        alive(watched, stop)
+
+    monkeypatch.setattr(guard, "alive", signalled)
+    config = tiny_run.load(home / "tiny.py", tmp_path / "run", eval__every=6)
+    assert train.train(config) == exits.STOPPED
+    assert run_folder.available(tmp_path / "run")[-1] == at
+    assert at not in [r["step"] for r in metrics.read(tmp_path / "run", "eval")]
+    monkeypatch.setattr(guard, "alive", alive)
+    assert train.train(config) == exits.DONE
+    assert [r["step"] for r in metrics.read(tmp_path / "run", "eval")] == [6, 12]
+
+
 def _and_wait(save: Callable[..., None]) -> Callable[..., None]:
     def waiting(self: saving.Saver, *arguments: object) -> None:
         save(self, *arguments)
