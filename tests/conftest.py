@@ -19,15 +19,13 @@ from typing import Any
 import pytest
 
 from nanojax import config as configs
-from nanojax import xla
+from nanojax import hardware, xla
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test imports jax."""
     if "not plan" not in config.option.markexpr and xla.cuda_compiler_installed():
-        from nanojax.plan import compile
-
-        compile.start_compiler()
+        xla.start_cuda_compiler(hardware.CARDS["rtx4070"].target_config())
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax"))
