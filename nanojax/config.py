@@ -37,6 +37,9 @@ def _harmless(section: Any) -> Any:
 class Model:
     """nanochat's GPT, where depth is the one dial."""
 
+    family: Literal["2025", "2026"] = _key(
+        "2025", "2025 = the d-series of November 2025; 2026 = the recipe of July 2026"
+    )
     depth: int = _key(12, "layers L", above=0)
     width: int = _key(0, "model width D; 0 = 64*depth, rounded up to a multiple of head_dim", at_least=0)
     head_dim: int = _key(128, "width of one attention head H; cuDNN flash on Ada allows at most 128", above=0)
@@ -44,6 +47,15 @@ class Model:
     seq: int = _key(2048, "tokens per row T", above=0)
     softcap: float = _key(15.0, "logits are softcap*tanh(x/softcap)", above=0)
     rope_base: float = _key(10000.0, "base of the rotary frequencies", above=0)
+    qk_scale: float = _key(1.0, "q and k are multiplied by it after their norm", above=0)
+    window: int = _key(
+        0, "2026: positions before its own that a query of a short layer sees; 0 = seq/4 in whole 128s", at_least=0
+    )
+    without: str = _key("", "2026: parts left out, joined by +: value, x0, smear, backout")
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple(part for part in self.without.split("+") if part)
 
     @property
     def L(self) -> int:
@@ -94,6 +106,7 @@ class Stored:
     )
     embed: EdgeFormat = _key("f32", "token embedding")
     head: EdgeFormat = _key("f32", "output head")
+    value: EdgeFormat = _key("f32", "2026: value embeddings")
     momentum: Format = _key("f32", "Muon momentum; int8 has one f32 scale per 256 values, below 8 bits one bf16 per 64")
     adam: EdgeFormat = _key("f32", "AdamW moments; int8 has one f32 scale per 256 values, of the second one's root")
     remainder: Literal[0, 2, 4] = _key(
@@ -139,23 +152,38 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """Muon for block matrices, AdamW for embedding and head, nanochat's rates."""
+    """Muon for block matrices, AdamW for the rest, nanochat's rates. The groups are in step/optim.py."""
 
     matrix: Literal["muon", "adamw"] = _key("muon", "optimizer of the block matrices")
+    muon: Literal["plain", "normuon"] = _key(
+        "plain", "plain = Keller Jordan's; normuon = equal rows, Polar Express, a second moment per row or column"
+    )
     matrix_lr: float = _key(0.02, "Muon: times sqrt(max(1, rows/columns)); AdamW: times (width/768)^-0.5", at_least=0)
     embed_lr: float = _key(0.2, "AdamW, times (width/768)^-0.5", at_least=0)
     head_lr: float = _key(0.004, "AdamW, times (width/768)^-0.5", at_least=0)
     momentum: float = _key(0.95, "Muon", at_least=0, below=1)
     momentum_start: float = _key(0.85, "Muon's momentum at step 0", at_least=0, below=1)
     momentum_warmup: int = _key(300, "steps from momentum_start to momentum", at_least=0)
+    momentum_final: float = _key(
+        0.0,
+        "Muon's momentum at the end, approached during warmdown; 0 = it stays",
+        at_least=0,
+        below=1,
+        effect="schedule",
+    )
     nesterov: bool = _key(True, "Nesterov momentum; false = heavy ball, which accumulate.blocks=momentum needs")
-    ns_steps: int = _key(5, "Newton-Schulz iterations", above=0)
-    beta1: float = _key(0.8, "AdamW", at_least=0, below=1)
-    beta2: float = _key(0.95, "AdamW", at_least=0, below=1)
+    ns_steps: int = _key(5, "Newton-Schulz iterations; normuon has at most 5", above=0)
+    beta1: float = _key(0.8, "AdamW; the groups of 2026 have their own", at_least=0, below=1)
+    beta2: float = _key(0.95, "AdamW; the groups of 2026 have their own", at_least=0, below=1)
     eps: float = _key(1e-10, "AdamW", above=0)
-    weight_decay: float = _key(0.0, "AdamW, decoupled", at_least=0)
+    weight_decay: float = _key(0.0, "AdamW, decoupled; the groups of 2026 have their own", at_least=0)
+    matrix_decay: float = _key(
+        0.0, "Muon, cautious, falling to 0 as a cosine; at d12 and 2^19 tokens per step, scaled from there", at_least=0
+    )
     clip: float = _key(1.0, "largest global norm of the gradient; 0 = no clipping", at_least=0)
-    warmup: float = _key(0.0, "fraction of steps of linear warm-up", at_least=0, at_most=1, effect="schedule")
+    warmup: float = _key(
+        0.0, "linear warm-up: a fraction of the steps, or from 1 on their number", at_least=0, effect="schedule"
+    )
     warmdown: float = _key(
         0.2, "fraction of steps of linear decay at the end", at_least=0, at_most=1, effect="schedule"
     )
@@ -183,10 +211,16 @@ class Train:
         0, "step of a checkpoint: go on from it with other steps or another schedule; 0 = no", at_least=0, effect="none"
     )
     steps: int = _key(0, "updates; 0 = from tokens", at_least=0, effect="schedule")
-    # what these two do, train.steps shows
-    tokens: int = _key(0, "tokens to train on; 0 = tokens_per_param times the parameters", at_least=0, effect="none")
-    tokens_per_param: float = _key(20.0, "used when steps and tokens are 0", above=0, effect="none")
-    tokens_per_step: int = _key(524288, "tokens of one update", above=0)
+    # what these three do, train.steps shows
+    tokens: int = _key(0, "tokens to train on; 0 = from ratio or tokens_per_param", at_least=0, effect="none")
+    ratio: float = _key(
+        0.0,
+        "tokens per parameter of the layers' matrices and the head; 0 = tokens_per_param of all",
+        at_least=0,
+        effect="none",
+    )
+    tokens_per_param: float = _key(20.0, "used when steps, tokens and ratio are 0", above=0, effect="none")
+    tokens_per_step: int = _key(524288, "tokens of one update; 0 = nanochat's scaling law (weights.py)", at_least=0)
     microbatch: int = _key(1, "rows of one forward and backward pass", above=0, effect="rounding")
     seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
     log_every: int = _key(1, "steps between two lines of metrics", above=0, effect="none")
@@ -248,6 +282,14 @@ class Config:
         stored = dataclasses.replace(self.stored, blocks=form, embed=form, head=form)
         compute = dataclasses.replace(self.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
         return dataclasses.replace(self, stored=stored, compute=compute)
+
+    def stored_as(self, weight: weights.Weight) -> Format:
+        """The format in which the weight is stored."""
+        return "f32" if weight.stored == "f32" else getattr(self.stored, weight.stored)
+
+    def summed_as(self, weight: weights.Weight) -> str:
+        """Where the weight's gradients are summed: f32, bf16 or momentum."""
+        return "f32" if weight.accumulate == "f32" else getattr(self.accumulate, weight.accumulate)
 
     @property
     def microbatches(self) -> int:
@@ -334,18 +376,47 @@ def resolve(config: Config) -> Config:
             raise UserError(f"{section.name}: is of type {type(part).__name__}, expected {expected.__name__}")
     for name, _, field, value in _fields(config):
         config = _with(config, name, fields.checked(name, field, value))
+    config = _with_sizes(config)
     _check_together(config)
     model, train = config.model, config.train
-    steps = train.steps or math.ceil(
-        (train.tokens or train.tokens_per_param * model.parameters) / train.tokens_per_step
-    )
+    steps = train.steps or _steps(model, train)
     if steps >= 2**31:
         raise UserError(
             f"--train.steps={steps}: more than 2^31 steps; lower train.tokens or raise train.tokens_per_step"
         )
     run = train.run or f"runs/{config.name or 'run'}"
     train = dataclasses.replace(train, steps=steps, tokens=steps * train.tokens_per_step, run=run)
-    return dataclasses.replace(config, model=dataclasses.replace(model, width=model.D), train=train)
+    return dataclasses.replace(config, train=train)
+
+
+def _with_sizes(config: Config) -> Config:
+    """`config` with the width, the window and the tokens of a step that follow from depth and seq."""
+    model, train = config.model, config.train
+    window = model.window
+    if model.family == "2026" and not window:
+        window = math.ceil(model.T / 4 / 128) * 128
+    model = dataclasses.replace(model, width=model.D, window=window)
+    if not train.tokens_per_step:
+        train = dataclasses.replace(train, tokens_per_step=weights.tokens_per_step(model, _twelve(model)))
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _twelve(model: Model) -> Model:
+    """The d12 with the same heads and vocabulary, to which nanochat's scaling laws refer."""
+    return dataclasses.replace(model, depth=12, width=0)
+
+
+def matrix_decay(config: Config) -> float:
+    """Muon's weight decay at the first step: optim.matrix_decay scaled from d12 as nanochat does."""
+    ratio = weights.scaling_parameters(_twelve(config.model)) / weights.scaling_parameters(config.model)
+    return config.optim.matrix_decay * math.sqrt(config.train.tokens_per_step / 2**19) * ratio
+
+
+def _steps(model: Model, train: Train) -> int:
+    """Updates that train.tokens, train.ratio or train.tokens_per_param ask for."""
+    if train.ratio and not train.tokens:  # rounded down, as nanochat does
+        return max(1, int(train.ratio * weights.scaling_parameters(model) // train.tokens_per_step))
+    return math.ceil((train.tokens or train.tokens_per_param * model.parameters) / train.tokens_per_step)
 
 
 def _check_together(config: Config) -> None:
@@ -357,10 +428,11 @@ def _check_together(config: Config) -> None:
             f"--train.tokens_per_step={train.tokens_per_step}: not a multiple of train.microbatch*model.seq = {rows}; "
             f"try {max(1, round(train.tokens_per_step / rows)) * rows}"
         )
-    if optim.warmup + optim.warmdown > 1:
+    if optim.warmup < 1 and optim.warmup + optim.warmdown > 1:
         raise UserError(
             f"--optim.warmup={optim.warmup}: warmup and warmdown ({optim.warmdown}) together exceed the whole run"
         )
+    _check_family(config)
     if model.head_dim % 2:
         raise UserError(f"--model.head_dim={model.head_dim}: rotary embedding needs an even head_dim")
     if model.D % model.head_dim:
@@ -380,6 +452,27 @@ def _check_together(config: Config) -> None:
         )
     if config.accumulate.blocks == "momentum":
         _check_accumulating_into_momentum(config)
+
+
+def _check_family(config: Config) -> None:
+    """UserError for a key that the config's family does not read, or sizes that it cannot have."""
+    model, optim = config.model, config.optim
+    if optim.muon == "normuon" and optim.ns_steps > 5:
+        raise UserError(f"--optim.ns_steps={optim.ns_steps}: Polar Express has 5 steps; choose at most 5")
+    if model.family == "2025":
+        for key, value in {"window": model.window, "without": model.without}.items():
+            if value:
+                raise UserError(f"--model.{key}={value}: only models of --model.family=2026 have it")
+        return
+    for part in model.left_out:
+        if part not in weights.PARTS_2026:
+            raise UserError(f"--model.without={model.without}: join names by +: {', '.join(weights.PARTS_2026)}")
+    if model.D < weights.SMEAR_CHANNELS:
+        raise UserError(f"--model.width={model.D}: the smear reads {weights.SMEAR_CHANNELS} channels; choose more")
+    if (optim.beta1, optim.beta2, optim.weight_decay) != (Optim.beta1, Optim.beta2, Optim.weight_decay):
+        raise UserError(
+            "--optim.beta1, beta2, weight_decay: the groups of --model.family=2026 have their own; omit them"
+        )
 
 
 def _check_accumulating_into_momentum(config: Config) -> None:

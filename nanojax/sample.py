@@ -25,9 +25,17 @@ ROUND = 64  # cache lengths and prompt chunks are multiples of it, so that few s
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _extend(config: Config, params: Any, tokens_BS: jax.Array, cache: Any, start: jax.Array, last: jax.Array):
-    """Logits [B,V] of token `last` of the S new ones, and the cache."""
-    logits, cache = model.forward_cached(config, params, tokens_BS, cache, start)
+def _extend(
+    config: Config,
+    params: Any,
+    tokens_BS: jax.Array,
+    cache: Any,
+    start: jax.Array,
+    before_B: jax.Array,
+    last: jax.Array,
+):
+    """Logits [B,V] of token `last` of the S new ones, which follow `before_B`, and the cache."""
+    logits, cache = model.forward_cached(config, params, tokens_BS, cache, start, before_B)
     return jax.lax.dynamic_index_in_dim(logits, last, 1, keepdims=False), cache
 
 
@@ -101,14 +109,15 @@ def _stream(
 ) -> Iterator[np.ndarray]:
     B, S = prompt.shape
     temperature, top_k, seed = choice
-    cache = model.empty_cache(config, B, math.ceil((S + max_new) / ROUND) * ROUND)
-    logits = None
+    cache = model.empty_cache(config, B, math.ceil((S + max_new) / ROUND) * ROUND, ROUND)
+    logits, before = None, np.full(B, -1, np.int32)
     for start in range(0, S, PREFILL):
         # Padding on the right is harmless: no earlier position sees it, and later tokens overwrite it in the cache.
         chunk = prompt[:, start : start + PREFILL]
         padded = np.pad(chunk, ((0, 0), (0, -chunk.shape[1] % ROUND)))
         last = jnp.int32(chunk.shape[1] - 1)
-        logits, cache = _extend(config, params, jnp.asarray(padded), cache, jnp.int32(start), last)
+        logits, cache = _extend(config, params, padded, cache, jnp.int32(start), before, last)
+        before = chunk[:, -1]
     ended = np.zeros(B, bool)
     for position in range(S, S + max_new):
         where = (jnp.uint32(seed), jnp.int32(position), jnp.float32(temperature))
@@ -119,8 +128,9 @@ def _stream(
         chosen = np.where(ended, -1, chosen)
         yield chosen
         if position + 1 < S + max_new:
-            row = jnp.asarray(np.maximum(chosen, 0)[:, None])
-            logits, cache = _extend(config, params, row, cache, jnp.int32(position), jnp.int32(0))
+            row = np.maximum(chosen, 0)
+            logits, cache = _extend(config, params, row[:, None], cache, jnp.int32(position), before, jnp.int32(0))
+            before = row
 
 
 def generate(config: Config, params: Any, tokens: Sequence[int] | np.ndarray, max_new: int, **options: Any):

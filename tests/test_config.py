@@ -101,19 +101,19 @@ def _bool(rng: random.Random) -> tuple[list[str], str]:
 
 def _not_positive(rng: random.Random) -> tuple[list[str], str]:
     keys = ["model.depth", "model.head_dim", "model.vocab", "model.seq", "model.softcap", "model.rope_base"]
-    keys += ["train.microbatch", "train.tokens_per_step", "train.log_every", "optim.ns_steps", "compute.loss_chunk"]
+    keys += ["train.microbatch", "model.qk_scale", "train.log_every", "optim.ns_steps", "compute.loss_chunk"]
     key = rng.choice([*keys, "profile.steps", "checkpoint.keep_last"])
     return [f"--{key}={rng.choice([0, -1, -1000])}"], f"--{key}="
 
 
 def _negative(rng: random.Random) -> tuple[list[str], str]:
     keys = ["model.width", "train.steps", "train.tokens", "train.seed", "eval.every", "eval.tokens", "checkpoint.every"]
-    key = rng.choice([*keys, "optim.matrix_lr", "optim.embed_lr", "optim.clip", "optim.momentum_warmup"])
+    key = rng.choice([*keys, "optim.matrix_lr", "train.tokens_per_step", "optim.clip", "optim.momentum_warmup"])
     return [f"--{key}={-rng.randrange(1, 100)}"], f"--{key}="
 
 
 def _fractions_of_one(rng: random.Random) -> tuple[list[str], str]:
-    key = rng.choice(["momentum", "momentum_start", "beta1", "beta2", "warmup", "warmdown", "final_lr"])
+    key = rng.choice(["momentum", "momentum_start", "beta1", "beta2", "warmdown", "final_lr"])
     return [f"--optim.{key}={rng.choice(['1.5', '-0.1', '2', '100'])}"], f"--optim.{key}="
 
 

@@ -36,7 +36,8 @@ def test_cache_equals_full_forward(tiny: Make) -> None:
     cached = jax.jit(model.forward_cached, static_argnums=0)
     cache, parts, start = model.empty_cache(config, 2, 320), [], 0
     for size in [128, 64, 64, *[1] * 44]:
-        new, cache = cached(config, params, jnp.asarray(tokens[:, start : start + size]), cache, jnp.int32(start))
+        before = tokens[:, start - 1] if start else np.full(2, -1)
+        new, cache = cached(config, params, tokens[:, start : start + size], cache, jnp.int32(start), before)
         parts.append(np.asarray(new))
         start += size
     logits = np.concatenate(parts, 1)

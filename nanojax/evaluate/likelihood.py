@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import model
+from nanojax import model, weights
 from nanojax.config import Config
 
 F32 = jnp.float32
@@ -52,6 +52,7 @@ class _Row(NamedTuple):
     tail: Sequence[int]
     branch: Sequence[int]
     position: Sequence[int]
+    before: Sequence[int]  # the token before each of the tail
     needed: Sequence[int]  # places whose output the head sees: index into trunk (>= 0) or ~index into tail
     scored_at: Sequence[int]  # index into `needed`, one per scored token
     targets: Sequence[int]
@@ -70,7 +71,7 @@ class _Row(NamedTuple):
 def _row(request: Request) -> _Row:
     context, branches, scored = request
     alone = sum(len(b) > 1 for b in branches) <= 1  # no two branches have inner tokens: plain causal, no tail
-    trunk, tail, branch, position, places, targets, counts = [*context], [], [], [], [], [], []
+    trunk, tail, branch, position, before, places, targets, counts = [*context], [], [], [], [], [], [], []
     for i, b in enumerate(branches):
         counts.append(len(b) if scored is None else min(scored, len(b)))
         inner = [len(trunk) + j if alone else ~(len(tail) + j) for j in range(len(b) - 1)]
@@ -82,14 +83,15 @@ def _row(request: Request) -> _Row:
             tail += b[:-1]
             branch += [i] * len(inner)
             position += range(len(context), len(context) + len(inner))
+            before += [context[-1], *b[:-2]][: len(inner)]
     needed = list(dict.fromkeys(places))
     index = {place: i for i, place in enumerate(needed)}
-    return _Row(trunk, tail, branch, position, needed, [index[place] for place in places], targets, counts)
+    return _Row(trunk, tail, branch, position, before, needed, [index[place] for place in places], targets, counts)
 
 
-def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU):
+def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU, scale):
     """Attention [B,Q,N,H] of some queries over trunk and tail laid end to end, U = T+S."""
-    scores = jnp.einsum("bqnh,bknh->bnqk", q_BQNH, k_BUNH, preferred_element_type=F32) / math.sqrt(q_BQNH.shape[-1])
+    scores = jnp.einsum("bqnh,bknh->bnqk", q_BQNH, k_BUNH, preferred_element_type=F32) * scale
     p = jax.nn.softmax(jnp.where(allowed_BQU[:, None], scores, -jnp.inf), -1).astype(v_BUNH.dtype)
     return jnp.einsum("bnqk,bknh->bqnh", p, v_BUNH, preferred_element_type=F32).astype(q_BQNH.dtype)
 
@@ -102,6 +104,7 @@ def _hidden(
     tail_BS: jax.Array,
     branch_BS: jax.Array,
     position_BS: jax.Array,
+    before_BS: jax.Array,
     length_B: jax.Array,
     at_BP: jax.Array,
 ) -> jax.Array:
@@ -112,11 +115,13 @@ def _hidden(
     (B, S), T = tail_BS.shape, trunk_BT.shape[1]
     if not S:
         return _pick(model.hidden(config, params, trunk_BT), at_BP)
-    causal = model.causal(config)
+    causal, windows, scale = model.causal(config), weights.windows(config.model), model.attention_scale(config)
     index_S = jnp.arange(S)
     own_BSS = (branch_BS[:, :, None] == branch_BS[:, None, :]) & (index_S[:, None] >= index_S[None])[None]
     to_trunk = jnp.broadcast_to((jnp.arange(T)[None] < length_B[:, None])[:, None], (B, S, T))
     allowed_BSU = jnp.concatenate([to_trunk, own_BSS], -1)
+    places_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    distance_BSU = position_BS[:, :, None] - jnp.concatenate([places_BT, position_BS], 1)[:, None]
     one_row = lambda trunk, tail: jnp.concatenate([a.reshape(1, -1, *a.shape[2:]) for a in (trunk, tail)], 1)
 
     def apart(row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,11 +131,12 @@ def _hidden(
         (q_trunk, q_tail), (k_trunk, k_tail), (v_trunk, v_tail) = map(apart, (q, k, v))
         trunk, _ = causal(i, q_trunk, k_trunk, v_trunk)
         keys, values = jnp.concatenate([k_trunk, k_tail], 1), jnp.concatenate([v_trunk, v_tail], 1)
-        return one_row(trunk, _attend(q_tail, keys, values, allowed_BSU)), None
+        tail = _attend(q_tail, keys, values, allowed_BSU & (distance_BSU <= windows[i]), scale)
+        return one_row(trunk, tail), None
 
-    position = one_row(jnp.broadcast_to(jnp.arange(T), (B, T)), position_BS)[0]
-    start = position - jnp.arange(B * (T + S))
-    x, _ = model.walk(config, params, one_row(trunk_BT, tail_BS), attend, start)
+    start = one_row(places_BT, position_BS)[0] - jnp.arange(B * (T + S))
+    before = one_row(jnp.pad(trunk_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1], before_BS)
+    x, _ = model.walk(config, params, one_row(trunk_BT, tail_BS), attend, start, before)
     return _pick(jnp.concatenate(apart(x), 1), at_BP)
 
 
@@ -207,15 +213,16 @@ class _Batch(NamedTuple):
 def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape) -> _Batch:
     B, S, T, P = shape
     trunk, tail = np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
-    branch, position = np.full((B, S), -1, np.int32), np.zeros((B, S), np.int32)
+    branch, position, before = np.full((B, S), -1, np.int32), np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
     length, at = np.ones(B, np.int32), np.zeros((B, P), np.int32)
     for b, member in enumerate(members):
         row = rows[member]
         trunk[b, : len(row.trunk)], length[b] = row.trunk, len(row.trunk)
         tail[b, : len(row.tail)] = row.tail
         branch[b, : len(row.tail)], position[b, : len(row.tail)] = row.branch, row.position
+        before[b, : len(row.tail)] = row.before
         at[b, : len(row.needed)] = [i if i >= 0 else T + ~i for i in row.needed]
-    return _Batch(members, (trunk, tail, branch, position, length, at))
+    return _Batch(members, (trunk, tail, branch, position, before, length, at))
 
 
 def batches(rows: Sequence[_Row], tokens: int, wasted: dict[_Shape, float]) -> Iterator[_Batch]:

@@ -3,6 +3,7 @@ step/backward.py, because it needs each layer's gradient by itself.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,42 +11,57 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nanojax import weights
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.model import family
 from nanojax.model.gpt import POLICIES, RESIDUALS, Head
-from nanojax.model.params import Params, rows, shared_weights
+from nanojax.model.params import Params, layer_rows, rows, rows_before, shared_weights
 from nanojax.model.seam import Start
 from nanojax.ops import attention, cross_entropy
 from nanojax.ops.linear import float_dtype
 
 LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # Attend of layer i
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B,T,N,H] of each layer
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B,S,N,H] of each layer, position p in slot p % S
 
 
 def walk(
-    config: Config, params: Params, tokens_BT: jax.Array, attend: LayerAttend, start: Start = 0
+    config: Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    attend: LayerAttend,
+    start: Start = 0,
+    before_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """The last block's output [B,T,D], in the compute dtype and not normed, and what `attend` kept of each layer.
 
     Args:
       attend: (i, q, k, v) -> (output [B,T,N,H], what to keep); what attention means here: full, cached, packed.
       start: the position of a row's first token, or an array [T] added to 0, 1, ... to give positions.
+      before_BT: the token before each, -1 where there is none. None: the one to its left.
     """
     model = family.of(config)
     shared_params = shared_weights(config, params)
-    x_BTD, shared = model.enter(config, rows(config, params, tokens_BT), shared_params, None)
+    before = None if before_BT is None else rows_before(config, params, before_BT)
+    x_BTD, shared = model.enter(config, rows(config, params, tokens_BT), before, shared_params, None)
     kept = []
     for i, layer in enumerate(params["blocks"]):
-        x_BTD, k = model.block(config, i, layer, None, x_BTD, shared, functools.partial(attend, i), start)
+        own = layer_rows(config, layer, i, tokens_BT)
+        x_BTD, shared, k = model.block(config, i, layer, None, own, x_BTD, shared, functools.partial(attend, i), start)
         kept.append(k)
     return model.leave(config, shared_params, None, x_BTD, shared), kept
 
 
 def causal(config: Config) -> LayerAttend:
-    """Attention over all positions up to one's own, as `walk` takes it."""
+    """Attention over the positions up to one's own that the layer's window reaches, as `walk` takes it."""
     implementation = attention.default_implementation(config.compute.attention)
-    return lambda i, q, k, v: (attention.attention(q, k, v, implementation), None)
+    windows, scale = weights.windows(config.model), attention_scale(config)
+    return lambda i, q, k, v: (attention.attention(q, k, v, implementation, windows[i], scale), None)
+
+
+def attention_scale(config: Config) -> float:
+    """What attention multiplies q k^T with: that q and k are scaled after their norm is part of it."""
+    return config.model.qk_scale**2 / math.sqrt(config.model.H)
 
 
 def hidden(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -73,25 +89,35 @@ def token_losses(config: Config, params: Params, tokens_BT1: jax.Array) -> jax.A
     return losses.reshape(targets_BT.shape)
 
 
-def empty_cache(config: Config, B: int, T: int) -> Cache:
-    """Zeros in the compute dtype for T positions."""
-    shape = (B, T, config.model.N, config.model.H)
-    zeros = lambda: jnp.zeros(shape, float_dtype(config.compute))
-    return tuple((zeros(), zeros()) for _ in range(config.model.L))
+def empty_cache(config: Config, B: int, T: int, padding: int = 0) -> Cache:
+    """Zeros in the compute dtype for T positions, or for as many as a layer's window reaches.
+
+    Args:
+      padding: how many tokens that do not count `forward_cached` may be given behind those that do.
+    """
+    m = config.model
+    zeros = lambda S: jnp.zeros((B, S, m.N, m.H), float_dtype(config.compute))
+    slots = [min(T, window + 1 + padding) for window in weights.windows(m)]
+    return tuple((zeros(S), zeros(S)) for S in slots)
 
 
 def forward_cached(
-    config: Config, params: Params, tokens_BS: jax.Array, cache: Cache, start: jax.Array
+    config: Config, params: Params, tokens_BS: jax.Array, cache: Cache, start: jax.Array, before_B: jax.Array | None
 ) -> tuple[jax.Array, Cache]:
-    """f32 logits [B,S,V] of S new tokens at positions start.., and the cache with them in it."""
+    """f32 logits [B,S,V] of S new tokens at positions start.., and the cache with them in it.
+
+    Args:
+      before_B: the token before the first of these, -1 where there is none. None: start is 0.
+    """
+    windows, scale = weights.windows(config.model), attention_scale(config)
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        k_BTNH, v_BTNH = (
-            lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1) for old, new in zip(cache[i], (k, v))
-        )
-        return attention.cached(q, k_BTNH, v_BTNH, start), (k_BTNH, v_BTNH)
+        out, *kept = attention.cached(q, k, v, *cache[i], start, windows[i], scale)
+        return out, tuple(kept)
 
-    x_BSD, kept = walk(config, params, tokens_BS, attend, start)
+    first = jnp.full(len(tokens_BS), -1) if before_B is None else before_B
+    before_BS = jnp.concatenate([first[:, None].astype(tokens_BS.dtype), tokens_BS[:, :-1]], 1)
+    x_BSD, kept = walk(config, params, tokens_BS, attend, start, before_BS)
     return head(config, params, x_BSD), tuple(kept)
 
 

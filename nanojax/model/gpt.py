@@ -5,7 +5,6 @@ the head), relu^2 MLP, no biases, untied head, logits 15*tanh(x/15). Left out: t
 windows of nanochat's newer models, which the released d32 does not have.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from nanojax import weights
 from nanojax.config import Config
+from nanojax.model.initial import initializer
 from nanojax.model.seam import Attend, Family, NamedParams, Rows, Shared, Start, Taps
 from nanojax.ops import cross_entropy, rope
 from nanojax.ops.linear import float_dtype, linear, norm_linear, qkv_linear, relu2_linear
@@ -30,21 +30,6 @@ RESIDUALS = {
     "mlp_hidden": "operand of the down matrix, relu(x)^2 (int8: 4D; otherwise relu(x), 8D)",
 }
 POLICIES = {"inputs": (), "cheap": tuple(n for n in RESIDUALS if n != "mlp_hidden"), "all": tuple(RESIDUALS)}
-
-
-def initializer(weight: weights.Weight) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
-    """The table's initialisation as a function (key, shape) -> f32 array."""
-
-    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        if not weight.init.std:
-            return jnp.zeros(shape, jnp.float32)
-        if weight.parts == 1:
-            return jax.random.normal(key, shape, jnp.float32) * weight.init.std
-        part = (shape[0] // weight.parts, *shape[1:])
-        keys = jax.random.split(key, weight.parts)
-        return jnp.concatenate([jax.random.normal(k, part, jnp.float32) * weight.init.std for k in keys])
-
-    return draw
 
 
 class Module(nn.Module):
@@ -89,14 +74,19 @@ class Block(Module):
         rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
         x_MD = x_BTD.reshape(B * T, D)
         names, first = ("attn_in", "qkv"), jnp.asarray(start, jnp.int32)
-        heads: Any = qkv_linear(c, names, rotation, *self.weight("qkv"), x_MD, first)
-        q, k, v, x_MD = heads
+        heads: Any = qkv_linear(c, names, rotation, 0, *self.weight("qkv"), x_MD, first)
+        q, k, v, x_MD, *_ = heads
         out_BTNH, kept = attend(q, k, v)
-        x_MD = linear(c, "proj_in", *self.weight("o"), out_BTNH.reshape(B * T, D), x_MD)
-        hidden: Any = norm_linear(c, "mlp_in", *self.weight("up"), x_MD)
-        (hidden_MF,), x_MD = hidden
-        out_MD: Any = relu2_linear(c, "mlp_hidden", *self.weight("down"), hidden_MF, x_MD)
-        return out_MD.reshape(x_BTD.shape), kept
+        x_MD: Any = linear(c, "proj_in", *self.weight("o"), out_BTNH.reshape(B * T, D), x_MD)
+        return feed_forward(self, x_MD).reshape(x_BTD.shape), kept
+
+
+def feed_forward(layer: Module, x_MD: jax.Array) -> jax.Array:
+    """x + relu(norm(x) up.T)^2 down.T."""
+    c = layer.config.compute
+    hidden: Any = norm_linear(c, "mlp_in", *layer.weight("up"), x_MD)
+    (hidden_MF,), x_MD = hidden
+    return relu2_linear(c, "mlp_hidden", *layer.weight("down"), hidden_MF, x_MD)
 
 
 class Head(Module):
@@ -113,9 +103,9 @@ def variables(params: NamedParams, taps: Taps) -> dict[str, Any]:
     return {"params": params} if taps is None else {"params": params, "taps": taps}
 
 
-def enter(config: Config, rows: Rows, params: NamedParams, taps: Taps) -> tuple[jax.Array, Shared]:
+def enter(config: Config, rows: Rows, before: Rows | None, params: NamedParams, taps: Taps) -> tuple[jax.Array, Shared]:
     """The normed embedding; the layers share nothing."""
-    del params, taps
+    del before, params, taps
     return Embed(config).apply({"params": {}}, rows["embed"]), ()  # pyright: ignore[reportReturnType]
 
 
@@ -124,16 +114,16 @@ def block(
     i: int,
     layer: NamedParams,
     taps: Taps,
+    rows: Rows,
     x_BTD: jax.Array,
     shared: Shared,
     attend: Attend,
     start: Start = 0,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Shared, Any]:
     """Block; all layers are alike."""
-    del i, shared
-    return Block(config).apply(  # pyright: ignore[reportReturnType]  no mutable variables
-        variables(layer, taps), x_BTD, attend, start
-    )
+    del i, rows
+    out: Any = Block(config).apply(variables(layer, taps), x_BTD, attend, start)
+    return out[0], shared, out[1]
 
 
 def leave(config: Config, params: NamedParams, taps: Taps, x_BTD: jax.Array, shared: Shared) -> jax.Array:

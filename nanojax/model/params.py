@@ -13,7 +13,9 @@ from jax import lax
 from nanojax import weights
 from nanojax.config import Config
 from nanojax.model import family
+from nanojax.model.initial import initializer
 from nanojax.model.seam import NamedParams, Rows
+from nanojax.ops.linear import float_dtype
 from nanojax.quant import decode, encode
 from nanojax.quant.formats import Stored
 
@@ -32,17 +34,25 @@ def init_params(config: Config, key: jax.Array) -> Params:
     embed_key, block_key, head_key = jax.random.split(key, 3)
 
     def stored(drawn: dict[str, jax.Array]) -> dict[str, Stored]:
-        return {name: encode(w, getattr(config.stored, table[name].stored)) for name, w in drawn.items()}
+        return {name: encode(w, config.stored_as(table[name])) for name, w in drawn.items()}
 
     keys = jax.random.split(block_key, config.model.L)
     blocks: list[Any] = [None] * config.model.L
     for alike in _alike(table, config.model.L):
-        has, numbers = weights.layer_weights(table, alike[0]), jnp.array(alike)
+        layer = weights.layer_weights(table, alike[0])
+        has, numbers = {name: w for name, w in layer.items() if w.use == "layer"}, jnp.array(alike)
         draw = lambda layer, has=has: stored(model.init_layer(config, has, *layer))
         stacks = lax.map(draw, (numbers, keys[numbers]))
         for place, i in enumerate(alike):
-            blocks[i] = at(stacks, place)
+            blocks[i] = at(stacks, place) | stored(_tables(layer, keys[i]))
     return {**stored(model.init_once(config, embed_key, head_key)), "blocks": tuple(blocks)}
+
+
+def _tables(layer: weights.Table, key: jax.Array) -> dict[str, jax.Array]:
+    """A layer's embeddings, f32. Each is drawn where it will lie: d28's, stacked, would exist twice (1.5 GiB)."""
+    embeddings = [name for name, weight in layer.items() if weight.use == "rows"]
+    draw = lambda name, i: initializer(layer[name])(jax.random.fold_in(key, i), layer[name].shape)
+    return {name: draw(name, i) for i, name in enumerate(embeddings)}
 
 
 def _alike(table: weights.Table, L: int) -> list[list[int]]:
@@ -54,9 +64,30 @@ def _alike(table: weights.Table, L: int) -> list[list[int]]:
 
 
 def rows(config: Config, params: Params, tokens_BT: jax.Array) -> Rows:
-    """f32 rows [B,T,D] that the tokens select from each embedding. The whole table is never decoded."""
-    names = [name for name, weight in weights.table(config.model).items() if weight.use == "rows"]
-    return {name: decode(jax.tree.map(lambda a: a[tokens_BT], params[name])) for name in names}
+    """f32 rows [B,T,D] that the tokens select from each embedding of the model. The whole table is never decoded."""
+    return {name: _select(params[name], tokens_BT) for name in _embeddings(config)}
+
+
+def rows_before(config: Config, params: Params, before_BT: jax.Array) -> Rows:
+    """`rows` of the tokens before; zeros where there is none, marked by -1."""
+    found = rows(config, params, jnp.maximum(before_BT, 0))
+    return {name: jnp.where(before_BT[..., None] >= 0, x, 0.0) for name, x in found.items()}
+
+
+def layer_rows(config: Config, layer: NamedParams, i: int, tokens_BT: jax.Array) -> Rows:
+    """Rows [B,T,D] that the tokens select from each embedding of layer i, in the compute dtype."""
+    has = weights.layer_weights(weights.table(config.model), i)
+    dtype = float_dtype(config.compute)
+    return {name: _select(layer[name], tokens_BT).astype(dtype) for name, weight in has.items() if weight.use == "rows"}
+
+
+def _embeddings(config: Config) -> list[str]:
+    table = weights.table(config.model)
+    return [name for name, weight in table.items() if weight.use == "rows" and not weight.layered]
+
+
+def _select(table: Stored, tokens_BT: jax.Array) -> jax.Array:
+    return decode(jax.tree.map(lambda a: a[tokens_BT], table))
 
 
 def shared_weights(config: Config, params: Params) -> NamedParams:

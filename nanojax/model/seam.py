@@ -11,25 +11,35 @@ from nanojax.quant.formats import Stored
 
 NamedParams = dict[str, Stored]  # some parameters by name, as stored: one layer's, or those outside the layers
 Taps = dict[str, jax.Array] | None  # f32 arrays of the weights' shapes, whose cotangents are the weights' gradients
-Rows = dict[str, jax.Array]  # the float rows [B,T,D] that tokens select from each embedding
-Shared = Any  # a tree of arrays that `enter` makes and every layer may read
+Rows = dict[str, jax.Array]  # the float rows [B,T,D] that tokens select from embeddings: the model's, or one layer's
+Shared = Any  # a tree of arrays that `enter` makes, every layer may read and add to, and `leave` sees
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q, k, v [B,T,N,H] -> output, what to keep
 Start = int | jax.Array  # position of a row's first token; or an array [T] added to 0, 1, ... to give positions
 
 
 class Enter(Protocol):
-    """(rows, weights of use "shared") -> x [B,T,D] in the compute dtype, and what every layer may read."""
+    """(rows, rows of the tokens before these, weights of use "shared") -> x [B,T,D] in the compute dtype, and Shared.
 
-    def __call__(self, config: Config, rows: Rows, params: NamedParams, taps: Taps) -> tuple[jax.Array, Shared]: ...
+    `before` None: each token follows the one to its left, and the first has none. Otherwise rows as `rows`; zeros where a
+    token has none before it.
+    """
+
+    def __call__(
+        self, config: Config, rows: Rows, before: Rows | None, params: NamedParams, taps: Taps
+    ) -> tuple[jax.Array, Shared]: ...
 
 
 class Block(Protocol):
-    """Layer i: x [B,T,D] -> x, and what `attend` kept. Layers may differ by i and by the weights they have."""
+    """Layer i: x [B,T,D] -> x, Shared for the layers after it, and what `attend` kept.
+
+    Layers may differ by i and by the weights they have. `layer` and `taps` hold the weights of use "layer", `rows` those
+    that the tokens select from the layer's embeddings.
+    """
 
     def __call__(
-        self, config: Config, i: int, layer: NamedParams, taps: Taps, x_BTD: jax.Array, shared: Shared, attend: Attend,
-        start: Start = 0,
-    ) -> tuple[jax.Array, Any]: ...  # fmt: skip
+        self, config: Config, i: int, layer: NamedParams, taps: Taps, rows: Rows, x_BTD: jax.Array, shared: Shared,
+        attend: Attend, start: Start = 0,
+    ) -> tuple[jax.Array, Shared, Any]: ...  # fmt: skip
 
 
 class Leave(Protocol):

@@ -13,7 +13,7 @@ once. Each op saves, by `checkpoint_name`, exactly what its backward pass needs.
 An optimization barrier stands on either side of every int8 matmul. Its operands are materialised as codes, contiguous along
 the contraction: the tensor cores need that layout, and a kernel that quantised its own operand would repeat the work for
 each tile of outputs. Scales, residual addition and rounding become the matmul's epilogue, which costs nothing. Quantising
-or normalising rows takes one pass over them (rows.py).
+or normalising rows takes one pass over them (rows.py), quantising columns for dW two, the second from the cache (columns.py).
 """
 
 import functools
@@ -27,7 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from nanojax.config import Compute
-from nanojax.ops import rope
+from nanojax.ops import mix, rope
+from nanojax.ops.columns import column_codes
 from nanojax.ops.rows import F32, by_rows, inverse_rms, quantized
 from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
 from nanojax.quant.packed import Packed, int8_rows
@@ -133,10 +134,10 @@ def _dw(c: Compute, w: Any, dy: Any, saved: Any, dq: Quantized | None) -> jax.Ar
         return lax.dot_general(dy, decode(saved, dy.dtype), (((0,), (0,)), ((), ())), preferred_element_type=F32)
     x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
     if dq is not None and dq.shape[1] >= x.shape[1]:
-        q = quantize_rows(x.codes.astype(F32) * (x.scale * dq.scale), axis=0)
-        return matmul_t(_transposed(dq.codes), _transposed(q.codes)).astype(F32) * (1 / _codes(w).scale) * q.scale
-    d = quantize_rows(dy.astype(F32) * x.scale, axis=0)
-    return matmul_t(_transposed(d.codes), _transposed(x.codes)).astype(F32) * d.scale.T
+        q = _materialised_codes(column_codes(c, x.codes, x.scale, dq.scale))
+        return matmul_t(_transposed(dq.codes), q.codes).astype(F32) * (1 / _codes(w).scale) * q.scale.T
+    d = _materialised_codes(column_codes(c, dy, x.scale))
+    return matmul_t(d.codes, _transposed(x.codes)).astype(F32) * d.scale
 
 
 def _save_operand(c: Compute, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Any:
@@ -205,18 +206,22 @@ def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array, K: int = 0) -> jax.
     return r * (dy - y * (jnp.sum(dy * y, -1, keepdims=True) * (1 / (K or dy.shape[-1]))))
 
 
-def _norm_linear_fwd(c, name, w, tap, x, parts=1):
+def _norm_linear_fwd(c, name, w, tap, x, parts=1, first=None, factors=()):
+    """first, factors: None, or what x is mixed with (mix.py) before the norm. The x that is returned is the mixed one."""
     if c.forward == "int8":  # the norm changes the scale, not the codes
 
-        def row(x: jax.Array) -> tuple[Any, ...]:
+        def row(x: jax.Array, *mixing: jax.Array) -> tuple[Any, ...]:
+            x = mix.forward(x, *mixing) if mixing else x
             codes, scale = quantized([x.astype(F32)])
             r = inverse_rms(x, K)
-            return codes, scale * r, r
+            return (codes, scale * r, r, x) if mixing else (codes, scale * r, r)
 
         K = x.shape[-1]
-        codes, scale, r = by_rows(c, row, (x,))
+        codes, scale, r, *mixed = by_rows(c, row, (x,) if first is None else (x, first), factors)
+        x = _materialised(mixed[0]) if mixed else x
         saved = _materialised_codes(Quantized(codes, scale))
     else:
+        x = x if first is None else _materialised(mix.forward(x, first, *factors))
         r = inverse_rms(x)
         saved = (x.astype(F32) * r).astype(float_dtype(c))
     saved, r = jax.tree.map(lambda a: checkpoint_name(a, name), (saved, r))
@@ -229,53 +234,75 @@ def _norm_linear_bwd(c, name, parts, residuals, cotangents):
     return _norm_linear_gradients(c, residuals, dy, _row_codes(c, w, dys), cotangents[1])
 
 
-def _norm_linear_gradients(c, residuals, dy, dq, dx):
+def _norm_linear_gradients(c, residuals, dy, dq, dx, du=None, streams=(), factors=()):
+    """The cotangents of w, tap and x.
+
+    Args:
+      du: None, or what else the first values of the normed x get, f32 [M,channels].
+      streams, factors: none, or where x was mixed the gradient of the first stream so far, x before the mix, the first stream,
+        and the two factors: then of w, tap, x, the first stream, and, for each row, of both factors [M,2].
+    """
     w, tapped, saved, r = residuals
     dh = _materialised(_dx(c, w, dy, dq).astype(float_dtype(c)))
+    if du is not None:
+        dh = dh.at[:, : du.shape[1]].add(du.astype(dh.dtype))
     K, kept = dx.shape[-1], jax.tree.leaves(saved)
 
-    def row(dx: jax.Array, dh: jax.Array, r: jax.Array, y: jax.Array, *scale: jax.Array) -> tuple[jax.Array]:
+    def row(dx: jax.Array, dh: jax.Array, r: jax.Array, *others: jax.Array) -> tuple[Any, ...]:
+        (y, *scale), mixing = others[: len(kept)], others[len(kept) :]
         y = y.astype(F32) * scale[0] if scale else y
-        return ((dx.astype(F32) + norm_backward(dh, y, r, K)).astype(float_dtype(c)),)
+        dx = dx.astype(F32) + norm_backward(dh, y, r, K)
+        return mix.backward(dx, *mixing) if mixing else (dx.astype(float_dtype(c)),)
 
-    dx = _materialised(by_rows(c, row, (dx, dh, r, *kept))[0])
-    return (*_gradient(w, tapped, _dw(c, w, dy, saved, dq)), dx)
+    dxs = _materialised(by_rows(c, row, (dx, dh, r, *kept, *streams), factors))
+    return (*_gradient(w, tapped, _dw(c, w, dy, saved, dq)), *dxs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def qkv_linear(
-    c: Compute, names: tuple[str, str], rotation: rope.Rotation, w: Any, tap: jax.Array | None, x: jax.Array,
-    start: jax.Array,
+    c: Compute, names: tuple[str, str], rotation: rope.Rotation, channels: int, w: Any, tap: jax.Array | None,
+    x: jax.Array, start: jax.Array, first: jax.Array | None = None, factors: jax.Array | None = None,
 ) -> Any:  # fmt: skip
-    """(q, k, v [B,T,N,H], x): norm_linear in three parts, then RoPE and QK-norm of q and k (rope.py).
+    """(q, k, v [B,T,N,H], x, u, first): norm_linear in three parts, then RoPE and QK-norm of q and k (rope.py).
 
-    Backward needs q and k as returned.
+    Backward needs q and k as returned, and where x is mixed also x and first as given: 2D bytes per token and layer in bf16.
 
     Args:
       names: of what norm_linear saves; of q, k, v and the heads' 1/rms.
+      channels: how many of the normed x's first values are returned as u, f32 [M,channels], for gates.
       start: int32, the position of the first token.
+      first, factors: None, or [M,K] and f32 [2]: x is mixed with first before the norm (mix.py), and the x that is returned is
+        the mixed one. Returning first lets backward add its gradient from later layers in the pass that computes this one's.
     """
-    return _qkv_linear_fwd(c, names, rotation, w, tap, x, start)[0]
+    return _qkv_linear_fwd(c, names, rotation, channels, w, tap, x, start, first, factors)[0]
 
 
-def _qkv_linear_fwd(c, names, rotation, w, tap, x, start):
-    ((q, k, v), x), residuals = _norm_linear_fwd(c, names[0], w, tap, x, 3)
+def _qkv_linear_fwd(c, names, rotation, channels, w, tap, x, start, first=None, factors=None):
+    pair = () if factors is None else (factors[:1, None], factors[1:, None])
+    streams = () if first is None else (x, first)
+    ((q, k, v), x), residuals = _norm_linear_fwd(c, names[0], w, tap, x, 3, first, pair)
     heads, r = rope.forward(c, rotation, q, k, start)
     # Saved in the shape that is returned, so that attention and this op save one array rather than two views of it.
     heads = tuple(a.reshape(-1, rotation.T, rotation.N, rotation.H) for a in (*heads, v))
     (q, k, v), r = jax.tree.map(lambda a: checkpoint_name(a, names[1]), (heads, r))
-    return (q, k, v, x), (residuals, q, k, r, start)
+    u = checkpoint_name(x[:, :channels].astype(F32) * residuals[3], names[0])
+    return (q, k, v, x, u, first), (residuals, q, k, r, start, streams, pair)
 
 
-def _qkv_linear_bwd(c, names, rotation, residuals, cotangents):
-    (residuals, q, k, r, start), (*dys, dx) = residuals, cotangents
+def _qkv_linear_bwd(c, names, rotation, channels, residuals, cotangents):
+    (residuals, q, k, r, start, streams, pair), (*dys, dx, du, dfirst) = residuals, cotangents
     w, flat = residuals[0], lambda a: a.reshape(dx.shape)
     kept, dys = ((flat(q), flat(k)), r), tuple(map(flat, dys))
     if c.dx == c.dw == "int8":  # O = 3K, so dX and dW take the same codes
-        dq = _materialised_codes(Quantized(*rope.backward(c, rotation, kept, start, dys, _codes(w).scale.T)))
-        return *_norm_linear_gradients(c, residuals, None, dq, dx), None
-    (dy,) = rope.backward(c, rotation, kept, start, dys, None)
-    return *_norm_linear_gradients(c, residuals, dy, _row_codes(c, w, (dy,)), dx), None
+        dy, dq = None, _materialised_codes(Quantized(*rope.backward(c, rotation, kept, start, dys, _codes(w).scale.T)))
+    else:
+        (dy,) = rope.backward(c, rotation, kept, start, dys, None)
+        dq = _row_codes(c, w, (dy,))
+    streams = (dfirst, *streams) if streams else ()
+    found = _norm_linear_gradients(c, residuals, dy, dq, dx, du if channels else None, streams, pair)
+    dw, dtap, dx, *mixing = found
+    dfirst, dfactors = (mixing[0], jnp.sum(mixing[1], 0)) if mixing else (None, None)
+    return dw, dtap, dx, None, dfirst, dfactors
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

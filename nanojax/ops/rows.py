@@ -28,6 +28,7 @@ F32 = jnp.float32
 EPS = 2.0**-23  # under the norms' square root; torch's F.rms_norm, and so nanochat, has the same in f32
 EXACT = 1.5 * 2.0**23  # x + EXACT has x, |x| < 2^22, in its low bits, rounded to nearest with ties to even
 VALUES_PER_WARP = 1024  # 32 per thread: enough loads in flight without spilling
+ARRAYS = 4  # so many of 32 values fit in a thread's registers; more take more warps
 
 
 def quantized(parts: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
@@ -89,7 +90,7 @@ def by_rows(
     outputs = [y if isinstance(y, tuple) else (y,) for y in shapes]
     M = rows[0].shape[0]
     widths = [sum(part.shape[-1] for part in y) for y in outputs]
-    largest = max(a.shape[-1] for a in (*rows, *columns))
+    values = [a.shape[-1] for a in (*rows, *columns)]
     call = pl.pallas_call(
         functools.partial(_kernel, function, len(rows) + len(columns), outputs),
         grid=(M,),
@@ -97,7 +98,7 @@ def by_rows(
         + [pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in columns],
         out_specs=[pl.BlockSpec((1, width), lambda i: (i, 0)) for width in widths],
         out_shape=[jax.ShapeDtypeStruct((M, width), y[0].dtype) for width, y in zip(widths, outputs)],
-        compiler_params=triton.CompilerParams(num_warps=_warps(largest), num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_warps(max(*values, sum(values) // ARRAYS)), num_stages=1),
     )
     # jit, because jax keeps a pallas_call whose results nobody uses, and under remat its inputs with it: d32's laptop config
     # would hold every block's input, 8 MiB per layer.

@@ -73,20 +73,27 @@ def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
     block = jnp.ones((words,), jnp.float32)
     spent = seconds_per_call(lambda x: x + 1, block, at_least=at_least)
     out.append(Rate(f"copy of {words * 4 / 1e6:.0f} MB", "memory", 2 * block.nbytes / spent))
+    return out + [_attention(config, window, at_least) for window in sorted(set(weights.windows(m)))]
+
+
+def _attention(config: Config, window: int, at_least: float) -> Rate:
+    """Attention forward and backward at the config's sizes, over `window` positions."""
+    m = config.model
     implementation = compile.for_gpu(config).compute.attention if jax.default_backend() == "gpu" else "chunked"
     shape = (config.train.microbatch, m.T, m.N, m.H)
     q, k, v, d = (_normal(shape, jnp.bfloat16, seed) for seed in range(3, 7))
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, d: jax.Array) -> Any:
-        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
+        attended = lambda q, k, v: attention.attention(q, k, v, implementation, window, m.H**-0.5)
+        y, vjp = jax.vjp(attended, q, k, v)
         return y, vjp(d)
 
     spent = seconds_per_call(both, q, k, v, d, at_least=at_least)
-    flops = 7 * shape[0] * m.N * m.T * m.T * m.H  # 2 + 5 matmuls, causal half
-    out.append(
-        Rate(f"attention forward + backward {'x'.join(map(str, shape))} ({implementation})", "attention", flops / spent)
-    )
-    return out
+    pairs = m.T * window - window * window / 2  # of a query and a key that it sees
+    flops = 14 * shape[0] * m.N * pairs * m.H  # 2 + 5 matmuls
+    reach = "" if window >= m.T else f", window {window}"
+    name = f"attention forward + backward {'x'.join(map(str, shape))} ({implementation}{reach})"
+    return Rate(name, "attention", flops / spent)
 
 
 def calibrate(card: Card, measured: list[Rate]) -> roofline.Efficiency:

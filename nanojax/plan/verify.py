@@ -172,16 +172,20 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
 
     q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
 
-    def attended(q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if gpu else "chunked") -> Any:
-        y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation), q, k, v)
-        return y, vjp(dy)
+    for window in (m, m // 4):
 
-    def plain(*arrays: Any) -> Any:
-        cpu = jax.devices("cpu")[0]
-        return on(cpu, lambda *a: attended(*a, implementation="chunked"), tuple(a.astype(np.float32) for a in arrays))
+        def attended(
+            q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if gpu else "chunked", window: int = window
+        ) -> Any:
+            y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation, window, head**-0.5), q, k, v)
+            return y, vjp(dy)
 
-    name = f"{'cudnn' if gpu else 'chunked'} attention {q.shape}: y, dq, dk, dv"
-    yield Case(name, attended, (q, k, v, dout), FLASH, plain)
+        def plain(*arrays: Any, attended: Any = attended) -> Any:
+            chunked = lambda *a: attended(*a, implementation="chunked")
+            return on(jax.devices("cpu")[0], chunked, tuple(a.astype(np.float32) for a in arrays))
+
+        name = f"{'cudnn' if gpu else 'chunked'} attention {q.shape}, window {window}: y, dq, dk, dv"
+        yield Case(name, attended, (q, k, v, dout), FLASH, plain)
 
     def lost(head: Any, x: Any, targets: Any) -> Any:
         total = jnp.zeros(head.shape, jnp.float32)

@@ -114,9 +114,12 @@ def _extended(
 
 
 def _same_rates(a: Config, b: Config, steps_done: int) -> bool:
-    """Whether both schedules give the same learning rate at every step before `steps_done`."""
+    """Whether both schedules give the same learning rate, momentum and decay at every step before `steps_done`."""
     at = np.arange(steps_done)
-    return np.array_equal(optim.schedules(a)[0](at), optim.schedules(b)[0](at))
+    pairs = zip(optim.schedules(a), optim.schedules(b))
+    if not all(np.array_equal(before(at), now(at)) for before, now in pairs):
+        return False
+    return not a.optim.matrix_decay or a.train.steps == b.train.steps  # a cosine over all steps
 
 
 def _steps(there: list[int]) -> str:
@@ -136,7 +139,9 @@ def check_init(config: Config, tokenizer: Tokenizer) -> None:
     there = run_folder.read_config(source).model
     if not run_folder.available(source):
         raise UserError(f"--train.init={source}: has no checkpoint")
-    names = {"depth": (there.L, config.model.L), "width": (there.D, config.model.D)}
+    names: dict[str, tuple[Any, Any]] = {"family": (there.family, config.model.family)}
+    names |= {"without": (there.without, config.model.without)}
+    names |= {"depth": (there.L, config.model.L), "width": (there.D, config.model.D)}
     names |= {"head_dim": (there.H, config.model.H), "vocab": (there.V, config.model.V)}
     other = [f"model.{name} is {its}, here {ours}" for name, (its, ours) in names.items() if its != ours]
     if other:

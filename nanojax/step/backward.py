@@ -19,13 +19,15 @@ from nanojax import weights
 from nanojax.config import Config
 from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
-from nanojax.model.params import rows, shared_weights
-from nanojax.model.seam import NamedParams, Shared, Taps
+from nanojax.model.params import layer_rows, rows, shared_weights
+from nanojax.model.seam import NamedParams, Rows, Shared, Taps
 from nanojax.ops.cross_entropy import loss_and_grads
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
 
 F32 = jnp.float32
+Noise = tuple[jax.Array, jax.Array]  # rounding.dither_vectors
+Distinct = tuple[jax.Array, jax.Array]  # a microbatch's tokens [M], each once, then V; where in them each token is
 
 
 class Saved(NamedTuple):
@@ -79,10 +81,10 @@ def forward_backward(
 
     # forward
     once, once_taps = shared_weights(config, params), _taps(table, "shared")
-    enter = lambda rows, taps: model.enter(config, rows, once, taps)
+    enter = lambda rows, taps: model.enter(config, rows, None, once, taps)
     leave = lambda taps, x, shared: model.leave(config, once, taps, x, shared)
     x_BTD, shared = enter(rows(config, params, tokens_BT), once_taps)
-    x_BTD, saved = _layers_forward(config, params["blocks"], x_BTD, shared)
+    x_BTD, shared, saved = _layers_forward(config, params["blocks"], tokens_BT, x_BTD, shared)
     x_BTD, leave_vjp = jax.vjp(leave, once_taps, x_BTD, shared)
 
     # the loss
@@ -95,16 +97,20 @@ def forward_backward(
         )
 
     # backward
+    distinct = _distinct(tokens_BT, config.model.V)
     d_leave, dx, dshared = leave_vjp(dx.reshape(x_BTD.shape))
-    dx, dshared = _layers_backward(config, params["blocks"], saved, dx, dshared, accum, mix, layer_key)
+    dx, dshared = _layers_backward(
+        config, params["blocks"], saved, tokens_BT, distinct, dx, dshared, accum, mix, layer_key
+    )
     # Recomputed, behind a barrier: otherwise XLA keeps forward's f32 rows until now (d32: 16 MiB per row of tokens).
-    tokens_BT, dx = lax.optimization_barrier((tokens_BT, dx))
+    tokens_BT, distinct, dx = lax.optimization_barrier((tokens_BT, distinct, dx))
     _, enter_vjp = jax.vjp(enter, rows(config, params, tokens_BT), once_taps)
     drows, d_enter = enter_vjp((dx, dshared))
     one = Mix(jnp.float32(1), jnp.float32(1))
     keys = iter([embed_key, *more])
     for name, d in drows.items():
-        accum[name] = _add_rows(accum[name], tokens_BT, d, next(keys))
+        noise = dither_vectors(next(keys), max(tokens_BT.size, d.shape[-1]))
+        accum[name] = _add_rows(accum[name], distinct, d, noise)
     for name in once_taps:
         noise = dither_vectors(next(keys), max(table[name].shape))
         accum[name] = add_rounded(accum[name], d_leave[name] + d_enter[name], noise, *mix.get(name, one))
@@ -112,31 +118,47 @@ def forward_backward(
 
 
 def _layers_forward(
-    config: Config, blocks: tuple[NamedParams, ...], x_BTD: jax.Array, shared: Shared
-) -> tuple[jax.Array, list[Saved]]:
-    """The last block's output, and what each layer keeps."""
+    config: Config, blocks: tuple[NamedParams, ...], tokens_BT: jax.Array, x_BTD: jax.Array, shared: Shared
+) -> tuple[jax.Array, Shared, list[Saved]]:
+    """The last block's output, what `leave` sees, and what each layer keeps: neither its parameters nor its rows."""
     table, model = weights.table(config.model), family.of(config)
     attention = causal(config)
     saved = []
     for i in range(config.model.L):
         layer, x_BTD = lax.optimization_barrier((blocks[i], x_BTD))
-        taps = _taps(weights.layer_weights(table, i), "layer")
+        has = weights.layer_weights(table, i)
+        layer, rows = _read(config, has, layer, i, tokens_BT)
 
-        def run(x: jax.Array, shared: Shared, taps: Taps, i: int = i, layer: NamedParams = layer) -> jax.Array:
+        def run(
+            x: jax.Array, shared: Shared, rows: Rows, taps: Taps, i: int = i, layer: NamedParams = layer
+        ) -> tuple[jax.Array, Shared]:
             attend = lambda q, k, v: attention(i, q, k, v)
-            block = lambda layer, taps, x, shared: model.block(config, i, layer, taps, x, shared, attend)[0]
-            return rematerialised(config, block)(layer, taps, x, shared)
+
+            def block(layer: Any, taps: Taps, rows: Rows, x: jax.Array, shared: Shared) -> tuple[jax.Array, Shared]:
+                return model.block(config, i, layer, taps, rows, x, shared, attend)[:2]
+
+            return rematerialised(config, block)(layer, taps, rows, x, shared)
 
         with jax.named_scope(f"layer_{i}"):
-            x_BTD, vjp = jax.vjp(run, x_BTD, shared, taps)
-        saved.append(Saved.without(layer, vjp))
-    return x_BTD, saved
+            (x_BTD, shared), vjp = jax.vjp(run, x_BTD, shared, rows, _taps(has, "layer"))
+        saved.append(Saved.without((layer, rows), vjp))
+    return x_BTD, shared, saved
+
+
+def _read(
+    config: Config, has: weights.Table, layer: NamedParams, i: int, tokens_BT: jax.Array
+) -> tuple[NamedParams, Rows]:
+    """(the weights that layer i reads whole, the rows that the tokens select from its embeddings)."""
+    whole = {name: stored for name, stored in layer.items() if has[name].use == "layer"}
+    return whole, layer_rows(config, layer, i, tokens_BT)
 
 
 def _layers_backward(
     config: Config,
     blocks: tuple[NamedParams, ...],
     saved: list[Saved],
+    tokens_BT: jax.Array,
+    distinct: Distinct,
     dx: jax.Array,
     dshared: Shared,
     accum: Arrays,
@@ -145,23 +167,29 @@ def _layers_backward(
 ) -> tuple[jax.Array, Shared]:
     """Gradients of the first block's input and of what the layers share; the layers' accumulators in `accum` are replaced."""
     table = weights.table(config.model)
-    names = sorted(name for name, weight in table.items() if weight.use == "layer")
+    names = sorted(name for name, weight in table.items() if weight.layered)
     sums = {name: dict(zip(table[name].layers, accum[name])) for name in names}
-    noise = dither_vectors(key, max(max(table[name].shape) for name in names))
+    longest = max(max(table[name].shape) for name in names)
+    if any(table[name].use == "rows" for name in names):
+        longest = max(longest, tokens_BT.size)
+    noise = dither_vectors(key, longest)
     one = Mix(jnp.float32(1), jnp.float32(1))
     for i in reversed(range(config.model.L)):
         kept = saved.pop()
-        # Behind a barrier with dx. Otherwise XLA transposes every layer's parameters before the microbatches, and shares with
-        # forward what is recomputed from the residuals, holding it for all layers (d32 in bf16: 1 GiB).
+        # Behind a barrier with dx. Otherwise XLA transposes every layer's parameters before the microbatches, shares with
+        # forward what is recomputed from the residuals, holding it for all layers (d32 in bf16: 1 GiB), and reads the rows
+        # of all layers' embeddings' accumulators at once, in f32 (d24 of 2026: 0.1 GiB).
         arrays, dx = lax.optimization_barrier((kept.arrays, dx))
-        layer, dx = lax.optimization_barrier((blocks[i], dx))
+        layer, tokens_BT, distinct, dx = lax.optimization_barrier((blocks[i], tokens_BT, distinct, dx))
+        read = _read(config, weights.layer_weights(table, i), layer, i, tokens_BT)
         new = {}
         with jax.named_scope(f"backward_{i}"):
-            dx, more, dws = kept._replace(arrays=arrays).vjp(layer)(dx)
-            dshared = jax.tree.map(jnp.add, dshared, more)
+            dx, dshared, drows, dws = kept._replace(arrays=arrays).vjp(read)((dx, dshared))
+            draw = lambda name, i=i: shifted(noise, i * len(names) + names.index(name))
             for name, dw in dws.items():
-                draw = shifted(noise, i * len(names) + names.index(name))
-                new[name] = add_rounded(sums[name][i], dw, draw, *mix.get(name, one))
+                new[name] = add_rounded(sums[name][i], dw, draw(name), *mix.get(name, one))
+            for name, d in drows.items():
+                new[name] = _add_rows(sums[name][i], distinct, d, draw(name))
         # A layer is finished before the next begins. Otherwise XLA joins layers' sums and holds their dW until then.
         dx, dshared, new = lax.optimization_barrier((dx, dshared, new))
         for name, total in new.items():
@@ -170,13 +198,19 @@ def _layers_backward(
     return dx, dshared
 
 
-def _add_rows(total_VD: jax.Array, tokens_BT: jax.Array, drows_BTD: jax.Array, key: jax.Array) -> jax.Array:
+def _distinct(tokens_BT: jax.Array, V: int) -> Distinct:
+    """Every table's rows are those of the same tokens, so they are sorted once a microbatch."""
+    tokens = tokens_BT.reshape(-1)
+    unique, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=V)
+    return lax.optimization_barrier((unique, place.reshape(-1)))  # otherwise sorted once, but finished in each consumer
+
+
+def _add_rows(total_VD: jax.Array, distinct: Distinct, drows_BTD: jax.Array, noise: Noise) -> jax.Array:
     """total plus an embedding's gradient. A token's occurrences are summed in f32 first; each row is then rounded once."""
-    tokens, drows = tokens_BT.reshape(-1), drows_BTD.reshape(-1, drows_BTD.shape[-1])
-    unique, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=total_VD.shape[0])
-    sums = jnp.zeros(drows.shape, F32).at[place.reshape(-1)].add(drows)
+    (unique, place), drows = distinct, drows_BTD.reshape(-1, drows_BTD.shape[-1])
+    sums = jnp.zeros(drows.shape, F32).at[place].add(drows.astype(F32))
     old = total_VD.at[unique].get(mode="clip")
-    new = add_rounded(old, sums, dither_vectors(key, max(old.shape)))
+    new = add_rounded(old, sums, noise)
     return total_VD.at[unique].set(new, mode="drop", unique_indices=True)
 
 
@@ -188,8 +222,9 @@ def residual_bytes(config: Config) -> int:
     """Bytes that one microbatch's forward keeps for backward."""
 
     def kept(params: Params, tokens: jax.Array) -> list[jax.Array]:
-        x, shared = family.of(config).enter(config, rows(config, params, tokens), shared_weights(config, params), None)
-        saved = _layers_forward(config, params["blocks"], x, shared)[1]
+        once = shared_weights(config, params)
+        x, shared = family.of(config).enter(config, rows(config, params, tokens), None, once, None)
+        saved = _layers_forward(config, params["blocks"], tokens, x, shared)[2]
         return list({id(leaf): leaf for layer in saved for leaf in layer.arrays.values()}.values())
 
     tokens = jax.ShapeDtypeStruct((config.train.microbatch, config.model.T), jnp.int32)

@@ -12,11 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from nanojax import weights
-from nanojax.config import Config, Format
+from nanojax.config import Config, Format, matrix_decay
 from nanojax.quant import BLOCK, Quantized, decode, encode, zeros
 from nanojax.quant.formats import Stored
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
 class Group(NamedTuple):
@@ -25,15 +32,43 @@ class Group(NamedTuple):
     optimizer: Literal["muon", "adamw"]
     lr: float
     betas: tuple[float, float] = (0.0, 0.0)  # AdamW's; Muon's momentum follows its schedule
-    weight_decay: float = 0.0  # AdamW, decoupled
+    weight_decay: float = 0.0  # AdamW: decoupled; Muon: cautious, at the first step
+    states: Format = "f32"  # the format of the optimizer's arrays
 
 
 def groups(config: Config) -> dict[str, Group]:
+    """The groups of the config's model, by the names that the table of weights has for them."""
+    return _groups_2026(config) if config.model.family == "2026" else _groups_2025(config)
+
+
+def _groups_2025(config: Config) -> dict[str, Group]:
     """nanochat's groups of November 2025. AdamW's rates are scaled by (width/768)^-0.5."""
-    o = config.optim
-    adamw = lambda lr: Group("adamw", lr * (config.model.D / 768) ** -0.5, (o.beta1, o.beta2), o.weight_decay)
-    matrix = adamw(o.matrix_lr) if o.matrix == "adamw" else Group("muon", o.matrix_lr)
+    o, states = config.optim, config.stored.adam
+    adamw = lambda lr: Group("adamw", lr * (config.model.D / 768) ** -0.5, (o.beta1, o.beta2), o.weight_decay, states)
+    matrix = adamw(o.matrix_lr) if o.matrix == "adamw" else Group("muon", o.matrix_lr, states=config.stored.momentum)
     return {"matrix": matrix, "embed": adamw(o.embed_lr), "head": adamw(o.head_lr)}
+
+
+def _groups_2026(config: Config) -> dict[str, Group]:
+    """nanochat's groups of July 2026. All rates but the gates' grow with the root of the batch.
+
+    AdamW's of embeddings and head fall with the root of the width.
+    """
+    o, states = config.optim, config.stored.adam
+    batch = (config.train.tokens_per_step / 2**19) ** 0.5
+    width = (config.model.D / 768) ** -0.5
+    muon = Group("muon", o.matrix_lr * batch, weight_decay=matrix_decay(config), states=config.stored.momentum)
+    adamw = Group("adamw", o.matrix_lr * batch * width, (0.8, 0.95), states=states)
+    return {
+        "matrix": adamw if o.matrix == "adamw" else muon,
+        "value_gate": muon._replace(states="f32"),
+        "embed": Group("adamw", o.embed_lr * batch * width, (0.8, 0.995), 0.001, states),
+        "value": Group("adamw", o.embed_lr / 2 * batch * width, (0.8, 0.995), 0.01, states),
+        "head": Group("adamw", o.head_lr * batch * width, (0.8, 0.96), 0.01, states),
+        "residual": Group("adamw", 0.005 * batch, (0.8, 0.95), 0.05),
+        "first": Group("adamw", 0.5 * batch, (0.96, 0.95)),
+        "gate": Group("adamw", 0.2, (0.8, 0.95)),
+    }
 
 
 def group_of(config: Config, name: str, weight: weights.Weight) -> Group:
@@ -46,7 +81,7 @@ def group_of(config: Config, name: str, weight: weights.Weight) -> Group:
 
 def summed_into_momentum(config: Config, weight: weights.Weight) -> bool:
     """Whether the weight's gradients are summed into its momentum, which then needs no accumulator."""
-    return getattr(config.accumulate, weight.accumulate) == "momentum"
+    return config.summed_as(weight) == "momentum"
 
 
 class OptState(NamedTuple):
@@ -56,11 +91,15 @@ class OptState(NamedTuple):
     moments: dict[str, Stored]
 
 
-def moments(config: Config, group: Group) -> dict[str, Format]:
-    """Which arrays the group's optimizer keeps per weight, and the format of each."""
+def moments(config: Config, group: Group, weight: weights.Weight) -> dict[str, tuple[tuple[int, ...], Format]]:
+    """Which arrays the group's optimizer keeps for one such weight: shape and format by name."""
     if group.optimizer == "adamw":
-        return {"mu": config.stored.adam, "nu": config.stored.adam}
-    return {"momentum": config.stored.momentum}
+        return {"mu": (weight.shape, group.states), "nu": (weight.shape, group.states)}
+    kept: dict[str, tuple[tuple[int, ...], Format]] = {"momentum": (weight.shape, group.states)}
+    if config.optim.muon == "normuon":
+        rows, columns = weight.shape
+        kept["second"] = (weight.parts, max(rows // weight.parts, columns)), "f32"
+    return kept
 
 
 def transform(config: Config, name: str, weight: weights.Weight) -> optax.GradientTransformationExtraArgs:
@@ -78,22 +117,35 @@ def transform(config: Config, name: str, weight: weights.Weight) -> optax.Gradie
 def schedules(config: Config) -> tuple[optax.Schedule, optax.Schedule]:
     """Learning-rate factor and Muon momentum by step (0-based)."""
     o, steps = config.optim, config.train.steps
-    up, down = round(o.warmup * steps), round(o.warmdown * steps)
+    up, down = round(o.warmup if o.warmup >= 1 else o.warmup * steps), round(o.warmdown * steps)
 
     def rate(step: Any) -> jax.Array:
-        """nanochat's: (step+1)/warmup, then 1, then linear to final_lr at the end."""
+        """nanochat's: (step+1)/warmup, then 1, then linear to final_lr at the end. Where both overlap, the warm-up wins."""
         step = jnp.asarray(step, jnp.float32)
-        factor = jnp.minimum(1.0, (step + 1) / max(up, 1)) if up else jnp.float32(1)
-        left = jnp.clip((steps - step) / max(down, 1), 0.0, 1.0)
-        return factor * (left + (1 - left) * o.final_lr) if down else factor
+        rising = jnp.minimum(1.0, (step + 1) / max(up, 1)) if up else jnp.float32(1)
+        if not down:
+            return rising
+        left = jnp.clip((steps - step) / down, 0.0, 1.0)
+        falling = left + (1 - left) * o.final_lr
+        return jnp.where(step < up, rising, falling)
 
     def momentum(step: Any) -> jax.Array:
         frac = (
             jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / max(o.momentum_warmup, 1)) if o.momentum_warmup else 1.0
         )
-        return jnp.float32(o.momentum_start) * (1 - frac) + jnp.float32(o.momentum) * frac
+        rising = jnp.float32(o.momentum_start) * (1 - frac) + jnp.float32(o.momentum) * frac
+        if not (o.momentum_final and down):
+            return rising
+        left = jnp.clip((steps - jnp.asarray(step, jnp.float32)) / down, 0.0, 1.0)
+        falling = jnp.float32(o.momentum) * left + jnp.float32(o.momentum_final) * (1 - left)
+        return jnp.where(step < o.momentum_warmup, rising, falling)  # nanochat's order: a short run may never fall
 
     return rate, momentum
+
+
+def decay_schedule(config: Config, step: jax.Array) -> jax.Array:
+    """Muon's weight decay by step, as a share of the first: a cosine to 0."""
+    return 0.5 * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / config.train.steps))
 
 
 def newton_schulz(g: jax.Array, steps: int, dtype: Any) -> jax.Array:
@@ -111,22 +163,66 @@ def newton_schulz(g: jax.Array, steps: int, dtype: Any) -> jax.Array:
     return x.astype(jnp.float32)
 
 
+def polar(x: jax.Array, steps: int, dtype: Any) -> jax.Array:
+    """The nearest matrix with singular values near 1, f32, by Polar Express (arXiv:2505.16932); x [..., O, K].
+
+    As `newton_schulz`, with other coefficients in each of up to 5 steps.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True))
+    x = jax.lax.optimization_barrier((x / (1.01 * norm + 1e-6)).astype(dtype))
+    for a, b, c in (tuple(jnp.asarray(k, dtype) for k in step) for step in POLAR[:steps]):
+        gram = jnp.einsum("...ij,...ik->...jk", x, x) if tall else jnp.einsum("...ij,...kj->...ik", x, x)
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + (x @ poly if tall else poly @ x)
+    return x.astype(jnp.float32)
+
+
+def normuon(g: jax.Array, second: jax.Array, steps: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(direction [P,O,K] f32, second) from the momentum g [P,O,K] and the second moments [P, max(O,K)] of P matrices.
+
+    nanochat's of July 2026: rows of equal norm (MuonEq), Polar Express, the norm of a semi-orthogonal matrix (Muon+), and
+    NorMuon (arXiv:2510.05491): each row, or each column of a wide matrix, divided by the root of its second moment, the norm
+    kept.
+    """
+    rows, columns = g.shape[-2:]
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True))
+    each = jnp.sqrt(jnp.sum(jnp.square(g), -1, keepdims=True))
+    x = polar(g * (norm(g) / rows**0.5 / jnp.maximum(each, 1e-6)), steps, dtype)
+    x *= min(rows, columns) ** 0.5 / jnp.maximum(norm(x), 1e-6)
+    along = -1 if rows >= columns else -2
+    second = 0.9 * second + 0.1 * jnp.mean(jnp.square(x), along)
+    scaled = x * jax.lax.rsqrt(jnp.maximum(jnp.expand_dims(second, along), 1e-10))
+    return scaled * (norm(x) / jnp.maximum(norm(scaled), 1e-10)), second
+
+
 def orthogonalise(config: Config, group: Group, parts: int = 1) -> optax.GradientTransformationExtraArgs:
-    """Updates -lr*rate*sqrt(max(1, rows/columns)) * newton_schulz(g): Muon where g is already the momentum. No state."""
+    """Muon where g is already the momentum: updates -lr*rate*sqrt(max(1, rows/columns))*(X + decay*p where X*p >= 0).
+
+    X: newton_schulz(g), or with optim.muon=normuon that of `normuon`, which keeps second moments.
+    """
     rate, _ = schedules(config)
     dtype = jnp.float32 if config.compute.dtype == "f32" else jnp.bfloat16
+    nor = config.optim.muon == "normuon"
 
     def init(params: Any) -> OptState:
-        del params
-        return OptState(jnp.int32(0), {})
+        rows, columns = params.shape[-2] // parts, params.shape[-1]
+        return OptState(jnp.int32(0), {"second": jnp.zeros((parts, max(rows, columns)))} if nor else {})
 
     def update(g: Any, state: OptState, params: Any = None, **_: Any) -> tuple[jax.Array, OptState]:
-        del params
         split = g.astype(jnp.float32).reshape(*g.shape[:-2], parts, g.shape[-2] // parts, g.shape[-1])
         rows, columns = split.shape[-2:]
-        orthogonal = newton_schulz(split, config.optim.ns_steps, dtype).reshape(g.shape)
+        moments: dict[str, Any] = dict(state.moments)
+        if nor:
+            split, moments["second"] = normuon(split, moments["second"], config.optim.ns_steps, dtype)
+        else:
+            split = newton_schulz(split, config.optim.ns_steps, dtype)
+        x = split.reshape(g.shape)
+        if group.weight_decay:
+            p = decode(params)
+            x += jnp.where(x * p >= 0, group.weight_decay * decay_schedule(config, state.step) * p, 0.0)
         lr = group.lr * rate(state.step)
-        return -lr * max(1.0, rows / columns) ** 0.5 * orthogonal, OptState(state.step + 1, {})
+        return -lr * max(1.0, rows / columns) ** 0.5 * x, OptState(state.step + 1, moments)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  its own state type
 
@@ -136,20 +232,21 @@ def muon(config: Config, group: Group, parts: int = 1) -> optax.GradientTransfor
 
     nanochat's momentum: buf = m*buf + (1-m)*g; the update is of m*buf + (1-m)*g with Nesterov, otherwise of buf.
     """
-    form, nesterov = config.stored.momentum, config.optim.nesterov
+    form, nesterov = group.states, config.optim.nesterov
     _, momentum = schedules(config)
     after: Any = orthogonalise(config, group, parts)
 
     def init(params: Any) -> OptState:
-        return OptState(jnp.int32(0), {"momentum": zeros(params.shape, form, BLOCK)})
+        return OptState(jnp.int32(0), after.init(params).moments | {"momentum": zeros(params.shape, form, BLOCK)})
 
     def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
-        del params
         m = momentum(state.step)
         buf = m * decode(state.moments["momentum"]) + (1 - m) * g
-        updates, _ = after.update(m * buf + (1 - m) * g if nesterov else buf, OptState(state.step, {}))
+        direction = m * buf + (1 - m) * g if nesterov else buf
+        others = {name: a for name, a in state.moments.items() if name != "momentum"}
+        updates, new = after.update(direction, OptState(state.step, others), params)
         stored = encode(buf, form, jax.random.fold_in(key, 0), BLOCK)
-        return updates, OptState(state.step + 1, {"momentum": stored})
+        return updates, OptState(state.step + 1, {**new.moments, "momentum": stored})
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]  it needs `key`
 
@@ -173,7 +270,7 @@ def _decode_nu(nu: Any) -> jax.Array:
 
 def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs:
     """Updates -lr*rate*(m_hat/(sqrt(v_hat)+eps) + weight_decay*p)."""
-    form, eps = config.stored.adam, config.optim.eps
+    form, eps = group.states, config.optim.eps
     beta1, beta2 = group.betas
     rate, _ = schedules(config)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nanojax import weights
-from nanojax.config import Config
+from nanojax.config import Config, Format
 from nanojax.model import Params, init_params
 from nanojax.quant import BLOCK, zeros
 from nanojax.quant.packed import LEVELS
@@ -23,8 +23,9 @@ class State(NamedTuple):
     Attributes:
       step: updates so far, int32.
       params: as stored (model.params).
-      opt: {weight: {"momentum"} or {"mu", "nu"}, and "remainder" below 8 bits}, as stored. Arrays of a layer's weight are
-        stacked over its layers, except a momentum that gradients are summed into: one array per layer.
+      opt: {weight: {"momentum"}, {"momentum", "second"} or {"mu", "nu"}, and "remainder" below 8 bits}, as stored. Arrays of
+        a layer's weight are stacked over its layers. Of a momentum that gradients are summed into, and of a layer's
+        embedding, there is one array per layer.
       accum: {weight: where its gradients are summed}, one array per layer for a layer's weight; zeros between steps. A weight
         whose gradients are summed into its momentum has none.
     """
@@ -51,14 +52,14 @@ def init_state(config: Config) -> State:
     for name, weight in table.items():
         group = optim.group_of(config, name, weight)
         into_momentum = optim.summed_into_momentum(config, weight)
-        stack = (len(weight.layers), *weight.shape) if weight.use == "layer" else weight.shape
-        opt[name] = {m: zeros(stack, form, BLOCK) for m, form in optim.moments(config, group).items()}
+        opt[name] = {m: _moment(weight, *kept) for m, kept in optim.moments(config, group, weight).items()}
         if into_momentum:
             opt[name]["momentum"] = _sums(weight, config.stored.momentum)
         else:
-            accum[name] = _sums(weight, getattr(config.accumulate, weight.accumulate))
+            accum[name] = _sums(weight, config.summed_as(weight))
         if remainder_bits(config, weight):
-            opt[name]["remainder"] = jnp.zeros((*stack[:-1], stack[-1] * config.stored.remainder // 8), jnp.uint8)
+            *rows, columns = (len(weight.layers), *weight.shape)
+            opt[name]["remainder"] = jnp.zeros((*rows, columns * config.stored.remainder // 8), jnp.uint8)
     return State(jnp.int32(0), init_params(config, jax.random.key(config.train.seed)), opt, accum)
 
 
@@ -82,23 +83,30 @@ def accumulators(config: Config, state: State) -> tuple[Arrays, Callable[[jax.Ar
 
 def remainder_bits(config: Config, weight: weights.Weight) -> int:
     """Bits per value of the weight's remainder (quant/packed.py); 0 at 8 bits and above."""
-    return config.stored.remainder if getattr(config.stored, weight.stored) in LEVELS else 0
+    return config.stored.remainder if config.stored_as(weight) in LEVELS else 0
 
 
 def block_bits(config: Config) -> tuple[float, float]:
     """Bits per weight of the layers' matrices, scales and padding included: in params, and in remainders."""
     state, table = abstract_state(config), weights.table(config.model)
-    layered = [name for name, weight in table.items() if weight.use == "layer"]
-    count = sum(table[name].parameters for name in layered)
-    remainders = [state.opt[name].get("remainder") for name in layered]
+    matrices = [name for name, weight in table.items() if weight.stored == "blocks"]
+    count = sum(table[name].parameters for name in matrices)
+    params = [layer.get(name) for layer in state.params["blocks"] for name in matrices]
+    remainders = [state.opt[name].get("remainder") for name in matrices]
     stored, rest = (
-        8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / count
-        for tree in (state.params["blocks"], remainders)
+        8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / count for tree in (params, remainders)
     )
     return stored, rest
+
+
+def _moment(weight: weights.Weight, shape: tuple[int, ...], form: Format) -> Any:
+    """Zeros of one of the optimizer's arrays, whose shape for one weight is `shape`."""
+    if weight.use == "layer":
+        return zeros((len(weight.layers), *shape), form, BLOCK)
+    return tuple(zeros(shape, form, BLOCK) for _ in weight.layers) if weight.layered else zeros(shape, form, BLOCK)
 
 
 def _sums(weight: weights.Weight, form: str) -> Any:
     """Zeros that the weight's gradients are added to."""
     empty = lambda: jnp.zeros(weight.shape, {"f32": jnp.float32, "bf16": jnp.bfloat16}[form])
-    return tuple(empty() for _ in weight.layers) if weight.use == "layer" else empty()
+    return tuple(empty() for _ in weight.layers) if weight.layered else empty()

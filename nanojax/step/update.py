@@ -30,19 +30,22 @@ def apply_all(
     """
     table = weights.table(config.model)
     layered = sorted(name for name, weight in table.items() if weight.use == "layer")
-    layer_key, *once_keys = jax.random.split(key, 1 + len(table))
+    layer_key, *other_keys = jax.random.split(key, 1 + len(table))
     opt: Opt = {}
     cleared: Arrays = {}
-    new: dict[str, tuple[Stored, ...]] = {}
+    new: dict[str, Any] = {}
     for j, name in enumerate(layered):
         with jax.named_scope(optim.group_of(config, name, table[name]).optimizer):
             new[name], opt[name], cleared[name] = _update_layers(config, state, name, totals[name], scale, j, layer_key)
         # One weight after the other: each holds its new layers twice.
         new, opt, cleared, scale = lax.optimization_barrier((new, opt, cleared, scale))
-    params: Params = {"blocks": _by_layer(table, new)}
-    for name, weight_key in zip((name for name in table if name not in layered), once_keys):
+    params: Params = {}
+    for name, weight_key in zip((name for name in table if name not in layered), other_keys):
+        update: Any = _update_embeddings if table[name].layered else _update_once
         with jax.named_scope(f"{optim.group_of(config, name, table[name]).optimizer}_{name}"):
-            params[name], opt[name], cleared[name] = _update_rows(config, state, name, totals[name], scale, weight_key)
+            made, opt[name], cleared[name] = update(config, state, name, totals[name], scale, weight_key)
+        (new if table[name].layered else params)[name] = made
+    params["blocks"] = _by_layer(table, new)
     for name, weight in table.items():
         if optim.summed_into_momentum(config, weight):
             opt[name]["momentum"] = cleared.pop(name)
@@ -75,7 +78,7 @@ def _update_layers(
             if rest is not None:
                 moments["remainder"] = rest
         else:
-            p = apply_rounded(p, updates, getattr(config.stored, weight.stored), keys[1])
+            p = apply_rounded(p, updates, config.stored_as(weight), keys[1])
         p, moments = lax.optimization_barrier((p, moments))
         return _put(opt, moments, k), p
 
@@ -87,28 +90,47 @@ def _update_layers(
     return new, opt, jax.tree.map(jnp.zeros_like, totals)
 
 
-def _update_rows(
+def _update_once(
     config: Config, state: State, name: str, total: jax.Array, scale: jax.Array, key: jax.Array
 ) -> tuple[Stored, dict[str, Any], jax.Array]:
-    """(its array, its entry of opt, its accumulator) of a weight that exists once, a chunk of rows at a time."""
+    """(its array, its entry of opt, its accumulator) of a weight that exists once."""
+    return _update_rows(config, state.step, name, (state.params[name], state.opt[name], total), scale, key)
+
+
+def _update_embeddings(
+    config: Config, state: State, name: str, totals: tuple[jax.Array, ...], scale: jax.Array, key: jax.Array
+) -> tuple[tuple[Stored, ...], dict[str, Any], tuple[jax.Array, ...]]:
+    """(its arrays by layer, its entry of opt, its accumulators) of an embedding that layers have, one after the other."""
+    weight = weights.table(config.model)[name]
+    done: list[Any] = []
+    for place, i in enumerate(weight.layers):
+        opt = {m: arrays[place] for m, arrays in state.opt[name].items()}
+        carry = state.params["blocks"][i][name], opt, totals[place]
+        new = _update_rows(config, state.step, name, carry, scale, jax.random.fold_in(key, i))
+        new, scale = lax.optimization_barrier((new, scale))
+        done.append(new)
+    params, opts, cleared = zip(*done)
+    return params, {m: tuple(opt[m] for opt in opts) for m in opts[0]}, cleared
+
+
+def _update_rows(config: Config, step: jax.Array, name: str, carry: Any, scale: jax.Array, key: jax.Array) -> Any:
+    """`carry` (parameter, the optimizer's arrays, accumulator) updated a chunk of rows at a time."""
     weight = weights.table(config.model)[name]
     tx: Any = optim.transform(config, name, weight)
     n = _chunks(weight)
-    form = getattr(config.stored, weight.stored)
+    form = config.stored_as(weight)
 
     def rows(carry: Any, k: jax.Array) -> tuple[Any, None]:
         params, opt, total = carry
         keys = jax.random.split(jax.random.fold_in(key, k))
         p, grads = at(params, k), at(total, k).astype(F32) * scale
-        before = optim.OptState(state.step, at(opt, k))
+        before = optim.OptState(step, at(opt, k))
         updates, after = tx.update(grads, before, p, key=keys[0])
         p = apply_rounded(p, updates, form, keys[1])
         new = lax.optimization_barrier((p, dict(after.moments), jnp.zeros_like(at(total, k))))
         return tuple(_put(old, part, k) for old, part in zip(carry, new)), None
 
-    carry = jax.tree.map(
-        lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), (state.params[name], state.opt[name], total)
-    )
+    carry = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), carry)
     carry, _ = lax.scan(rows, carry, jnp.arange(n))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carry)
 

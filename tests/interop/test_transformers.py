@@ -64,7 +64,9 @@ def test_logits_of_all_three_agree(exported):
             parts.append(out.logits.numpy())
     cache, ours_cached = model.empty_cache(config, 2, 80), []
     for start, end in ((0, 70), (70, 71), (71, 80)):
-        logits, cache = model.forward_cached(config, params, jnp.asarray(tokens[:, start:end]), cache, jnp.int32(start))
+        logits, cache = model.forward_cached(
+            config, params, jnp.asarray(tokens[:, start:end]), cache, jnp.int32(start), None
+        )
         ours_cached.append(np.asarray(logits))
     for name, logits in {
         "ours": ours,

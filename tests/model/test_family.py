@@ -36,16 +36,24 @@ def tapped(held: Any, taps: Any, name: str) -> jax.Array:
     return decode(held[name]) + (0 if taps is None else taps[name])
 
 
-def enter(config: Config, rows: Any, params: Any, taps: Any) -> tuple[jax.Array, Any]:
+def enter(config: Config, rows: Any, before: Any, params: Any, taps: Any) -> tuple[jax.Array, Any]:
     """The gated embedding. Every layer may read it again, and the second embedding's rows."""
-    x, _ = gpt.enter(config, rows, params, taps)
+    x, _ = gpt.enter(config, rows, before, params, taps)
     x = x * (1 + tapped(params, taps, "gate"))[None, None].astype(x.dtype)
     return x, {"x0": x, "value": rows["value"]}
 
 
 def block(
-    config: Config, i: int, layer: Any, taps: Any, x_BTD: jax.Array, shared: Any, attend: Any, start: Any = 0
-) -> Any:
+    config: Config,
+    i: int,
+    layer: Any,
+    taps: Any,
+    rows: Any,
+    x_BTD: jax.Array,
+    shared: Any,
+    attend: Any,
+    start: Any = 0,
+) -> tuple[jax.Array, Any, Any]:
     """gpt's block after what this layer's own weights do."""
     own = {"qkv", "o", "up", "down"}
     x = x_BTD
@@ -58,7 +66,8 @@ def block(
         value = shared["value"].reshape(-1, x.shape[-1]).astype(x.dtype)
         added: Any = linear(config.compute, "extra", layer["extra"], tap, value, x.reshape(value.shape))
         x = added.reshape(x.shape)
-    return gpt.block(config, i, some(layer), None if taps is None else some(taps), x, (), attend, start)
+    taps = None if taps is None else some(taps)
+    return gpt.block(config, i, some(layer), taps, rows, x, shared, attend, start)
 
 
 def leave(config: Config, params: Any, taps: Any, x_BTD: jax.Array, shared: Any) -> jax.Array:
@@ -161,10 +170,12 @@ def test_cached_decoding_takes_the_same_walk(tiny: Callable[..., Config], second
     config = tiny(model={"depth": 3})
     params, tokens = floats(config), jax.random.randint(KEY, (2, 12), 0, config.model.V)
     want = model.forward(config, params, tokens)
-    got, cache = model.forward_cached(config, params, tokens[:, :8], model.empty_cache(config, 2, 12), jnp.int32(0))
+    got, cache = model.forward_cached(
+        config, params, tokens[:, :8], model.empty_cache(config, 2, 12), jnp.int32(0), None
+    )
     parts = [got]
     for t in range(8, 12):
-        got, cache = model.forward_cached(config, params, tokens[:, t : t + 1], cache, jnp.int32(t))
+        got, cache = model.forward_cached(config, params, tokens[:, t : t + 1], cache, jnp.int32(t), tokens[:, t - 1])
         parts.append(got)
     np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=1e-5)
 

@@ -74,10 +74,10 @@ def test_cached_forward_equals_numpy():
     theirs = numpy_gpt.forward(params, tokens, config)
     step = jax.jit(model.forward_cached, static_argnums=0)
     cache = model.empty_cache(config, 2, 40)
-    logits, cache = step(config, params, tokens[:, :16], cache, jnp.int32(0))
+    logits, cache = step(config, params, tokens[:, :16], cache, jnp.int32(0), None)
     parts = [logits]
     for t in range(16, 40):
-        logits, cache = step(config, params, tokens[:, t : t + 1], cache, jnp.int32(t))
+        logits, cache = step(config, params, tokens[:, t : t + 1], cache, jnp.int32(t), tokens[:, t - 1])
         parts.append(logits)
     assert np.abs(np.concatenate(parts, 1) - theirs).max() < 1e-4
 

@@ -1,5 +1,7 @@
 """Chunked causal attention against the plain formula in f32, gradients too."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,24 @@ import pytest
 from nanojax.ops import attention
 
 
-def plain(q, k, v):
-    """softmax(q k^T / sqrt(H)) v with the whole T x T matrix."""
+def plain(q, k, v, window=10_000):
+    """softmax(q k^T / sqrt(H)) v with the whole T x T matrix; a query sees its own position and `window` before it."""
     T, H = q.shape[1], q.shape[-1]
     s = jnp.einsum("bqnh,bknh->bnqk", q, k) / jnp.sqrt(jnp.float32(H))
-    s = jnp.where(jnp.tril(jnp.ones((T, T), bool)), s, -jnp.inf)
-    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(s, -1), v)
+    seen = jnp.tril(jnp.ones((T, T), bool)) & jnp.triu(jnp.ones((T, T), bool), -window)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1), v)
 
 
-@pytest.mark.parametrize("T", [7, *(pytest.param(T, marks=pytest.mark.long) for T in (1, 256, 600))])
-def test_chunked_equals_plain(T):
-    """The output and the three gradients are within 2e-5 of the plain formula, at lengths below, at and above one chunk."""
+LENGTHS = [(7, 7), (300, 20)]
+MORE = [(1, 1), (256, 256), (600, 600), (600, 256), (600, 300), (7, 0)]
+
+
+@pytest.mark.parametrize(("T", "window"), [*LENGTHS, *(pytest.param(*p, marks=pytest.mark.long) for p in MORE)])
+def test_chunked_equals_plain(T, window):
+    """The output and the three gradients are within 2e-5 of the plain formula, at lengths and windows around one chunk."""
     q, k, v, do = (jax.random.normal(jax.random.key(i), (2, T, 3, 16)) for i in range(4))
-    out, vjp = jax.vjp(plain, q, k, v)
-    ours, ours_vjp = jax.vjp(attention.chunked, q, k, v)
+    out, vjp = jax.vjp(lambda q, k, v: plain(q, k, v, window), q, k, v)
+    ours, ours_vjp = jax.vjp(functools.partial(attention.chunked, window, 0.25), q, k, v)
     chex.assert_trees_all_close(ours, out, atol=2e-5)
     chex.assert_trees_all_close(ours_vjp(do), vjp(do), atol=2e-5, rtol=2e-5)
 
@@ -29,16 +35,37 @@ def test_chunked_equals_plain(T):
 def test_no_square_matrix():
     """At T=2048 no intermediate of forward or backward is as large as half of B*N*T*T."""
     B, T, N, H = 2, 2048, 2, 32
+    assert max(sizes(B, T, N, H, T)) <= B * N * T * attention.QUERIES < B * N * T * T / 2
+
+
+def sizes(B, T, N, H, window):
+    """The size of every intermediate of forward and backward."""
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
-    both = lambda q, k, v: jax.vjp(attention.chunked, q, k, v)[1](q)
-    jaxpr = jax.make_jaxpr(both)(x, x, x)
-    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
-    assert max(sizes) <= B * N * T * attention.QUERIES < B * N * T * T / 2
+    both = lambda q, k, v: jax.vjp(functools.partial(attention.chunked, window, 0.2), q, k, v)[1](q)
+    return [v.aval.size for eqn in jax.make_jaxpr(both)(x, x, x).eqns for v in eqn.outvars]
 
 
-def test_cached_equals_plain():
-    """New queries over a cache with empty places after them attend to exactly their past."""
+def test_a_window_costs_what_it_reaches():
+    """With a window of a quarter of T, no scores are larger than a chunk of queries by the window and the chunk itself."""
+    B, T, N, H = 1, 2048, 2, 8
+    chunk = attention.QUERIES
+    assert max(sizes(B, T, N, H, 512)) == N * chunk * (512 + chunk)
+
+
+@pytest.mark.parametrize(("window", "slots"), [(64, 32), (6, 32), (6, 7), (6, 11)])
+def test_cached_equals_plain(window, slots):
+    """Pieces of 5, 1, 1, 9 and 4 tokens over a cache, whole or with as many places as the window reaches and more.
+
+    Empty places hold 9s, so that one that is read shows.
+    """
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, 3, 16)) for i in range(3))
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, 12), (0, 0), (0, 0)), constant_values=9.0)
-    got = attention.cached(q[:, 13:17], pad(k), pad(v), jnp.int32(13))
-    chex.assert_trees_all_close(got, plain(q, k, v)[:, 13:17], atol=2e-5)
+    want = plain(q, k, v, window)
+    keys, values = (jnp.full((2, slots, 3, 16), 9.0) for _ in range(2))
+    start = 0
+    for size in (5, 1, 1, 9, 4):
+        new = slice(start, start + size)
+        got, keys, values = attention.cached(
+            q[:, new], k[:, new], v[:, new], keys, values, jnp.int32(start), window, 0.25
+        )
+        chex.assert_trees_all_close(got, want[:, new], atol=2e-5)
+        start += size

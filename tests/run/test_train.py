@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -280,10 +281,16 @@ def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         top_kernels.newest_trace(tmp_path / "nothing")
 
 
+NEWEST = dict(
+    model__family="2026", model__window=8, stored__value="int8", optim__muon="normuon", optim__matrix_decay=0.3
+)
+
+
 @pytest.mark.long
-def test_int8_resume(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [{}, NEWEST], ids=["2025", "2026"])
+def test_int8_resume(home: Path, tmp_path: Path, family: dict[str, Any]) -> None:
     """The same bit-exactness with everything stored in int8 and rounded stochastically: 4 + 4 steps equal 8."""
-    low = dict(
+    low = family | dict(
         stored__blocks="int8", stored__embed="bf16", stored__head="bf16", stored__momentum="int8", stored__adam="int8",
         accumulate__blocks="bf16", accumulate__embed_head="bf16", compute__dtype="bf16", compute__forward="int8",
         compute__dx="int8", compute__dw="int8", train__steps=6, checkpoint__every=0, eval__every=0, model__width=256,

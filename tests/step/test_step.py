@@ -251,6 +251,17 @@ FORMATS = {
         "compute": {"dtype": "bf16", "forward": "int8", "dx": "int8", "dw": "int8", "residuals": "all"},
     },
 }
+NEWEST = {"model": {"family": "2026", "width": 64, "window": 8}}
+NORMUON = {"muon": "normuon", "matrix_decay": 0.3}  # with the rates of 2^19 tokens per step at 128
+NORMUON |= {"matrix_lr": 0.02 * 64, "embed_lr": 0.3 * 64, "head_lr": 0.008 * 64}
+FORMATS |= {
+    "2026": NEWEST | {"optim": NORMUON},
+    "2026 int8": FORMATS["int8"] | NEWEST | {"stored": FORMATS["int8"]["stored"] | {"value": "int8"}, "optim": NORMUON},
+    "2026 b2.67": FORMATS["int8"]
+    | NEWEST
+    | {"stored": FORMATS["int8"]["stored"] | {"blocks": "b2.67", "value": "bf16"}, "optim": NORMUON},
+    "2026 folded": FORMATS["folded"] | NEWEST | {"optim": FORMATS["folded"]["optim"] | NORMUON},
+}
 
 
 @pytest.mark.long
