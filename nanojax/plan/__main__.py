@@ -10,7 +10,7 @@ from rich.console import Console
 from nanojax import cli, files, hardware
 from nanojax import config as configs
 from nanojax.cli import Parser, UserError, run_main
-from nanojax.plan import energy, planner, report
+from nanojax.plan import core_of_flops, days, energy, planner, report
 
 DESCRIPTION = """What a config needs on a GPU that may be absent: memory, days, kilowatt hours, money.
 
@@ -22,8 +22,12 @@ EXAMPLES = """\
   python -m nanojax.plan --config=d32_4070 --try=train.microbatch=1,2,4 --try=compute.residuals=cheap,all
   python -m nanojax.plan --config=d12_4070 --measure          (needs the GPU: measures instead of modelling)
   python -m nanojax.plan --table                              (all shipped configs)
+  python -m nanojax.plan --days=7 --card=rtx4070              (the best model for a week)
 
 Cards: """
+
+# Options of a plan of one config: attribute and flag.
+OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", "measure": "--measure", "axes": "--try", "top": "--top"}
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -33,6 +37,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--hlo", metavar="FILE", type=cli.path, help="also write the optimised HLO of the step to FILE")
     parser.add_argument("--table", action="store_true", help="plan every shipped config")
+    parser.add_argument("--days", type=float, help="find the best model of the newest recipe for so many days")
     parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
     parser.add_argument("--try", dest="axes", metavar="KEY=A,B", action="append", default=[], help="compare values")
     parser.add_argument("--top", type=int, default=10, help="slowest kernels shown (default 10)")
@@ -45,10 +50,17 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--watts={known.watts:g}: must be between 0 and a million")
     if known.price is not None and not 0 <= known.price < 1e9:
         raise UserError(f"--price={known.price:g}: must be a price per kWh, not negative")
-    if known.table and (known.config or rest or known.axes or known.measure):
-        raise UserError("--table: plans all shipped configs by itself; leave out --config, --measure, --try, overrides")
-    if not known.table and not known.config:
-        raise UserError(f"--config: missing; there are {', '.join(configs.available())}, or --table for all")
+    given = [flag for name, flag in OF_ONE_CONFIG.items() if getattr(known, name) != parser.get_default(name)]
+    given += [argument.partition("=")[0] for argument in rest]
+    if known.days is not None and (given or known.table):
+        raise UserError(
+            f"--days: chooses the model by itself; leave out {', '.join([*given, *['--table'] * known.table])}"
+        )
+    if known.table and given:
+        raise UserError(f"--table: plans all shipped configs by itself; leave out {', '.join(given)}")
+    if known.days is None and not known.table and not known.config:
+        names = ", ".join(configs.available())
+        raise UserError(f"--config: missing; there are {names}, or --table for all, or --days=7 for the best in a week")
     return known, rest
 
 
@@ -80,12 +92,25 @@ def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) ->
         report.show_table(plans, console, prices)
 
 
+def _days(a: argparse.Namespace, prices: dict[str, float], console: Console) -> None:
+    card = hardware.find_card(a.card or "rtx4070")
+    choices = days.best(a.days, card, cache=a.cache, watts=a.watts, prices=prices, say=_say)
+    if a.json:
+        models = [choice.as_json() for choice in choices]
+        told = {"days": a.days, "card": card.key, "core_published_flops": core_of_flops.published(), "models": models}
+        print(json.dumps(told, indent=1))
+    else:
+        report.show_choices(choices, console, prices)
+
+
 def main() -> None:
     a, overrides = _arguments()
     prices = energy.PRICES if a.price is None else {a.currency: a.price}
     out = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
     if a.table:
         return _table(a, prices, out)
+    if a.days is not None:
+        return _days(a, prices, out)
     config = configs.load(a.config, overrides)
     reading = hardware.read_gpu()
     card = hardware.find_card(

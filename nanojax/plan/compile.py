@@ -216,6 +216,18 @@ class Memory:
     largest: tuple[Temporary, ...]  # parts of the temporary allocation, largest first
 
 
+def state_bytes(config: Config) -> int:
+    """Bytes of the training state, accumulators included. No GPU can train `config` with less."""
+    return _tree_bytes(step_arguments(config)[0])
+
+
+def least_bytes(config: Config) -> int:
+    """Bytes of the state and of the residuals: less than the compiled step needs, and known within seconds."""
+    from nanojax import step
+
+    return state_bytes(config) + step.residual_bytes(config)
+
+
 def memory_of(program: Program, residuals: int) -> Memory:
     """The Memory of `program`, whose forward pass keeps `residuals` bytes (step.residual_bytes)."""
     module = hlo.parse(program.hlo)

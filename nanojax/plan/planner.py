@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanojax import hardware, xla
+from nanojax import hardware, weights, xla
 from nanojax.cli import UserError
 from nanojax.config import Config, override, resolve
 from nanojax.hardware import GIB, Card
@@ -127,7 +127,7 @@ def make(
 
 
 def _essence(config: Config) -> str:
-    return f"microbatch {config.train.microbatch}, residuals {config.compute.residuals}"
+    return f"d{config.model.depth}, microbatch {config.train.microbatch}, residuals {config.compute.residuals}"
 
 
 # -- residuals ---------------------------------------------------------------------------------------------------------
@@ -243,7 +243,8 @@ def changes(config: Config) -> list[dict[str, str]]:
         out.append({"accumulate.embed_head": "bf16"})
     if a.blocks == "f32":
         out.append({"accumulate.blocks": "bf16"})
-    for part in ("momentum", "blocks", "embed", "head"):
+    tables = ("value",) if any(w.stored == "value" for w in weights.table(config.model).values()) else ()
+    for part in (*tables, "momentum", "blocks", "embed", "head"):
         for form in {"f32": ("bf16", "int8"), "bf16": ("int8",)}.get(getattr(s, part), ()):
             out.append({f"stored.{part}": form})
     return out

@@ -1,4 +1,4 @@
-"""Draws plans in the terminal: memory bar, time by kernel, days, energy and money; a table of several plans."""
+"""Draws plans in the terminal: memory bar, time by kernel, days, energy and money; tables of several plans."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nanojax.hardware import GIB, Card
-from nanojax.plan import energy
+from nanojax.plan import core_of_flops, days, energy
 from nanojax.plan.compile import Memory
+from nanojax.plan.core_of_flops import Core
 from nanojax.plan.planner import Plan
 
 _PARTS = (
@@ -154,10 +155,13 @@ def show_sweep(trials: Sequence[tuple[dict[str, str], Plan]], console: Console) 
 
 def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
     """One row per plan."""
-    head = ("config", "card", "parameters", "bits", "tokens", "peak\nGiB", "fits", "tok/s", "days", "kWh", *prices)
-    title = "shipped configs (modelled; GPU power at its limit; bits per block weight + remainder)"
-    table = Table(*head, title=title, title_justify="left")
-    for column in table.columns[2:]:
+    head = ("config", "recipe", "card", "params", "bits", "tokens", "FLOPs")
+    head += ("peak\nGiB", "fits", "tok/s", "days", "kWh", *prices)
+    title = (
+        "shipped configs (modelled; GPU power at its limit; bits per block weight + remainder; recipe: model.family)"
+    )
+    table = Table(*head, title=title, title_justify="left", box=None)
+    for column in table.columns[3:]:
         column.justify = "right"
     for p in plans:
         tokens, b = f"{p.config.train.tokens / 1e9:.2f}B", p.bill
@@ -166,13 +170,86 @@ def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]
         stored, rest = p.block_bits
         row = (
             p.config.name,
+            p.config.model.family,
             p.card.key,
-            f"{p.config.model.parameters:,}",
+            f"{p.config.model.parameters / 1e6:,.0f}M",
             f"{stored:.2f}" + (f"+{rest:g}" if rest else ""),
             tokens,
+            f"{p.config.model.flops_per_token * p.config.train.tokens:.1e}",
             peak,
             "yes" if p.fits else "NO",
             rate,
         )
         table.add_row(*row, f"{b.days:,.1f}", f"{b.kwh:,.0f}", *costs)
     console.print(table)
+
+
+def show_choices(choices: Sequence[days.Choice], console: Console, prices: dict[str, float]) -> None:
+    """The models for a time budget, one row each, how they are ordered, and the command that starts the first."""
+    head = (
+        "depth",
+        "parameters",
+        "tokens",
+        "ratio",
+        "tok/s",
+        "peak\nGiB",
+        "fits",
+        "days",
+        "kWh",
+        *prices,
+        "FLOPs",
+        "CORE",
+    )
+    table = Table(*head, box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    table.columns[-1].justify = "left"
+    for c in choices:
+        p = c.plan
+        table.add_row(
+            f"d{c.depth}",
+            f"{p.config.model.parameters / 1e9:.2f}B",
+            f"{p.config.train.tokens / 1e9:.2f}B",
+            f"{c.ratio:.1f}" + ("" if c.usual else "*"),
+            f"{p.tokens_per_second:,.0f}",
+            f"{p.memory.peak / GIB:.1f}",
+            "yes" if p.fits else "NO",
+            _three(p.bill.days),
+            _three(p.bill.kwh),
+            *(_three(p.bill.cost[currency]) for currency in prices),
+            f"{c.flops:.1e}",
+            _core(c.core),
+        )
+    console.print(table)
+    for line in _notes(choices):
+        console.print(line)
+
+
+def _three(value: float) -> str:
+    """To three digits, or to a whole number."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _core(core: Core) -> str:
+    return f"{core.value:.3f} ({core.low:.3f} to {core.high:.3f})" + " extrapolated" * core.extrapolated
+
+
+def _notes(choices: Sequence[days.Choice]) -> list[str]:
+    """What the table's figures are, and the command."""
+    first, (low, high) = choices[0], days.RATIOS
+    least, most = core_of_flops.published()
+    order = f"Best first: a ratio of {low:g} to {high:g} tokens per parameter of matrices and head, as nanochat's; then FLOPs."
+    lines = [order]
+    if first.ratio > high and not any(c.depth > first.depth and c.plan.fits for c in choices):
+        lines.append(f"No deeper model fits {first.plan.card.key}.")
+    if not all(c.usual for c in choices):
+        lines.append(f"* outside {low:g} to {high:g}, where the published runs lie; CORE may be lower than theirs.")
+    return [
+        "",
+        *lines,
+        f"Memory is compiled, time modelled (training steps alone, {first.plan.bill.watts:g} W).",
+        f"CORE: what other people's runs on other hardware reached at these FLOPs, and its 95% range; published are "
+        f"{least:.2g} to {most:.2g}.",
+        "",
+        f"python -m nanojax.train {first.arguments}",
+    ]

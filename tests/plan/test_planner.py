@@ -329,6 +329,8 @@ def test_changes_only_save():
     lean |= {f"stored.{k}": "int8" for k in ("blocks", "embed", "head", "momentum", "adam")}
     lean |= {"accumulate.embed_head": "bf16"}
     assert planner.changes(configs.resolve(configs.override(base, lean))) == []
+    tables = {"stored.value": "int8"}
+    assert tables in planner.changes(configs.load("d24_2026_4070")) and tables not in planner.changes(base)
 
 
 def test_attention_is_chosen_as_on_the_card():
