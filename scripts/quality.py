@@ -1,8 +1,9 @@
-"""Measures what low-bit storage and int8 compute cost in loss: one small model trained by many arms; a table, a figure.
+"""Measures what storage formats, int8 compute and recipes do to the loss: a small model trained by many arms; a table, a figure.
 
   python -m nanojax.data prepare --input train.jsonl.xz valid.jsonl.xz --valid last --vocab 2048 --out data/quality
   python scripts/quality.py run main --data data/quality --out runs/quality
   python scripts/quality.py run rates knobs ladder ladder-rates summed larger --data data/quality --out runs/quality
+  python scripts/quality.py run recipes recipe-parts recipe-int8 --data data/quality --out runs/recipes
   python scripts/quality.py report --out runs/quality
 
 Arms with one seed share initialisation and data order. Each run is one JSONL file. Finished runs are skipped, so the same
@@ -36,12 +37,13 @@ from nanojax.cli import Bar, Parser, UserError, run_main
 from nanojax.config import Compute, Config, Data, Model, Train
 from nanojax.data import loader
 from nanojax.hardware import GIB
+from nanojax.recipe import nanochat_2026
 
 VALID_TOKENS = 131072  # at this size paired differences of two arms vary by about 0.001 nats
 CURVE = 10  # steps whose mean training loss is one point
 EVALUATIONS = 4  # per run; all but the last use a quarter of the validation tokens
 
-SIZES = {"d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
+SIZES = {"d2": Model(depth=2, width=128), "d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
 
 INT8 = {"compute.dtype": "bf16", "compute.forward": "int8", "compute.dx": "int8", "compute.dw": "int8"}
 BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
@@ -56,7 +58,36 @@ def shipped(name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value != usual[key][1]}
 
 
+def recipe() -> dict[str, Any]:
+    """The keys that make a config of nanochat's recipe of July 2026 out of the usual one, at any size and length."""
+    usual, newest = configs.keys(Config()), configs.keys(nanochat_2026(12, 12))
+    changed = {key: value for key, (_, value, _) in newest.items() if value != usual[key][1]}
+    kept = {key: value for key, value in changed.items() if key.startswith("optim.")}
+    # a window of a quarter of the rows of 256, as in the recipe; its rule, in whole 128s, would give half
+    return (
+        kept
+        | {key: changed[key] for key in ("model.family", "model.rope_base", "model.qk_scale")}
+        | {"model.window": 64}
+    )
+
+
+NEWEST = recipe()
+TABLES = {"stored.value": "int8", "stored.adam": "int8", "accumulate.embed_head": "bf16"}
+
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "2026": ("f32, nanochat's recipe of July 2026", NEWEST),
+    "2026-value": ("without value embeddings", NEWEST | {"model.without": "value"}),
+    "2026-window": ("without windows", NEWEST | {"model.window": 1 << 16}),
+    "2026-x0": ("without the mix with the first stream", NEWEST | {"model.without": "x0"}),
+    "2026-smear": ("without smear", NEWEST | {"model.without": "smear"}),
+    "2026-backout": ("without backout", NEWEST | {"model.without": "backout"}),
+    "2026-normuon": ("with plain Muon", NEWEST | {"optim.muon": "plain"}),
+    "2026-decay": ("without Muon's weight decay", NEWEST | {"optim.matrix_decay": 0.0}),
+    "2026-tables": ("int8 value embeddings, all moments and sums of tables in 8 and 16 bits", NEWEST | TABLES),
+    "2026-int8": (
+        "d28_2026_4070: int8 compute, parameters, state; bf16 accumulators",
+        NEWEST | shipped("d28_2026_4070"),
+    ),
     "f32": ("f32 throughout", {}),
     "int8-bf16": ("int8 compute, bf16 stored", INT8 | BF16_EDGES | {"stored.blocks": "bf16"}),
     "int8-int8": ("int8 compute, int8 stored", INT8 | BF16_EDGES | {"stored.blocks": "int8"}),
@@ -101,6 +132,7 @@ SEEDS = (0, 1, 2)
 LADDER = ("d32_4070", "int4", "nf4", "int3", "b2.67", "int3-adamw8")  # with these, d32's state fits 12 GB
 SHOWN = ("f32", "int8-bf16", "int8-int8", *LADDER)  # in the figure; the table has every arm
 KNOBS = ("momentum16", "momentum8", "momentum4", "adam8", "accum16", "heavy-ball", "folded", "adamw")
+PARTS = tuple(f"2026-{part}" for part in ("value", "window", "x0", "smear", "backout", "normuon", "decay"))
 Run = tuple[str, str, float, int]  # size, arm, learning-rate factor, seed
 PLANS: dict[str, list[Run]] = {
     "main": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("f32", "int8-bf16", "int8-int8")],
@@ -109,12 +141,13 @@ PLANS: dict[str, list[Run]] = {
     "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in LADDER],
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in LADDER],
     "summed": [("d3", arm, 1.0, 0) for arm in ("laptop", "largest")],
+    "recipe-rates": [("d2", "2026", rate, 0) for rate in (4.0, 8.0, 16.0, 2.0)],
     "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-bf16", "int8-int8", *LADDER)],
 }
 
 
 def make_config(run: Run, data: str, steps: int, tokens_per_step: int, seq: int, vocab: int) -> Config:
-    """The resolved config of one run."""
+    """The resolved config of one run. A recipe's steps are as many as have the FLOPs of the usual model's `steps`."""
     size, arm, rate, seed = run
     base = Config(
         name=f"{size}-{arm}",
@@ -128,7 +161,9 @@ def make_config(run: Run, data: str, steps: int, tokens_per_step: int, seq: int,
         changes["compute.loss_chunk"] = str(min(2048, int(changes["train.microbatch"]) * seq))
     config = configs.override(base, changes)
     rates = {f"optim.{key}": rate * getattr(config.optim, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
-    return configs.resolve(configs.override(config, rates))
+    config = configs.resolve(configs.override(config, rates))
+    equal = round(steps * configs.resolve(base).model.flops_per_token / config.model.flops_per_token)
+    return configs.resolve(configs.override(config, {"train.steps": equal, "train.tokens": 0}))
 
 
 def file_of(out: Path, run: Run) -> Path:
@@ -225,15 +260,24 @@ def read(path: Path) -> Result:
         raise UserError(f"{path}: not a finished run of this script ({error!r}); delete it and run again") from None
 
 
+def reference(arm: str) -> str:
+    """The arm with which `arm` is compared."""
+    return "2026" if arm.startswith("2026-") else "f32"
+
+
 def rows_of(results: Iterable[Result]) -> list[list[str]]:
-    """Table rows per size, arm and rate: mean over seeds of the loss and of its difference to f32 at the same rate and seed."""
+    """Table rows per size, arm and rate: mean over seeds of the loss and of its difference to the reference at the same seed.
+
+    The reference of an arm of the recipe of 2026 is that recipe in f32, of all others f32.
+    """
     found = {r.run: r for r in results}
     arms = list(ARMS)
     groups = sorted({run[:3] for run in found}, key=lambda g: (g[0], g[2] != 1, g[2], arms.index(g[1])))
     out = []
     for size, arm, rate in groups:
         runs = [r for run, r in sorted(found.items()) if run[:3] == (size, arm, rate)]
-        pairs = [(r, found[(size, "f32", rate, r.run[3])]) for r in runs if (size, "f32", rate, r.run[3]) in found]
+        base = [(size, reference(arm), rate, r.run[3]) for r in runs]
+        pairs = [(r, found[b]) for r, b in zip(runs, base) if b in found]
         gaps = ["", ""]
         if pairs and arm != "f32":
             gaps = [
@@ -271,7 +315,7 @@ def report(out: Path) -> None:
     results = [r for r in results if r.run[1] in ARMS]
     if not results:
         raise UserError(f"{out}: no finished runs; python scripts/quality.py run main --data DIR --out {out}")
-    heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to f32", "Δ training", "falls", "s"]
+    heads = ["size", "arm", "what", "rate", "seeds", "validation nats", "Δ to reference", "Δ training", "falls", "s"]
     lines = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows_of(results))]
     c = results[0].config
     facts = (
