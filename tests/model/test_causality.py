@@ -53,5 +53,5 @@ def test_no_loss_depends_on_a_later_token(config: Config) -> None:
 
 def test_a_model_that_looks_ahead_is_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention over all positions passes gradient to the later ones."""
-    monkeypatch.setattr(attention, "chunked", lambda q, k, v: jax.nn.dot_product_attention(q, k, v))
+    monkeypatch.setattr(attention, "chunked", lambda window, scale, q, k, v: jax.nn.dot_product_attention(q, k, v))
     assert (influence(config)[:-1, -1] > 0).all()
