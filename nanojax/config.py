@@ -497,6 +497,8 @@ def from_dict(stored: dict[str, Any], where: str = "config") -> Config:
     """A resolved config from its JSON. UserError naming `where` if a key is unknown or a type wrong."""
     sections = {section: part for section, part in stored.items() if isinstance(part, dict)}
     flat = {f"{section}.{key}": value for section, part in sections.items() for key, value in part.items()}
+    if "train" not in sections:  # an imported model's; the default step need not be whole rows of its length
+        flat["train.tokens_per_step"] = flat.get("model.seq", Model.seq)
     renamed = {RENAMED.get(key, key): value for key, value in flat.items()}
     try:
         return resolve(override(Config(name=str(stored.get("name", ""))), renamed))

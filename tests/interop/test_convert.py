@@ -392,6 +392,17 @@ def test_what_an_import_knows(tokenizer, tmp_path):
     assert run_folder.imported(tmp_path / "run", 0) and run_folder.read_config(tmp_path / "run").model == config.model
 
 
+def test_an_import_of_any_row_length_is_read_again(tokenizer, tmp_path):
+    """Rows of 100 tokens do not divide the default step of 524,288; the run folder is readable all the same."""
+    m = Model(depth=1, width=64, head_dim=32, vocab=tokenizer.vocab_size, seq=100)
+    config = resolve(Config(model=m, compute=Compute(loss_chunk=100), train=Train(tokens_per_step=100)))
+    params = _params(config)
+    to_run(Imported(config, params, tokenizer, 0), tmp_path / "run")
+    again, params2, _ = checkpoint.load_params(tmp_path / "run")
+    assert again.model == config.model
+    _same(params, params2)
+
+
 def test_a_refused_import_leaves_no_folder(tokenizer, tmp_path):
     """NaN in a weight is seen before the run folder is begun."""
     config = _config(tokenizer)
