@@ -24,6 +24,8 @@ Format = Literal["f32", "bf16", "int8", "int4", "nf4", "int3", "b2.67"]
 EdgeFormat = Literal["f32", "bf16", "int8"]
 Operands = Literal["float", "int8"]
 
+MAX_DEPTH = 10_000  # the table of weights lists every layer, so a slip of the hand must not ask for 10^9
+
 # old -> new name. An old name in a run's config.json is read as the new one; on a command line it is an error.
 RENAMED = {"accumulate.dtype": "accumulate.blocks", "accumulate.edges": "accumulate.embed_head"}
 
@@ -279,7 +281,7 @@ class Config:
     def in_floats(self, dtype: str) -> "Config":
         """The same model with its parameters stored in `dtype`, "f32" or "bf16", and every matmul computed in it."""
         form: Any = dtype
-        stored = dataclasses.replace(self.stored, blocks=form, embed=form, head=form)
+        stored = dataclasses.replace(self.stored, blocks=form, embed=form, head=form, value=form)
         compute = dataclasses.replace(self.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
         return dataclasses.replace(self, stored=stored, compute=compute)
 
