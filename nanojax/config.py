@@ -42,7 +42,7 @@ class Model:
     family: Literal["2025", "2026"] = _key(
         "2025", "2025 = the d-series of November 2025; 2026 = the recipe of July 2026"
     )
-    depth: int = _key(12, "layers L", above=0)
+    depth: int = _key(12, "layers L", above=0, at_most=MAX_DEPTH)
     width: int = _key(0, "model width D; 0 = 64*depth, rounded up to a multiple of head_dim", at_least=0)
     head_dim: int = _key(128, "width of one attention head H; cuDNN flash on Ada allows at most 128", above=0)
     vocab: int = _key(65536, "vocabulary V, at least the tokenizer's; token shards are uint16", above=0, at_most=65536)

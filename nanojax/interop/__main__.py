@@ -6,7 +6,7 @@ from pathlib import Path
 from nanojax import cli, files, xla
 from nanojax.cli import run_main
 from nanojax.interop import convert
-from nanojax.run import checkpoint
+from nanojax.run import checkpoint, run_folder
 
 EXAMPLES = """\
   python -m nanojax.interop import nanochat-d32 runs/nanochat-d32        a folder from the hub -> a run folder
@@ -34,8 +34,9 @@ def _import(a: argparse.Namespace) -> None:
 
 def _export(a: argparse.Namespace) -> None:
     files.check_empty(a.out)
+    convert.check_export(a.to, run_folder.read_config(a.run).model)
     config, params, tokenizer, step = checkpoint.load(a.run, None, a.step)
-    params, quantised = convert.floats(params, a.dtype)
+    params, quantised = convert.floats(config.model, params, a.dtype)
     if quantised:
         print(f"note: {', '.join(quantised)} are quantised in the run and are written as the floats they stand for")
     if a.to == "nanochat":

@@ -20,10 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanojax import files
+from nanojax import files, weights
 from nanojax.cli import UserError, first_line
-from nanojax.config import Compute, Config, Data, Model, Stored, Train, resolve, to_dict
-from nanojax.interop import layouts, tokenizers, torch_file
+from nanojax.config import MAX_DEPTH, Compute, Config, Data, Model, Stored, Train, resolve, to_dict
+from nanojax.interop import layouts, nanochat, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored
 from nanojax.run import checkpoint, legacy, run_folder
@@ -76,11 +76,17 @@ def load(folder: Path, tokenizer: Path | None = None, step: int | None = None) -
 
 def _config(name: str, model: Model, params: Any) -> Config:
     """A resolved config of these parameters: stored as they are, computing in bf16 only if the blocks are bf16."""
-    dtypes: list[Float] = sorted({DTYPES[matrix.dtype] for layer in params["blocks"] for matrix in layer.values()})
-    if len(dtypes) != 1:
-        raise UserError(f"{name}: block matrices of different dtypes ({', '.join(dtypes)}); convert them to one")
-    stored = Stored(blocks=dtypes[0], embed=DTYPES[params["embed"].dtype], head=DTYPES[params["head"].dtype])
-    compute = Compute(dtype=dtypes[0], loss_chunk=math.gcd(model.T, 1024))
+    dtypes: dict[str, set[Float]] = {}
+    for weight, row in weights.table(model).items():
+        arrays = [layer[weight] for layer in params["blocks"] if weight in layer] if row.layered else [params[weight]]
+        dtypes.setdefault(row.stored, set()).update(DTYPES[array.dtype] for array in arrays)
+    for key, found in dtypes.items():
+        if len(found) != 1:
+            what = {"blocks": "block matrices", "value": "value embeddings"}[key]
+            raise UserError(f"{name}: {what} of different dtypes ({', '.join(sorted(found))}); convert them to one")
+    forms: dict[str, Any] = {key: found.pop() for key, found in dtypes.items() if key != "f32"}
+    stored = Stored(**forms)
+    compute = Compute(dtype=forms["blocks"], loss_chunk=math.gcd(model.T, 1024))
     train = Train(tokens_per_step=model.T)
     return resolve(Config(name=name, model=model, stored=stored, compute=compute, data=Data(path=""), train=train))
 
@@ -113,8 +119,11 @@ def _model(where: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Mod
         raise UserError(f"{where}: {grouped} key-value heads for {N} heads; grouped-query attention is not supported")
     if D % N:
         raise UserError(f"{where}: width {D} is not a multiple of {N} heads")
+    L = _whole(where, found, depth)
+    if L > MAX_DEPTH:
+        raise UserError(f"{where}: {depth} is {L}, more than {MAX_DEPTH} layers")
     return Model(
-        depth=_whole(where, found, depth),
+        depth=L,
         width=D,
         head_dim=D // N,
         vocab=_whole(where, found, vocab),
@@ -131,11 +140,10 @@ def _load_nanochat(folder: Path, tokenizer: Path | None, step: int | None) -> Im
     sizes = _json(meta_path).get("model_config")
     if not isinstance(sizes, dict):
         raise UserError(f"{meta_path}: no model_config in it")
-    model = _model(meta_path, sizes, NANOCHAT_SIZES)
+    plain = _model(meta_path, sizes, NANOCHAT_SIZES)
     path = folder / f"model_{step:06d}.pt"
     found = {name.removeprefix("_orig_mod."): array for name, array in torch_file.read(path).items()}
-    listed = {name: (array.shape, array.dtype) for name, array in found.items()}
-    params = layouts.join(layouts.NANOCHAT, model, listed, found.__getitem__, path)
+    model, params = nanochat.read(plain, sizes, found, path)
     places = [tokenizer] if tokenizer else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
     name = folder.name if folder.name not in ("", ".") else "nanochat"
     own, notes = _tokenizer(places, model)
@@ -272,39 +280,49 @@ def check_free(run: Path) -> None:
         raise UserError(f"{run}: holds checkpoints already; choose another folder")
 
 
-def floats(params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
-    """(numpy float parameters, names of weights that were quantised). dtype None: floats keep theirs, quantised get f32."""
+def floats(model: Model, params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:
+    """(numpy float parameters, names of weights that were quantised). dtype None: floats keep theirs, quantised get f32.
+
+    Weights that are always stored in f32 keep it: they are a few numbers that scale the whole stream.
+    """
+    table = weights.table(model)
     quantised: dict[str, None] = {}
 
     def one(path: Any, leaf: Any) -> np.ndarray:
         own = jnp.float32 if is_stored(leaf) else leaf.dtype
         if is_stored(leaf):
             quantised[path[-1].key] = None
-        return np.asarray(decode(leaf, checkpoint.DTYPES[dtype] if dtype else own))
+        free = table[path[-1].key].stored != "f32"
+        return np.asarray(decode(leaf, checkpoint.DTYPES[dtype] if dtype and free else own))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_stored), list(quantised)
+
+
+def check_export(to: Literal["nanochat", "hf"], m: Model) -> None:
+    """UserError for a model that the other program's code does not have."""
+    if to == "nanochat":
+        nanochat.check(m)
+    elif m.family != "2025":
+        raise UserError("transformers' NanoChat has no model of family 2026; export with --to=nanochat")
+    elif m.qk_scale != 1:
+        raise UserError(f"model.qk_scale is {m.qk_scale:g}; transformers' NanoChat has none; not exported")
 
 
 def export_nanochat(out: Path, config: Config, params: Any, tokenizer: Tokenizer, step: int) -> None:
     """Writes model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl and token_bytes.pt; `params` are numpy floats."""
     m = config.model
-    if m.softcap != 15.0 or m.rope_base != 10000.0:
-        raise UserError(
-            f"nanochat fixes softcap 15 and rope base 10000 in its code; this one has {m.softcap:g} and {m.rope_base:g}"
-        )
-    kinds = layouts.dtypes(layouts.NANOCHAT, params, m)
-    listed = {name: (shape, kinds[name]) for name, shape in layouts.shapes(layouts.NANOCHAT, m).items()}
-    sizes = {"sequence_len": m.T, "vocab_size": m.V, "n_layer": m.L, "n_head": m.N, "n_kv_head": m.N, "n_embd": m.D}
-    meta = {"step": step, "model_config": sizes, "user_config": {}}
+    check_export("nanochat", m)
+    meta = {"step": step, "model_config": nanochat.model_config(m), "user_config": {}}
     with files.write_folder(out) as folder:
         tokenizers.save_nanochat(tokenizer, folder, m.V)
         files.write_json(folder / f"meta_{step:06d}.json", meta)
-        torch_file.write(folder / f"model_{step:06d}.pt", listed, layouts.split(layouts.NANOCHAT, params, m))
+        torch_file.write(folder / f"model_{step:06d}.pt", *nanochat.tensors(m, params))
 
 
 def export_transformers(out: Path, config: Config, params: Any, tokenizer: Tokenizer) -> None:
     """Writes config.json, model.safetensors (or shards and an index), tokenizer files; `params` are numpy floats."""
     m = config.model
+    check_export("hf", m)
     kinds = layouts.dtypes(layouts.TRANSFORMERS, params, m)
     with files.write_folder(out) as folder:
         tokenizers.save_transformers(tokenizer, folder, m.T)

@@ -18,6 +18,8 @@ from nanojax.config import Model
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {np.dtype(np.float32): np.dtype(np.float32), BF16: BF16, np.dtype(np.float16): np.dtype(np.float32)}
 
+DATE = {"2025": "November 2025", "2026": "July 2026"}  # of each family's code
+
 # The names of the tensors that make up each weight of ours, in the order of its rows; {i} stands for the layer.
 Layout = dict[str, tuple[str, ...]]
 NANOCHAT: Layout = {
@@ -27,6 +29,15 @@ NANOCHAT: Layout = {
     "up": ("transformer.h.{i}.mlp.c_fc.weight",),
     "down": ("transformer.h.{i}.mlp.c_proj.weight",),
     "head": ("lm_head.weight",),
+}
+NANOCHAT_2026: Layout = NANOCHAT | {
+    "value": ("value_embeds.{i}.weight",),
+    "value_gate": ("transformer.h.{i}.attn.ve_gate.weight",),
+    "smear_gate": ("smear_gate.weight",),
+    "smear": ("smear_lambda",),
+    "backout": ("backout_lambda",),
+    "residual": ("resid_lambdas",),
+    "first": ("x0_lambdas",),
 }
 TRANSFORMERS: Layout = {
     "embed": ("model.embed_tokens.weight",),
@@ -42,7 +53,7 @@ def _places(m: Model) -> Iterator[tuple[str, int | None]]:
     """(weight, layer) of every array, in the order of the files: what is not the head, the layers, the head."""
     table = weights.table(m)
     last = [name for name, weight in table.items() if weight.use == "head"]
-    yield from ((name, None) for name, weight in table.items() if weight.use != "layer" and name not in last)
+    yield from ((name, None) for name, weight in table.items() if not weight.layered and name not in last)
     yield from ((name, i) for i in range(m.L) for name in weights.layer_weights(table, i))
     yield from ((name, None) for name in last)
 
@@ -68,7 +79,7 @@ def shapes(layout: Layout, m: Model) -> dict[str, tuple[int, ...]]:
 def join(
     layout: Layout, m: Model, found: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable, where: Path
 ) -> dict[str, Any]:
-    """Our parameter tree, numpy f32 or bf16, from flat tensors.
+    """Our parameter tree, numpy f32 or bf16, from flat tensors. Weights that we always store in f32 are f32.
 
     Args:
       found: name -> (shape, dtype) of every tensor in the file.
@@ -76,12 +87,14 @@ def join(
 
     Raises UserError naming missing, extra and misshapen tensors, in one line.
     """
-    _check(shapes(layout, m), found, where)
+    _check(layout, m, found, where)
+    table = weights.table(m)
 
     def array(name: str, i: int | None) -> np.ndarray:
         names = _names(layout, name, i)
         kinds = {FLOATS[np.dtype(found[n][1])] for n in names}
-        dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        alike = len(kinds) == 1 and table[name].stored != "f32"
+        dtype = kinds.pop() if alike else np.dtype(np.float32)
         return np.concatenate([np.asarray(read(n)).astype(dtype) for n in names])
 
     blocks: list[dict[str, np.ndarray]] = [{} for _ in range(m.L)]
@@ -102,15 +115,16 @@ def dtypes(layout: Layout, params: Mapping[str, Any], m: Model) -> dict[str, np.
     return {part: _array(params, name, i).dtype for name, i in _places(m) for part in _names(layout, name, i)}
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], where: Path) -> None:
-    """UserError unless `found` has exactly the tensors `wanted`, in floats."""
+def _check(layout: Layout, m: Model, found: Mapping[str, Any], where: Path) -> None:
+    """UserError unless `found` has exactly the layout's tensors, in floats."""
+    wanted = shapes(layout, m)
     missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
     wrong = [n for n in wanted if n in found and tuple(found[n][0]) != wanted[n]]
     problems = [f"missing {_few(missing)}"] if missing else []
     problems += [f"unknown {_few(extra)}"] if extra else []
     problems += [f"{n} has shape {list(found[n][0])}, expected {list(wanted[n])}" for n in wrong[:3]]
     if problems:
-        hint = "; this is not nanochat's Nov-2025 architecture (d32)" if extra else ""
+        hint = f"; this is not nanochat's architecture of {DATE[m.family]}" if extra else ""
         raise UserError(f"{where}: {'; '.join(problems)}{hint}")
     for n in wanted:
         if np.dtype(found[n][1]) not in FLOATS:

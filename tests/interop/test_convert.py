@@ -97,7 +97,7 @@ def test_quantised_parameters_export_as_the_floats_they_stand_for(tokenizer, tmp
     """int8 blocks leave as exactly codes*scale in f32, and their names are returned."""
     config = _config(tokenizer, blocks="int8", embed="bf16")
     params = _params(config)
-    floats, quantised = convert.floats(params)
+    floats, quantised = convert.floats(config.model, params)
     assert quantised == ["down", "o", "qkv", "up"]
     q = params["blocks"][1]["up"]
     assert np.array_equal(floats["blocks"][1]["up"], np.asarray(q.codes, np.float32) * np.asarray(q.scale))
