@@ -147,7 +147,11 @@ def _linear(
     dys = tuple(jnp.split(dy, parts, -1))
     if op == "qkv_linear":
         dys = tuple(a.reshape(-1, rotation.T, rotation.N, rotation.H) for a in dys)
-        run = lambda tap, x: linear.qkv_linear(c, ("", ""), rotation, weights, tap, x, jnp.int32(0))
+
+        def run(tap: jax.Array, x: jax.Array) -> Any:
+            heads: Any = linear.qkv_linear(c, ("", ""), rotation, 0, weights, tap, x, jnp.int32(0))
+            return heads[:4]
+
     else:
         run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x, parts)
         dys = (dys,)
