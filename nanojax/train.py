@@ -1,5 +1,11 @@
 """The run, readable top to bottom: config, data, compiled step, state (restored or fresh), loop."""
 
+import signal
+
+if __name__ == "__main__":
+    # A KeyboardInterrupt that meets jax's garbage-collector callback while jax is imported is swallowed, and the run goes on.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import collections
 import contextlib
 import functools

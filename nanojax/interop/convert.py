@@ -274,10 +274,12 @@ def to_run(found: Imported, run: Path) -> None:
 
 
 def check_free(run: Path) -> None:
-    """UserError if the run folder holds checkpoints already, or orbax could not write any there."""
+    """UserError if the run folder holds anything already, a checkpoint of another program too, or orbax could not write there."""
     run_folder.check_path(run)
     if run_folder.available(run):
         raise UserError(f"{run}: holds checkpoints already; choose another folder")
+    if run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{run}: is not empty; choose another folder")
 
 
 def floats(model: Model, params: Any, dtype: str | None = None) -> tuple[Any, list[str]]:

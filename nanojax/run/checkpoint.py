@@ -27,7 +27,7 @@ from nanojax import step as steps
 from nanojax.cli import UserError, first_line
 from nanojax.config import Config
 from nanojax.quant import decode_tree
-from nanojax.run import legacy, run_folder
+from nanojax.run import exits, legacy, run_folder
 from nanojax.run.run_folder import CHECKPOINTS, available
 from nanojax.tokenizer import Tokenizer
 from nanojax.xla import is_out_of_memory
@@ -163,7 +163,7 @@ def load(run: str | os.PathLike, dtype: str | None = None, step: int | None = No
         saved = run_folder.saved_config(folder, step)
         return saved, {"params": steps.abstract_state(saved).params}
 
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = _tokenizer(folder)
     found = _newest_good(folder, candidates if step is None else [step], own)
     assert found
     config, parts, meta = found
@@ -182,6 +182,17 @@ def load_params(
 
 # Step -> the config to load that checkpoint with, and the tree of shapes that is wanted of it.
 Wanted = Callable[[int], tuple[Config, dict[str, Any]]]
+
+
+def _tokenizer(run: Path) -> Tokenizer:
+    """The run's tokenizer. UserError with advice that does not put another one in its place."""
+    try:
+        return Tokenizer.load(run / "tokenizer")
+    except UserError as error:
+        what = str(error).split(";")[0]
+        raise UserError(
+            f"{what}; the run's train command writes it again, or copy tokenizer/ from the data folder it was trained on"
+        ) from None
 
 
 def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Config, dict[str, Any], dict] | None:
@@ -212,13 +223,29 @@ def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Conf
         advice = (
             f"use another ({', '.join(map(str, left))})" if left else "copy the run folder again, or start another run"
         )
-        raise UserError(f"{folder}: damaged checkpoint ({why}){others}; {advice}")
+        raise exits.Lost(f"{folder}: damaged checkpoint ({why}){others}; {advice}")
     return None
+
+
+def _ignore_closed_loops() -> None:
+    """What tensorstore's threads still deliver of a damaged checkpoint finds orbax's event loop closed, also much later.
+
+    Each delivery would print a traceback, so this error's is not printed for as long as the process lives.
+    """
+    before = sys.excepthook
+    if before.__name__ != "unless_closed":
+
+        def unless_closed(kind: Any, error: Any, trace: Any) -> None:
+            if str(error) != "Event loop is closed":
+                before(kind, error, trace)
+
+        sys.excepthook = unless_closed
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the coroutines that orbax leaves behind when one part is damaged; they tell so as they are collected."""
+    _ignore_closed_loops()
     log = logging.getLogger("asyncio")
     before, log.disabled = log.disabled, True
     try:

@@ -28,15 +28,24 @@ class Failed(Exception):
         self.code = code
 
 
+class Lost(UserError):
+    """A mistake in the run folder that no other try mends, also where the run has begun."""
+
+
 @contextlib.contextmanager
 def restarting(begun: bool) -> Iterator[None]:
     """Where a run that has begun starts again, what goes wrong becomes Failed.
 
-    What is missing or full now was good enough before, so it is no mistake of the command, and another try may help.
+    What is missing or full now was good enough before, so it is no mistake of the command, and another try may help. Lost
+    stays what it is.
     """
     try:
         yield
+    except Lost:
+        raise
     except (UserError, OSError) as error:
         if not begun:
             raise
-        raise Failed(f"{error}; the checkpoints are untouched, the same command resumes", FAILED) from error
+        raise Failed(
+            f"{error}; put back what was there: the checkpoints are untouched, and the same command resumes", FAILED
+        ) from error

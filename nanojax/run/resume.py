@@ -90,6 +90,11 @@ def check(run: Path, config: Config) -> Resumption:
     rounding = configs.changes(earlier, config, "rounding")
     schedule = configs.changes(earlier, config, "schedule")
     if not schedule:
+        if config.train.extend not in (0, earlier.train.extend):
+            raise UserError(
+                f"--train.extend={config.train.extend}: {run} has this schedule already; leave it out, or choose another "
+                "--train.run"
+            )
         kept = configs.override(config, {"train.extend": earlier.train.extend})
         return Resumption(kept, rounding=rounding)
     return Resumption(config, *_extended(run, earlier, config, there, schedule, rounding))

@@ -75,7 +75,7 @@ def test_picture_is_a_png(data: Path, tmp_path: Path) -> None:
     picture(reports, 63, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "a.png").stat().st_size > 20_000
     with pytest.raises(UserError, match="cannot be written"):
-        picture(reports, 63, tmp_path / "absent" / "a.png")
+        picture(reports, 63, tmp_path / "a.png" / "b.png")
 
 
 def test_picture_without_matplotlib_is_one_line(data: Path, tmp_path: Path, monkeypatch) -> None:

@@ -122,6 +122,8 @@ def test_import_makes_a_run_folder_that_loads_and_samples(tokenizer, tmp_path):
     assert np.array_equal(sample.generate(config, params, ids, 8), sample.generate(config2, params2, ids, 8))
     with pytest.raises(UserError, match="holds checkpoints already"):
         to_run(found, tmp_path / "run")
+    with pytest.raises(UserError, match="is not empty"):  # it would overwrite what it was read from
+        to_run(found, tmp_path / "n")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tokenizer, tmp_path):

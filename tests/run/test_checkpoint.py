@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from nanojax import quant, step
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import checkpoint, run_folder
+from nanojax.run import checkpoint, exits, run_folder
 from nanojax.tokenizer import Tokenizer
 
 Make = Callable[..., Config]
@@ -167,6 +167,8 @@ def test_only_damaged(tiny: Make, tmp_path: Path) -> None:
         checkpoint.restore(tmp_path / "run", config)
     with pytest.raises(UserError, match="nor is any of the 1 older ones whole"):
         checkpoint.load_params(tmp_path / "run")
+    with pytest.raises(exits.Lost), exits.restarting(True):  # a restart loop would try for ever
+        checkpoint.restore(tmp_path / "run", config)
     assert run_folder.available(tmp_path / "run") == [3, 6]
 
 

@@ -103,6 +103,8 @@ def test_an_extended_run_equals_a_longer_one(home: Path, run: Path, capsys: pyte
     (run / metrics.FILE).write_text("".join(json.dumps(r) + "\n" for r in metrics.read(run) if r["kind"] != "extended"))
     tiny_run.assert_same_run(longer, run)
     go_on(home, run, train__steps=18, train__extend=9)  # does not go back to 9 again
+    with pytest.raises(UserError, match="has this schedule already"):
+        go_on(home, run, train__steps=18, train__extend=12)
     assert run_folder.available(run)[-1] == 18
     shutil.rmtree(run / run_folder.CHECKPOINTS / "12")
     without(run, 9)

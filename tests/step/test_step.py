@@ -91,7 +91,8 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
     Newton-Schulz multiplies rounding differences of the gradient by up to 3.4^5 along small singular directions, hence
     the parameters' bound; the gradient itself is held to 1e-6 below. Adam divides a gradient by its own size: of an embedding's
     value whose gradients are a thousandth of the usual, rounding is seen in full (one with 2e-9 instead of 1e-4 moved
-    8% differently). These, under 1% of the values, are left out.
+    8% differently). These, under 1% of the values, are left out. Of those that stay, rounding of 1e-7 is seen up to a
+    thousandfold: 2e-6 to 5e-6 of the norm, by how XLA orders the sums; hence 1e-5 for embedding and head.
     """
     config = tiny(
         model={"depth": depth}, train={"microbatch": microbatch, "tokens_per_step": 256}, compute={"residuals": policy}
@@ -112,7 +113,9 @@ def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
         usual = (size == 0) | (size > 1e-3 * jnp.mean(size))
         assert jnp.mean(usual) > 0.99
         params[name] = jnp.where(usual, params[name], state.params[name])
-    assert max(jax.tree.leaves(relative(state.params, params))) < 3e-6
+    errors = relative(state.params, params)
+    assert max(errors.pop("embed"), errors.pop("head")) < 1e-5
+    assert max(jax.tree.leaves(errors)) < 3e-6
     for name in ("qkv", "o", "up", "down"):
         assert relative(state.opt[name]["momentum"], jnp.stack(opt[name]["momentum"])) < 3e-6
     assert all(not np.any(a) for a in jax.tree.leaves(state.accum))
