@@ -288,6 +288,7 @@ def change_json(path: Path, rng: np.random.Generator) -> None:
     path.write_text("[" * 100_000 if rng.random() < 0.03 else text)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @seeds
 @pytest.mark.filterwarnings(
