@@ -3,7 +3,7 @@
   python -m nanojax.data prepare --input train.jsonl.xz valid.jsonl.xz --valid last --vocab 2048 --out data/quality
   python scripts/quality.py run main --data data/quality --out runs/quality
   python scripts/quality.py run rates knobs ladder ladder-rates summed larger --data data/quality --out runs/quality
-  python scripts/quality.py run recipes recipe-parts recipe-int8 --data data/quality --out runs/recipes
+  python scripts/quality.py run recipe-rates recipes recipe-parts recipe-int8 --data data/quality --out runs/recipes
   python scripts/quality.py report --out runs/quality
 
 Arms with one seed share initialisation and data order. Each run is one JSONL file. Finished runs are skipped, so the same
@@ -142,6 +142,9 @@ PLANS: dict[str, list[Run]] = {
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in LADDER],
     "summed": [("d3", arm, 1.0, 0) for arm in ("laptop", "largest")],
     "recipe-rates": [("d2", "2026", rate, 0) for rate in (4.0, 8.0, 16.0, 2.0)],
+    "recipes": [(size, arm, 1.0, seed) for size in ("d2", "d3") for seed in SEEDS for arm in ("f32", "2026")],
+    "recipe-parts": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in PARTS],
+    "recipe-int8": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in ("2026-tables", "2026-int8")],
     "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-bf16", "int8-int8", *LADDER)],
 }
 
