@@ -121,7 +121,7 @@ def version() -> str:
 
 
 def path(text: str) -> str:
-    """An argument that is a path: `~` at its begin becomes the home folder, which a shell does not do behind `=`."""
+    """An argument that is a path: a leading `~` becomes the home folder, which a shell does not do behind `=`."""
     whole = os.path.expanduser(text)
     if whole.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text!r}: no such home folder is known; write the path in full, or ./{text}")

@@ -20,7 +20,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
     The folder is made if it is missing. The content reaches the disk before the name does, so a crash leaves the old
     file or the new one. After an exception the old file is unchanged and no temporary file is left. What needs a path
-    rather than an open file may write to `file.name`.
+    rather than an open file may write to `file.name`. An empty folder in the place of the file is replaced.
 
         with files.write_atomic(run / "config.json") as file:
             file.write(text.encode())
@@ -36,6 +36,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()  # OSError unless it is empty
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -53,7 +55,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 @contextlib.contextmanager
 def write_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `path` to write files in; it becomes `path` when the block ends without an exception, else it is removed.
+    """A folder beside `path` to write files in. When the block ends it becomes `path`; after an exception it is removed.
 
     Raises:
       UserError: `path` is there and not empty, or cannot be made or written.

@@ -13,7 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import nanojax  # noqa: F401, I001  before jax, which would load a CUDA plugin that has no driver
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _unraisable() -> Iterator[None]:
+    """A command that meets a damaged checkpoint silences unraisable exceptions until its process ends; a test does not."""
+    before = sys.unraisablehook
+    yield
+    sys.unraisablehook = before
 
 
 @pytest.fixture

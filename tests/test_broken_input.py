@@ -118,9 +118,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
             errors = [line for line in lines if not line.startswith("warning: ")]
             if stop.code in (0, None):
                 return True
-            # 5: a run that has begun, where putting back what is damaged helps (docs/running.md)
-            resumes = stop.code == 5 and "the same command resumes" in errors[0]
-            assert (stop.code == 2 or resumes) and len(errors) == 1 and errors[0].startswith("error: "), (
+            assert stop.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), (
                 arguments,
                 stop.code,
                 lines,
@@ -288,7 +286,6 @@ def change_json(path: Path, rng: np.random.Generator) -> None:
     path.write_text("[" * 100_000 if rng.random() < 0.03 else text)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @seeds
 @pytest.mark.filterwarnings(
@@ -305,9 +302,9 @@ def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable,
     for case in range(80):
         run, out = tmp_path / f"r{case}", tmp_path / f"x{case}"
         shutil.copytree(whole, run)
-        files = [
-            p for p in sorted(run.rglob("*")) if p.is_file() and p.parent.name != "tensorboard" and p.name != "lock"
-        ]
+        order = lambda p: (p.parent, p.stat().st_size, p)  # orbax names many files at random
+        files = [p for p in run.rglob("*") if p.is_file() and p.parent.name != "tensorboard" and p.name != "lock"]
+        files.sort(key=order)
         newest = [p for p in files if "12" in p.parts]
         small = [p for p in files if "checkpoints" not in p.parts]
         victims = {

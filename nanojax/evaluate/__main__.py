@@ -18,6 +18,7 @@ from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
 
 KINDS = ("bpb", "core", "sample")
+NO_DATA = "nothing says which data this model was validated on"
 PROMPTS = (  # their greedy continuations show within a second what a model has learnt
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -127,7 +128,7 @@ def _data_folder(subject: Subject, given: str | None) -> str:
     """The folder whose validation shards are measured. UserError unless the subject's tokenizer made them."""
     folder = given or subject.config.data.path
     if not folder:
-        raise UserError("this model's validation data is not known; give --data=FOLDER, or text with --text=FILE")
+        raise UserError(f"{NO_DATA}; give --data=FOLDER, or text with --text=FILE")
     if not (Path(folder) / "tokenizer").is_dir():
         raise UserError(f"{folder}: no data folder there; give --data=FOLDER, or text with --text=FILE")
     if Tokenizer.load(Path(folder) / "tokenizer").fingerprint != subject.tokenizer.fingerprint:
@@ -216,7 +217,7 @@ def main() -> None:
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")
     where = subject.config.data.path
     if a.default and not (a.text or a.data or (where and (Path(where) / "tokenizer").is_dir())):
-        missing = f"no data folder {where}" if where else "this model's validation data is not known"
+        missing = f"{where} is not a data folder" if where else NO_DATA
         console.print(f"bits per byte left out: {missing}; give --data=FOLDER or --text=FILE")
         a.eval.remove("bpb")
     board = None

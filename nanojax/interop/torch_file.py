@@ -10,6 +10,7 @@ import collections
 import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,9 +87,15 @@ _TOKENIZER_NAMES: dict[tuple[str, str], Any] = {("tiktoken.core", "Encoding"): _
 
 
 class _Restricted(pickle.Unpickler):
-    """An unpickler that knows only the given names."""
+    """An unpickler that knows only the given names, and no memo index that the pickle cannot have.
+
+    C's unpickler allocates 8 bytes for every index below the largest: one flipped bit of an index took 18 GB.
+    """
 
     def __init__(self, data: bytes, names: Mapping[tuple[str, str], Any], load_storage: Any = None):
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+                raise pickle.UnpicklingError(f"memo index {argument} in {len(data)} bytes")
         super().__init__(io.BytesIO(data))
         self._names, self._load_storage = names, load_storage
 
@@ -107,9 +114,9 @@ class _Refused(pickle.UnpicklingError):
     pass
 
 
-def _unpickle(path: Path, unpickler: _Restricted) -> Any:
+def _unpickle(path: Path, data: bytes, names: Mapping[tuple[str, str], Any], load_storage: Any = None) -> Any:
     try:
-        return unpickler.load()
+        return _Restricted(data, names, load_storage).load()
     except _Refused as error:
         raise UserError(
             f"{path}: refused: {error}, which no file of weights needs; nothing was run, do not open it elsewhere"
@@ -117,7 +124,7 @@ def _unpickle(path: Path, unpickler: _Restricted) -> Any:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: damaged or not a file of tensors ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: damaged, or of another kind ({type(error).__name__}: {error})") from None
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -137,9 +144,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 )
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine, which is not supported")
-            found = _unpickle(
-                path, _Restricted(archive.read(pickles[0]), _TENSOR_NAMES, _storages(path, archive, root))
-            )
+            found = _unpickle(path, archive.read(pickles[0]), _TENSOR_NAMES, _storages(path, archive, root))
     except UserError:
         raise
     except zipfile.BadZipFile:
@@ -252,7 +257,7 @@ def read_tokenizer_pickle(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    found = _unpickle(path, _Restricted(data, _TOKENIZER_NAMES))
+    found = _unpickle(path, data, _TOKENIZER_NAMES)
     state = getattr(found, "state", None) if isinstance(found, _Encoding) else None
     if not isinstance(state, dict) or not {"pat_str", "mergeable_ranks", "special_tokens"} <= set(state):
         _not_a_tokenizer(path)

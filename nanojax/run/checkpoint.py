@@ -198,6 +198,10 @@ def _tokenizer(run: Path) -> Tokenizer:
 def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Config, dict[str, Any], dict] | None:
     """(config, the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
+    before, sys.unraisablehook = (
+        sys.unraisablehook,
+        lambda _: None,
+    )  # one part's damage: hundreds of lines from the others
     for step in reversed(candidates):
         folder = run / CHECKPOINTS / str(step)
         found, reason = None, ""
@@ -214,6 +218,8 @@ def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Conf
         if found is not None:
             for bad, why in reasons:
                 print(f"warning: {bad}: damaged ({why}); using {folder}", file=sys.stderr)
+            if not reasons:  # otherwise tensorstore's threads go on telling, as long as the process lives
+                sys.unraisablehook = before
             return found
         reasons.append((folder, reason))
     if reasons:
@@ -224,28 +230,13 @@ def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Conf
             f"use another ({', '.join(map(str, left))})" if left else "copy the run folder again, or start another run"
         )
         raise exits.Lost(f"{folder}: damaged checkpoint ({why}){others}; {advice}")
+    sys.unraisablehook = before
     return None
-
-
-def _ignore_closed_loops() -> None:
-    """What tensorstore's threads still deliver of a damaged checkpoint finds orbax's event loop closed, also much later.
-
-    Each delivery would print a traceback, so this error's is not printed for as long as the process lives.
-    """
-    before = sys.excepthook
-    if before.__name__ != "unless_closed":
-
-        def unless_closed(kind: Any, error: Any, trace: Any) -> None:
-            if str(error) != "Event loop is closed":
-                before(kind, error, trace)
-
-        sys.excepthook = unless_closed
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the coroutines that orbax leaves behind when one part is damaged; they tell so as they are collected."""
-    _ignore_closed_loops()
     log = logging.getLogger("asyncio")
     before, log.disabled = log.disabled, True
     try:

@@ -26,7 +26,7 @@ def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]
     records = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

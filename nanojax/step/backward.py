@@ -199,7 +199,7 @@ def _layers_backward(
 
 
 def _distinct(tokens_BT: jax.Array, V: int) -> Distinct:
-    """Every table's rows are those of the same tokens, so they are sorted once a microbatch."""
+    """Every table's rows are those of the same tokens, so they are sorted once per microbatch."""
     tokens = tokens_BT.reshape(-1)
     unique, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=V)
     return lax.optimization_barrier((unique, place.reshape(-1)))  # otherwise sorted once, but finished in each consumer

@@ -45,7 +45,8 @@ def _groups_2025(config: Config) -> dict[str, Group]:
     """nanochat's groups of November 2025. AdamW's rates are scaled by (width/768)^-0.5."""
     o, states = config.optim, config.stored.adam
     adamw = lambda lr: Group("adamw", lr * (config.model.D / 768) ** -0.5, (o.beta1, o.beta2), o.weight_decay, states)
-    matrix = adamw(o.matrix_lr) if o.matrix == "adamw" else Group("muon", o.matrix_lr, states=config.stored.momentum)
+    muon = Group("muon", o.matrix_lr, weight_decay=matrix_decay(config), states=config.stored.momentum)
+    matrix = adamw(o.matrix_lr) if o.matrix == "adamw" else muon
     return {"matrix": matrix, "embed": adamw(o.embed_lr), "head": adamw(o.head_lr)}
 
 

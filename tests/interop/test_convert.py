@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,22 @@ def test_damaged_pt_is_one_line(pickled, tmp_path):
     with pytest.raises(UserError, match=r"m\.pt") as caught:
         torch_file.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_memo_index_out_of_reach_takes_no_memory(tmp_path):
+    """One flipped bit of a memo index asks C's unpickler for 8 GiB: both kinds of file are refused before that."""
+    pickled = b"\x80\x02}r\xff\xff\xff\x3f."
+    _pt(tmp_path / "m.pt", pickled)
+    (tmp_path / "t.pkl").write_bytes(pickled)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="memo index 1073741823"):
+            torch_file.read(tmp_path / "m.pt")
+        with pytest.raises(UserError, match="memo index 1073741823"):
+            torch_file.read_tokenizer_pickle(tmp_path / "t.pkl")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_random_damage_never_escapes_as_another_error(tokenizer, tmp_path):

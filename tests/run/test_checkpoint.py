@@ -270,8 +270,7 @@ def test_config_json_does_not_count(tiny: Make, tmp_path: Path, capsys: pytest.C
 def test_commands_fall_back_quietly(tiny: Make, tmp_path: Path, module: str, arguments: list[str]) -> None:
     """As processes, on a run whose newest checkpoint is cut: one warning line on stderr, and the one before is used.
 
-    With --step it is an error that names the other one. Nothing of the run is deleted. Now and then a thread of tensorstore
-    delivers into orbax's closed event loop while the process ends, and prints a traceback beside the line: not counted.
+    With --step it is an error that names the other one. Nothing of the run is deleted.
     """
     _save(tmp_path / "run", tiny(model=dict(vocab=272)), [3, 6])
     victim = max((tmp_path / "run/checkpoints/6/params").rglob("d/*"), key=lambda p: p.stat().st_size)
@@ -279,7 +278,7 @@ def test_commands_fall_back_quietly(tiny: Make, tmp_path: Path, module: str, arg
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"nanojax.{module}", *(a.format(run=tmp_path / "run") for a in arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    (told,) = (line for line in done.stderr.splitlines() if line.startswith(("warning: ", "error: ")))
+    (told,) = done.stderr.splitlines()
     if module == "sample":
         assert done.returncode == 2 and "checkpoints/6: damaged" in told and told.endswith("; use another (3)")
     else:
