@@ -123,6 +123,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
                 stop.code,
                 lines,
             )
+            print(arguments, lines)  # shown when the test fails later
             return False
 
     return run

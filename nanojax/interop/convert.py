@@ -254,14 +254,16 @@ def to_run(found: Imported, run: Path) -> None:
     for path, ok in finite.items():
         if not ok:
             raise UserError(f"{path} holds NaN or Inf; not imported")
-    meta = {
-        "layout": legacy.LAYOUT,
-        "step": found.step,
-        "data": {},
-        "config": _known(found.config),
-        "tokenizer": found.tokenizer.fingerprint,
-        "checks": {path: int(value) for path, value in sums.items()},
-    }
+    meta = run_folder.sealed(
+        {
+            "layout": legacy.LAYOUT,
+            "step": found.step,
+            "data": {},
+            "config": _known(found.config),
+            "tokenizer": found.tokenizer.fingerprint,
+            "checks": {path: int(value) for path, value in sums.items()},
+        }
+    )
     new = not run.exists()
     try:
         files.write_json(run / "config.json", _known(found.config))

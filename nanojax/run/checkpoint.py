@@ -5,7 +5,7 @@ A run folder holds config.json (resolved), tokenizer/, metrics.jsonl and checkpo
 step.State. The run's only randomness is fold_in(key(seed), step), so step and config are its RNG state; accumulators are
 zeros between steps.
 
-A check per leaf guards what orbax does not: of 36 kinds of damage tried, a flipped bit in the data loaded silently.
+A check per leaf and one of meta guard what orbax does not: of 36 kinds of damage tried, flipped bits loaded silently.
 """
 
 import contextlib
@@ -70,14 +70,16 @@ def save(
         if not ok:
             raise NotFinite(path)
     step = int(state.step)
-    meta = {
-        "layout": legacy.LAYOUT,
-        "step": step,
-        "data": data,
-        "config": configs.to_dict(config),
-        "tokenizer": fingerprint,
-        "checks": {path: int(value) for path, value in sums.items()},
-    }
+    meta = run_folder.sealed(
+        {
+            "layout": legacy.LAYOUT,
+            "step": step,
+            "data": data,
+            "config": configs.to_dict(config),
+            "tokenizer": fingerprint,
+            "checks": {path: int(value) for path, value in sums.items()},
+        }
+    )
     try:
         writer.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
     except Exception as error:
@@ -254,6 +256,8 @@ def _load(folder: Path, config: Config, wanted: dict[str, Any]) -> tuple[dict[st
             raise ValueError(f"{(Path(part) / 'commit_success.txt')} is missing")
     with _context():
         meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
+        if not run_folder.is_sealed(meta):
+            raise ValueError("meta is not what was saved")
         old = meta.get("layout") != legacy.LAYOUT
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)

@@ -4,7 +4,9 @@ RUN/config.json, RUN/tokenizer/, RUN/checkpoints/STEP/ (checkpoint.py), RUN/metr
 Each checkpoint has its own copy of the config it was trained with, and that one counts; config.json shows the newest.
 """
 
+import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,21 @@ def available(run: str | os.PathLike) -> list[int]:
 def saved_meta(run: str | os.PathLike, step: int) -> dict[str, Any]:
     """What the checkpoint of `step` keeps beside its arrays: step, data position, config. UserError if it cannot be read."""
     path = Path(run) / CHECKPOINTS / str(step) / "meta" / "data.json"
-    return files.read_table(path, f"{path}: is missing; copy the checkpoint again")
+    meta = files.read_table(path, f"{path}: is missing; copy the checkpoint again")
+    if not is_sealed(meta):
+        raise UserError(f"{path}: is not what was saved; copy the checkpoint again")
+    return meta
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` with a checksum of its JSON: one flipped bit of the data position would train on other text, unseen."""
+    return {**meta, "seal": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+def is_sealed(meta: dict[str, Any]) -> bool:
+    """Whether `meta` is what `sealed` made. Checkpoints of before that have no seal and pass."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    return "seal" not in meta or meta["seal"] == sealed(rest)["seal"]
 
 
 def saved_config(run: str | os.PathLike, step: int) -> Config:

@@ -156,6 +156,29 @@ def test_damage(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture, kinds
     assert fallbacks >= 4 * kinds  # the data, the trees, the meta data and the marks of completeness
 
 
+def test_a_flipped_bit_in_meta_is_seen(tiny: Make, tmp_path: Path) -> None:
+    """Each of 2,000 flipped bits of meta is refused or changes nothing; a flipped data position falls back to the older one."""
+    config = tiny()
+    _save(tmp_path / "run", config, [3, 6])
+    path = tmp_path / "run" / "checkpoints" / "6" / "meta" / "data.json"
+    good, meta, rng = path.read_bytes(), run_folder.saved_meta(tmp_path / "run", 6), random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        try:
+            found = run_folder.saved_meta(tmp_path / "run", 6)
+            assert {key: found[key] for key in meta if key != "seal"} == {k: v for k, v in meta.items() if k != "seal"}
+        except UserError:
+            refused += 1
+    assert refused > 1900
+    path.write_bytes(good.replace(b'"position": 6', b'"position": 7'))
+    assert path.read_bytes() != good
+    restored = checkpoint.restore(tmp_path / "run", config)
+    assert restored is not None and restored[1]["data"] == {"position": 3}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_only_damaged(tiny: Make, tmp_path: Path) -> None:
     """With no good checkpoint left: one line that names the folder, and nothing is moved."""
