@@ -520,14 +520,17 @@ def find(name: str) -> Path:
     if name.endswith(".py") or os.sep in name:
         if not Path(name).is_file():
             raise UserError(f"--config={name}: no such file")
+        if not name.endswith(".py"):
+            raise UserError(f"--config={name}: is not a config file, whose name ends in .py")
         return Path(name)
     for folder in _folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
     names = available()
     near = difflib.get_close_matches(name, names, 3, 0.4)
+    no_config = "is not a config file, whose name ends in .py" if Path(name).is_file() else "no such config"
     raise UserError(
-        f"--config={name}: no such config; "
+        f"--config={name}: {no_config}; "
         + (f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}")
     )
 

@@ -66,7 +66,10 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     try:
         return convert(value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise UserError(f"--{name}={value}: expected {type_name(kind)}, for example --{name}={example}") from None
+        finite = "a finite " if kind is float else ""
+        raise UserError(
+            f"--{name}={value}: expected {finite}{type_name(kind)}, for example --{name}={example}"
+        ) from None
 
 
 def _bool(value: Any) -> bool:

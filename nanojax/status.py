@@ -88,7 +88,7 @@ def status(run: Path) -> Status:
         kwh=kwh,
         cost={currency: kwh * price for currency, price in PRICES.items()} if kwh is not None else {},
         starts=sum(r["kind"] == "start" for r in records),
-        warnings=warnings + _warnings(run, records, newest),
+        warnings=warnings + _damaged(run, available) + _warnings(run, records, newest),
     )
 
 
@@ -144,6 +144,13 @@ def _saved_at(run: Path, step: int | None) -> float | None:
     with contextlib.suppress(OSError):
         return folder.stat().st_mtime
     return None
+
+
+def _damaged(run: Path, available: list[int]) -> list[str]:
+    """A line for each checkpoint that is seen to be damaged, and for each that was moved aside as such."""
+    found = {step: run_folder.visible_damage(run, step) for step in available}
+    out = [f"{run / run_folder.CHECKPOINTS / str(step)}: damaged ({why})" for step, why in found.items() if why]
+    return out + [f"{path}: was damaged and moved here" for path in sorted((run / "damaged").glob("*"))]
 
 
 def _warnings(run: Path, records: Records, newest: dict[str, Any]) -> list[str]:

@@ -120,9 +120,7 @@ def train(config: Config) -> int:
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
         for record in records:
             log.record(record)
-        saver = open_until_the_end.enter_context(
-            contextlib.closing(saving.Saver(run, config, tokenizer.fingerprint, log))
-        )
+        saver = open_until_the_end.enter_context(contextlib.closing(saving.Saver(run, config, tokenizer, log)))
         alive = functools.partial(guard.alive, watch, stop)
 
         # loop

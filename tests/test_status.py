@@ -109,6 +109,26 @@ def test_damaged(
     assert "step " in capsys.readouterr().out
 
 
+def test_damaged_checkpoints_are_told(tiny: Make, tmp_path: Path) -> None:
+    """One that is not whole, with the file that says so, and one that a resumed run moved aside."""
+    run = write(tmp_path / "run", tiny(), START, trained(4))
+    meta = run / "checkpoints" / "4" / "meta"
+    meta.mkdir(parents=True)
+    for part in ("", "meta", "params"):
+        (meta.parent / part).mkdir(exist_ok=True)
+        (meta.parent / part / "commit_success.txt").touch()
+    (meta / "data.json").write_text(json.dumps(run_folder.sealed({"step": 4, "data": {"row": 3}})))
+    (run / "damaged" / "2").mkdir(parents=True)
+    incomplete, aside = status.status(run).warnings
+    assert incomplete == f"{run}/checkpoints/4: damaged (opt/commit_success.txt is missing)"
+    assert aside == f"{run}/damaged/2: was damaged and moved here"
+    (meta.parent / "opt").mkdir()
+    (meta.parent / "opt" / "commit_success.txt").touch()
+    assert status.status(run).warnings == [aside]
+    (meta / "data.json").write_text((meta / "data.json").read_text().replace('"row": 3', '"row": 4'))
+    assert "is not what was saved" in status.status(run).warnings[0]
+
+
 def test_empty_missing_and_copied(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder is a run that has not begun, a missing one a mistake, a copy as good as the original."""
     (tmp_path / "empty").mkdir()

@@ -26,7 +26,7 @@ RULES = """\
   duplicate      (with --dedup) equal to an earlier document, byte for byte: dropped
   held out       equal to a validation document, byte for byte: dropped from training
 More than 10 pieces that are invalid UTF-8, not JSON or no text are an error if they are over 5% of the text, of its first
-10 MB or of all."""
+10 million characters or of all."""
 MAX_CHARS = 1_000_000
 MIN_END = 0.05  # of a single file's text
 FEW = 10  # validation documents that a hash rule gives at least, on average

@@ -264,6 +264,8 @@ def _valid(shards: list[Shard], plans: list[Plan], rows: int, row: int, bos: int
 
 
 def _tokenizer(folder: str | os.PathLike, vocab: int | None) -> Tokenizer:
+    if not str(folder):
+        raise UserError("--data.path: is empty; give the folder that `python -m nanojax.data prepare` wrote")
     if not Path(folder).is_dir():
         raise UserError(
             f"{folder}: no data folder there; make one with `python -m nanojax.data prepare --out={folder}`"

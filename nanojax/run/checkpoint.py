@@ -250,10 +250,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(folder: Path, config: Config, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-    # Orbax does not look: a folder that was being deleted, or copied in part, has no such mark.
-    for part in ("", *wanted, "meta"):
-        if not (folder / part / "commit_success.txt").is_file():
-            raise ValueError(f"{(Path(part) / 'commit_success.txt')} is missing")
+    run_folder.check_complete(folder, wanted)
     with _context():
         meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
         if not run_folder.is_sealed(meta):

@@ -64,7 +64,7 @@ class Appender:
         self._open()
 
     def _open(self) -> None:
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.end = os.fstat(self.file).st_size
 
     def write(self, *records: dict[str, Any]) -> OSError | None:
@@ -80,6 +80,7 @@ class Appender:
         failed = self._send()
         if failed is None:
             try:
+                self._follow()
                 os.fsync(self.file)
             except OSError as error:
                 failed = error
@@ -108,6 +109,19 @@ class Appender:
         self.retry_at = 0.0
         self.waiting.clear()
         return None
+
+    def _follow(self) -> None:
+        """All records in a new file, where the file was moved or removed."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file)):
+                return
+        records, before = os.pread(self.file, self.end, 0), self.file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+        os.close(before)
+        if not self.end:
+            self.waiting.appendleft(records)
+            self._send()
 
     def _reopen(self) -> None:
         """After a failure: the disk may have been mounted anew, or the file be another one."""

@@ -42,7 +42,7 @@ class Resumption:
     def lines(self, done: int) -> list[str]:
         """What the user is told when the run goes on after step `done`."""
         out = []
-        if self.rounding:
+        if self.rounding and done < self.config.train.steps:
             out.append(f"{_list(self.rounding)}: from step {done + 1} on not bit for bit what it would have been")
         if self.schedule and self.planned:
             out.append(f"{_list(self.schedule)}: extended as if it had been planned so")
@@ -81,7 +81,8 @@ def check(run: Path, config: Config) -> Resumption:
             f"with --train.init={run} and another --train.run"
         )
     earlier = run_folder.read_config(run)
-    config = configs.override(config, {"train.init": config.train.init or earlier.train.init})
+    if not config.train.init or _same_folder(config.train.init, earlier.train.init):
+        config = configs.override(config, {"train.init": earlier.train.init})
     refused = configs.changes(earlier, config, "results")
     if refused:
         raise UserError(
@@ -116,6 +117,10 @@ def _extended(
     if config.train.steps <= step:
         raise UserError(f"--train.steps={config.train.steps}: the checkpoint of --train.extend={step} is past its end")
     return step, rounding, schedule, step in planned
+
+
+def _same_folder(a: str, b: str) -> bool:
+    return bool(a and b) and Path(a).resolve() == Path(b).resolve()
 
 
 def _same_rates(a: Config, b: Config, steps_done: int) -> bool:

@@ -7,6 +7,7 @@ Each checkpoint has its own copy of the config it was trained with, and that one
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from nanojax.config import Config
 from nanojax.run import records
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+COMPLETE = "commit_success.txt"
 
 
 def write_config(run: Path, config: Config) -> None:
     """config.json, whole or not at all."""
-    configs.save(config, run / "config.json")
+    configs.save(config, run / CONFIG)
 
 
 def read_config(run: str | os.PathLike) -> Config:
@@ -38,7 +41,7 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def _shown_config(run: str | os.PathLike) -> Config:
-    path = Path(run) / "config.json"
+    path = Path(run) / CONFIG
     missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"
     return configs.from_dict(files.read_table(path, missing), str(path))
 
@@ -75,6 +78,26 @@ def saved_config(run: str | os.PathLike, step: int) -> Config:
     if not isinstance(config, dict):  # of before configs were kept there
         return _shown_config(run)
     return configs.from_dict(config, f"{Path(run) / CHECKPOINTS / str(step)}: its config")
+
+
+def check_complete(folder: Path, parts: Iterable[str]) -> None:
+    """UserError if a checkpoint's folder, one of `parts` or its meta was not written or copied to the end.
+
+    Orbax does not look: a folder that was being deleted, or copied in part, has no such mark.
+    """
+    for part in ("", *parts, "meta"):
+        if not (folder / part / COMPLETE).is_file():
+            raise UserError(f"{Path(part) / COMPLETE} is missing")
+
+
+def visible_damage(run: str | os.PathLike, step: int) -> str | None:
+    """What is wrong with the checkpoint of `step`, as far as its small files tell; None if nothing is."""
+    try:
+        parts = ["params"] if saved_meta(run, step).get("data") == {} else ["params", "opt"]
+        check_complete(Path(run) / CHECKPOINTS / str(step), parts)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def imported(run: str | os.PathLike, step: int) -> bool:

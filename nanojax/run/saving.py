@@ -14,6 +14,7 @@ from nanojax.config import Config
 from nanojax.run import checkpoint, run_folder
 from nanojax.run.exits import Diverged
 from nanojax.run.metrics import Metrics
+from nanojax.tokenizer import Tokenizer
 
 RETRY_SECONDS = 60.0  # from a failed save to the next try
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between the tries of `finish`
@@ -25,8 +26,8 @@ class Saver:
     `saved` is the newest step whose checkpoint is known to be whole.
     """
 
-    def __init__(self, run: Path, config: Config, fingerprint: str, log: Metrics):
-        self.run, self.config, self.fingerprint, self.log = run, config, fingerprint, log
+    def __init__(self, run: Path, config: Config, tokenizer: Tokenizer, log: Metrics):
+        self.run, self.config, self.tokenizer, self.log = run, config, tokenizer, log
         self.writer = checkpoint.open_for_saving(run, config)
         self.saved = max(run_folder.available(run), default=0)
         self.writing: int | None = None  # the step that is being saved
@@ -54,7 +55,8 @@ class Saver:
         if step == self.saved:
             return
         try:
-            checkpoint.save(self.writer, self.config, state, data, self.fingerprint)
+            self._complete_folder()
+            checkpoint.save(self.writer, self.config, state, data, self.tokenizer.fingerprint)
             self.writing = step
         except checkpoint.NotFinite as error:
             raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved") from None
@@ -101,6 +103,14 @@ class Saver:
             self._settle()
         with contextlib.suppress(Exception):
             self.writer.close()
+
+    def _complete_folder(self) -> None:
+        """Config and tokenizer, where they are gone: the folder was moved or removed while the run goes on."""
+        if not (self.run / run_folder.CONFIG).exists() or not (self.run / "tokenizer").exists():
+            text = f"{self.run}: was moved or removed; it is made again, with the checkpoints from here on"
+            self.log.warn("run folder", text)
+            self.tokenizer.save(self.run / "tokenizer")
+            run_folder.write_config(self.run, self.config)
 
     def _settle(self) -> None:
         step, self.writing = self.writing, None

@@ -162,6 +162,11 @@ def test_weights_of_another_run(home: Path, whole: Path, tmp_path: Path, capsys:
     assert first < metrics.read(whole, "train")[5]["loss"]  # not ln V, where random weights begin
     on = tiny_run.load(home / "tiny.py", tmp_path / "int8", stored__blocks="int8", train__steps=2)
     assert resume.check(tmp_path / "int8", on).config.train.init == str(whole)
+    same = tiny_run.load(
+        home / "tiny.py", tmp_path / "int8", stored__blocks="int8", train__steps=2,
+        train__init=f"{whole.parent}/./{whole.name}/",
+    )  # fmt: skip
+    assert resume.check(tmp_path / "int8", same).config.train.init == str(whole)
     elsewhere = tiny_run.load(
         home / "tiny.py", tmp_path / "int8", stored__blocks="int8", train__steps=2, train__init="x"
     )

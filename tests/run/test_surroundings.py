@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from nanojax.cli import UserError
 from nanojax.data import loader
 from nanojax.run import checkpoint, exits, guard, metrics, output, records, run_folder, saving, watch
 from nanojax.run.tensorboard import Board
+from nanojax.tokenizer import Tokenizer
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
@@ -184,7 +186,7 @@ def test_failed_save(
     at = lambda step: state._replace(step=state.step * 0 + step)
     (tmp_path / "run").mkdir()
     log = metrics.Metrics(config, tmp_path / "run", 0, Console(file=io.StringIO()))
-    saver = saving.Saver(tmp_path / "run", config, "abc", log)
+    saver = saving.Saver(tmp_path / "run", config, Tokenizer.load(home / "data" / "tokenizer"), log)
     assert saver.finish(at(1), {}, patience=0)
     clock, wait = _Clock(), checkpoint.wait
 
@@ -208,6 +210,29 @@ def test_failed_save(
     assert run_folder.available(tmp_path / "run") == [1, 3] and not saver.retry_is_due
     saver.close()
     log.close()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the save that was under way
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_run_folder_that_is_gone(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """After step 5 the folder is moved or removed: from the next save on it is a whole run folder again, with every record."""
+    run, batch = tmp_path / "run", guard.next_batch
+
+    def away(batches: loader.TrainIterator, *rest: object) -> object:
+        if batches.position == 5 * batches.rows:
+            run.rename(tmp_path / "elsewhere")
+            if how == "removed":
+                shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
+        return batch(batches, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(guard, "next_batch", away)
+    config = tiny_run.load(home / "tiny.py", run, eval__every=0)
+    assert train.train(config) == exits.DONE
+    assert [r["step"] for r in metrics.read(run, "train")] == list(range(1, 13))
+    assert "run folder" in {r["about"] for r in metrics.read(run, "warning")}
+    assert run_folder.read_config(run) == config and checkpoint.load(run).step == 12
+    assert train.train(config) == exits.DONE
 
 
 def test_exit_codes_are_documented() -> None:
