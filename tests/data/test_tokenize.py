@@ -2,12 +2,14 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,18 @@ def test_rules_are_counted(data: Path, tokenizer: Tokenizer) -> None:
     assert "".join(text for text in kept if text.startswith(("long", "words"))) == "long words " * 200_000
 
 
+def failing_after(calls: int) -> Callable:
+    """encode.encode that stops the run at the call after so many."""
+    real, done = encode.encode, itertools.count(1)
+
+    def encode_or_stop(documents):
+        if next(done) > calls:
+            raise UserError("stopped")
+        return real(documents)
+
+    return encode_or_stop
+
+
 @pytest.mark.parametrize("valid", ["hash:0.2", "last"])
 @pytest.mark.parametrize("stop_after", [1, 2, 5, 9])
 def test_restart_gives_the_same_shards(
@@ -162,16 +176,8 @@ def test_restart_gives_the_same_shards(
     options = Options(valid=valid, shard_tokens=6_000, dedup=True)
     tokenizer.save(data / "whole" / "tokenizer")
     whole = run(data, options, out="whole")
-    real, calls = encode.encode, 0
-
-    def failing(documents):
-        nonlocal calls
-        calls += 1
-        if calls > stop_after:
-            raise UserError("stopped")
-        return real(documents)
-
-    monkeypatch.setattr(encode, "encode", failing)
+    real = encode.encode
+    monkeypatch.setattr(encode, "encode", failing_after(stop_after))
     with pytest.raises(UserError, match="stopped"):
         run(data, options)
     assert not list((data / "out").glob("*.tmp"))
@@ -195,18 +201,9 @@ def test_restart_inside_a_compressed_file(data: Path, tokenizer: Tokenizer, monk
     real = encode.encode
     assert whole["documents"] == 100
     for stop_after in range(1, 12):
-        calls = 0
-
-        def failing(documents, stop_after=stop_after):
-            nonlocal calls
-            calls += 1
-            if calls > stop_after:
-                raise UserError("stopped")
-            return real(documents)
-
         out = f"out{stop_after}"
         tokenizer.save(data / out / "tokenizer")
-        monkeypatch.setattr(encode, "encode", failing)
+        monkeypatch.setattr(encode, "encode", failing_after(stop_after))
         with contextlib.suppress(UserError):
             run(data, options, out=out)
         monkeypatch.setattr(encode, "encode", real)
@@ -359,16 +356,8 @@ def test_one_text_is_enough(data: Path, tokenizer: Tokenizer, monkeypatch, stop_
     whole = run(data, options, out="whole")
     train, valid = "".join(texts(data / "whole", "train", tokenizer)), "".join(texts(data / "whole", "valid", tokenizer))
     assert train + valid == book and abs(len(valid) / len(book) - 0.05) < 0.01
-    real, calls = encode.encode, 0
-
-    def failing(documents):
-        nonlocal calls
-        calls += 1
-        if calls > stop_after:
-            raise UserError("stopped")
-        return real(documents)
-
-    monkeypatch.setattr(encode, "encode", failing)
+    real = encode.encode
+    monkeypatch.setattr(encode, "encode", failing_after(stop_after))
     with pytest.raises(UserError, match="stopped"):
         run(data, options)
     monkeypatch.setattr(encode, "encode", real)

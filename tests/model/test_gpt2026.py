@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.oracle_2026 import joined
 from oracles import numpy_gpt2026 as oracle
 
 from nanojax import model, sample, step, weights
@@ -29,18 +30,7 @@ def drawn(config: Config, seed: int = 2) -> tuple[Any, Any]:
     """(the oracle's random parameters, the same as ours in f32). With seed 1 the sum for backout nearly cancels."""
     m = config.model
     theirs = oracle.random_params(np.random.default_rng(seed), m.L, m.V, m.H, m.D)
-    return theirs, ours_of(theirs)
-
-
-def ours_of(tree: Any) -> Any:
-    """The oracle's tree as ours: q, k and v are one array, and the gate has another name."""
-    f32 = lambda a: jnp.asarray(a, jnp.float32)
-    blocks = []
-    for w in tree["blocks"]:
-        block = {name: f32(w[name]) for name in ("o", "up", "down")}
-        block["qkv"] = f32(np.concatenate([w["q"], w["k"], w["v"]]))
-        blocks.append(block | ({"value": f32(w["value"]), "value_gate": f32(w["gate"])} if "value" in w else {}))
-    return {name: f32(a) for name, a in tree.items() if name != "blocks"} | {"blocks": tuple(blocks)}
+    return theirs, joined(theirs)
 
 
 def sized(config: Config) -> oracle.Model:
@@ -78,7 +68,7 @@ def test_the_steps_gradients_equal_numpy(tiny: Make, depth: int, residuals: str)
         more, accum = run(accum, part)
         loss += float(more) / config.train.tokens_per_step
     assert loss == pytest.approx(want_loss, rel=1e-6)
-    want = ours_of(grads)
+    want = joined(grads)
     for name, weight in weights.table(config.model).items():
         for place, i in enumerate(weight.layers) if weight.layered else [(0, None)]:
             got, expected = (accum[name], want[name]) if i is None else (accum[name][place], want["blocks"][i][name])

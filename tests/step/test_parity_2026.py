@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import markov
+from helpers.oracle_2026 import Tree, apart, joined
 from oracles import numpy_gpt2026, numpy_optim2026
 
 from nanojax import config as configs
@@ -16,7 +18,6 @@ from nanojax.recipe import nanochat_2026
 
 STEPS = 50
 MUON = ("q", "k", "v", "o", "up", "down", "gate")
-Tree = dict[str, Any]
 
 
 class Recipe:
@@ -57,41 +58,6 @@ class Recipe:
         return out
 
 
-def apart(params: Any) -> Tree:
-    """Our parameters as the oracle's tree: q, k and v apart, the gate by its other name, float64."""
-    params = numpy_gpt2026.to_float64(params)
-    blocks = []
-    for w in params["blocks"]:
-        q, k, v = np.split(w["qkv"], 3)
-        block = {"q": q, "k": k, "v": v, **{name: w[name] for name in ("o", "up", "down")}}
-        blocks.append(block | ({"value": w["value"], "gate": w["value_gate"]} if "value" in w else {}))
-    return {**params, "blocks": tuple(blocks)}
-
-
-def joined(tree: Tree) -> Any:
-    """The oracle's tree as ours, f32."""
-    f32 = lambda a: jnp.asarray(a, jnp.float32)
-    blocks = []
-    for w in tree["blocks"]:
-        block = {name: f32(w[name]) for name in ("o", "up", "down")} | {
-            "qkv": f32(np.concatenate([w["q"], w["k"], w["v"]]))
-        }
-        blocks.append(block | ({"value": f32(w["value"]), "value_gate": f32(w["gate"])} if "value" in w else {}))
-    return {name: f32(a) for name, a in tree.items() if name != "blocks"} | {"blocks": tuple(blocks)}
-
-
-def batches(config: Config) -> np.ndarray:
-    """Fifty batches [A,B,T+1] of a Markov chain with three successors per token: something to learn."""
-    rng = np.random.default_rng(0)
-    V, (A, B, T1) = config.model.V, config.batch_shape
-    follow = rng.integers(0, V, (V, 3))
-    out = np.zeros((STEPS, A, B, T1), np.int32)
-    out[..., 0] = rng.integers(0, V, out.shape[:3])
-    for t in range(1, T1):
-        out[..., t] = follow[out[..., t - 1], rng.integers(0, 3, out.shape[:3])]
-    return out
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("depth", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_fifty_steps_equal_numpy(depth: int) -> None:
@@ -112,7 +78,7 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     oracle = Recipe(first, config)
     step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
     ours, theirs = [], []
-    for tokens in batches(config):
+    for tokens in markov.batches(config, STEPS):
         theirs.append(oracle.step(tokens))
         state, metrics = step(state, steps.Batch(jnp.asarray(tokens)))
         ours.append(float(metrics["loss"]))

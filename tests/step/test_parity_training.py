@@ -6,24 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import markov
 from oracles.numpy_recipe import Recipe
 
 from nanojax import step as steps
 from nanojax.config import Compute, Config, Model, Optim, Train, resolve
 
 STEPS = 50
-
-
-def _batches(config: Config) -> np.ndarray:
-    """Fifty batches [A,B,T+1] of a Markov chain with three successors a token: something to learn."""
-    rng = np.random.default_rng(0)
-    V, (A, B, T1) = config.model.V, config.batch_shape
-    follow = rng.integers(0, V, (V, 3))
-    out = np.zeros((STEPS, A, B, T1), np.int32)
-    out[..., 0] = rng.integers(0, V, out.shape[:3])
-    for t in range(1, T1):
-        out[..., t] = follow[out[..., t - 1], rng.integers(0, 3, out.shape[:3])]
-    return out
 
 
 @pytest.mark.long
@@ -42,7 +31,7 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     oracle = Recipe(first, config)
     step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
     ours, theirs = [], []
-    for tokens in _batches(config):
+    for tokens in markov.batches(config, STEPS):
         theirs.append(oracle.step(tokens))
         state, metrics = step(state, steps.Batch(jnp.asarray(tokens)))
         ours.append((float(metrics["loss"]), float(metrics["grad_norm"])))
