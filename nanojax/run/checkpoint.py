@@ -200,10 +200,8 @@ def _tokenizer(run: Path) -> Tokenizer:
 def _newest_good(run: Path, candidates: list[int], wanted: Wanted) -> tuple[Config, dict[str, Any], dict] | None:
     """(config, the wanted parts, meta) of the newest of `candidates` that loads and passes its checks; None if none given."""
     reasons = []
-    before, sys.unraisablehook = (
-        sys.unraisablehook,
-        lambda _: None,
-    )  # one part's damage: hundreds of lines from the others
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # of one part's damage the others would tell hundreds of lines
     for step in reversed(candidates):
         folder = run / CHECKPOINTS / str(step)
         found, reason = None, ""
