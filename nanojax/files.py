@@ -36,8 +36,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()  # OSError unless it is empty
+        with contextlib.suppress(OSError):
+            path.rmdir()  # does nothing unless it is an empty folder
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -289,9 +289,6 @@ def change_json(path: Path, rng: np.random.Generator) -> None:
 
 @pytest.mark.long
 @seeds
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # orbax's coroutines, as in test_checkpoint
 def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable, seed: int) -> None:
     """80 run folders in which one to three files are damaged, or config.json says something else.
 

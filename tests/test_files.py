@@ -61,8 +61,9 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_refusing_disk_is_one_line(tmp_path: Path) -> None:
     """No such folder possible, a full disk, a folder in the way: UserError that names the file; no temporary is left."""
     (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    for name, reason in (("file/x", "File exists"), ("file/x/y", "Not a directory"), ("folder", "Is a directory")):
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    reasons = {"file/x": "File exists", "file/x/y": "Not a directory", "folder": "Is a directory"}
+    for name, reason in reasons.items():
         match = rf"{name}: cannot be written \({reason}\)"
         with pytest.raises(UserError, match=match), files.write_atomic(tmp_path / name):
             pass
@@ -70,6 +71,14 @@ def test_a_refusing_disk_is_one_line(tmp_path: Path) -> None:
     with full, files.write_atomic(tmp_path / "y"):
         raise OSError(28, "No space left on device")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_empty_folder_in_the_way_is_replaced(tmp_path: Path) -> None:
+    """A file stands where it was, whole."""
+    (tmp_path / "x").mkdir()
+    with files.write_atomic(tmp_path / "x") as file:
+        file.write(b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_a_table_is_read(tmp_path: Path) -> None:

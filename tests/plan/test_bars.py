@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.plan, NO_COMPILER]
 
 # GiB at the peak that a config may need, and the least rows of a microbatch (T = 2048)
 BARS = {"d32_4070_bf16": (10.5, 4), "d32_4070": (10.5, 1), "d32_4070_laptop": (6.8, 1), "d12_4070": (2.5, 1)}
+# GiB at the peak and tokens/s, by our own roofline, of nanochat's recipe of July 2026
+RECIPE_BARS = {"d24_2026_4070": (8.5, 19_000), "d28_2026_4070": (10.5, 13_000)}
 PLAN_LINE = re.compile(
     r"plan \((?P<card>\w+)\): peak (?P<gib>[\d.]+) GiB, (?P<rate>[\d.]+)(?P<k>k?) tok/s modelled, "
     r"(?P<time>[\d.]+) (?P<unit>days|hours)"
@@ -47,7 +49,9 @@ def each(names: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrizes a test by config."""
     params = []
     for name in names:
-        marks = [pytest.mark.xdist_group(GROUPS.get(name, name))] + [pytest.mark.slow] * (name not in BARS)
+        marks = [pytest.mark.xdist_group(GROUPS.get(name, name))] + [pytest.mark.slow] * (
+            name not in BARS | RECIPE_BARS
+        )
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("name", params)
 
@@ -98,9 +102,17 @@ def test_below_8_bits(name: str) -> None:
     assert plan.tokens_per_second >= 0.95 * INT8_THEN, plan.summary
 
 
-@each(["d32_4070"])
+@each(RECIPE_BARS)
+def test_the_newest_recipe(name: str) -> None:
+    """d24 for GPT-2's CORE and d28 for d32's fit the card and reach the speed that their days are told by."""
+    plan = plan_of(name)
+    gib, speed = RECIPE_BARS[name]
+    assert plan.memory.peak / GIB <= gib and plan.tokens_per_second >= speed, plan.summary
+
+
+@each(["d32_4070", *RECIPE_BARS])
 def test_traffic(name: str) -> None:
-    """What kernels that are neither matmul nor attention read and write in d32's step, by the compiled program."""
+    """What kernels that are neither matmul nor attention read and write in a step, by the compiled program."""
     plan = plan_of(name)
     moved = sum(k.bytes for k in plan.estimate.kernels if "matmul" not in k.kind and k.kind != "attention")
     assert moved / (plan.config.train.tokens_per_step * plan.config.model.L) <= TRAFFIC

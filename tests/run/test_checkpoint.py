@@ -117,8 +117,6 @@ def _files(folder: Path) -> list[Path]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kinds", [1, pytest.param(3, marks=pytest.mark.slow)])
-# orbax does not await its other coroutines and futures when one of them fails
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture, kinds: int) -> None:
     """Each file of a checkpoint removed, cut in half, or with one bit flipped: what is restored is right or refused.
 
@@ -179,7 +177,6 @@ def test_a_flipped_bit_in_meta_is_seen(tiny: Make, tmp_path: Path) -> None:
     assert restored is not None and restored[1]["data"] == {"position": 3}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_only_damaged(tiny: Make, tmp_path: Path) -> None:
     """With no good checkpoint left: one line that names the folder, and nothing is moved."""
     config = tiny()
