@@ -78,13 +78,14 @@ def _load_json(path: Path) -> Tokenizer:
         patterns = [p["pattern"]["Regex"] for p in parts if p["type"] == "Split"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         made = [ranks[bytes(BYTE[c] for c in "".join(pair))] for pair in merges]
+        in_order = made == sorted(made) and len(set(made)) == len(ranks) - 256
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     if model.get("type") != "BPE" or len(patterns) != 1 or content.get("normalizer"):
         raise UserError(f"{path}: not a byte-level BPE with one split pattern and no normalizer")
-    if made != sorted(made) or len(set(made)) != len(ranks) - 256:
+    if not in_order:
         raise UserError(f"{path}: its merges are not in the order of its ids; such a tokenizer cannot be taken over")
     return _build(path, ranks, special, patterns[0])
 
