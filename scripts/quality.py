@@ -37,11 +37,14 @@ from nanojax.cli import Bar, Parser, UserError, run_main
 from nanojax.config import Compute, Config, Data, Model, Train
 from nanojax.data import loader
 from nanojax.hardware import GIB
-from nanojax.recipe import nanochat_2026
+from nanojax.recipe import OPTIM, nanochat_2026
+from nanojax.tokenizer import Tokenizer
 
 VALID_TOKENS = 131072  # at this size paired differences of two arms vary by about 0.001 nats
 CURVE = 10  # steps whose mean training loss is one point
 EVALUATIONS = 4  # per run; all but the last use a quarter of the validation tokens
+
+RATES = 8.0  # of the recipe of 2026 at 4,096 tokens per step; the plan recipe-rates found it
 
 SIZES = {"d2": Model(depth=2, width=128), "d3": Model(depth=3, width=192), "d6": Model(depth=6, width=256)}
 
@@ -59,13 +62,17 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 def recipe() -> dict[str, Any]:
-    """The keys that make a config of nanochat's recipe of July 2026 out of the usual one, at any size and length."""
+    """The keys that make a config of nanochat's recipe of July 2026 out of the usual one, at any size and length.
+
+    The scaling law's rates are meant for steps of 2^18 tokens and more. At 4,096 they are far too small: hence RATES.
+    """
     usual, newest = configs.keys(Config()), configs.keys(nanochat_2026(12, 12))
     changed = {key: value for key, (_, value, _) in newest.items() if value != usual[key][1]}
     kept = {key: value for key, value in changed.items() if key.startswith("optim.")}
     # a window of a quarter of the rows of 256, as in the recipe; its rule, in whole 128s, would give half
     return (
         kept
+        | {f"optim.{key}": RATES * getattr(OPTIM, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
         | {key: changed[key] for key in ("model.family", "model.rope_base", "model.qk_scale")}
         | {"model.window": 64}
     )
@@ -86,7 +93,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "2026-tables": ("int8 value embeddings, all moments and sums of tables in 8 and 16 bits", NEWEST | TABLES),
     "2026-int8": (
         "d28_2026_4070: int8 compute, parameters, state; bf16 accumulators",
-        NEWEST | shipped("d28_2026_4070"),
+        shipped("d28_2026_4070") | NEWEST,
     ),
     "f32": ("f32 throughout", {}),
     "int8-bf16": ("int8 compute, bf16 stored", INT8 | BF16_EDGES | {"stored.blocks": "bf16"}),
@@ -141,7 +148,7 @@ PLANS: dict[str, list[Run]] = {
     "ladder": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in LADDER],
     "ladder-rates": [("d3", arm, rate, 0) for rate in (0.5, 2.0) for arm in LADDER],
     "summed": [("d3", arm, 1.0, 0) for arm in ("laptop", "largest")],
-    "recipe-rates": [("d2", "2026", rate, 0) for rate in (4.0, 8.0, 16.0, 2.0)],
+    "recipe-rates": [("d2", arm, rate, 0) for arm in ("f32", "2026") for rate in (0.5, 1.0, 2.0)],
     "recipes": [(size, arm, 1.0, seed) for size in ("d2", "d3") for seed in SEEDS for arm in ("f32", "2026")],
     "recipe-parts": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in PARTS],
     "recipe-int8": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in ("2026-tables", "2026-int8")],
@@ -174,12 +181,17 @@ def file_of(out: Path, run: Run) -> Path:
     return out / f"{size}_{arm}_x{rate:g}_seed{seed}.jsonl"
 
 
+def valid_rows(config: Config) -> list[np.ndarray]:
+    """The validation batches of a run, [8, T+1]; at most VALID_TOKENS tokens."""
+    limit = max(1, VALID_TOKENS // (8 * config.model.T))
+    return list(islice(loader.valid_batches(config.data.path, 8, config.model.T), limit))
+
+
 def train(config: Config, run: Run, path: Path) -> None:
     """Trains one arm. Its file has a head line, {step, loss} and {step, valid} lines, and a last line with done=true."""
     A, B, _ = config.batch_shape
     batches = loader.train_iterator(config.data.path, A * B, config.model.T, config.train.seed, config.model.V)
-    limit = max(1, VALID_TOKENS // (8 * config.model.T))
-    rows = list(islice(loader.valid_batches(config.data.path, 8, config.model.T), limit))
+    rows = valid_rows(config)
     begin = time.monotonic()
     state = jax.jit(step.init_state, static_argnums=0)(config)
     train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
@@ -302,9 +314,14 @@ def unigram(c: Config) -> float:
     counts = np.ones(c.model.V)
     for batch in islice(batches, c.train.steps):
         counts += np.bincount(batch.reshape(-1, c.model.T + 1)[:, 1:].ravel(), minlength=c.model.V)
-    rows = islice(loader.valid_batches(c.data.path, 8, c.model.T), max(1, VALID_TOKENS // (8 * c.model.T)))
     nats = -np.log(counts / counts.sum())
-    return float(np.mean([nats[row.reshape(-1, c.model.T + 1)[:, 1:]].mean() for row in rows]))
+    return float(np.mean([nats[rows[:, 1:]].mean() for rows in valid_rows(c)]))
+
+
+def bits_per_byte(c: Config) -> float:
+    """Bits per byte that one nat per token amounts to on the validation text. A special token has no bytes."""
+    sizes = Tokenizer.load(Path(c.data.path) / "tokenizer").bytes_per_token()
+    return 1 / float(np.mean([sizes[rows[:, 1:]].mean() for rows in valid_rows(c)])) / math.log(2)
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -327,6 +344,7 @@ def report(out: Path) -> None:
     facts += f"; commits {', '.join(sorted({r.commit for r in results}))}"
     if Path(c.data.path).is_dir():
         facts += f"; unigrams of the training text give {unigram(c):.2f} validation nats"
+        facts += f"; one nat per token is {bits_per_byte(c):.4f} bits per byte"
     text = "".join(f"| {line} |\n" for line in lines)
     about = "± is the standard deviation over seeds, of paired differences for Δ."
     (out / "table.md").write_text(f"{facts}\n{about}\n\n{text}")

@@ -14,6 +14,7 @@ from nanojax.cli import UserError
 from nanojax.config import Model
 from nanojax.data import loader
 from nanojax.data.__main__ import main as data_main
+from nanojax.tokenizer import Tokenizer
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -86,6 +87,33 @@ def test_arms_are_configs():
         same = {"residuals": "all", "loss_chunk": ours.compute.loss_chunk}
         assert ours.compute == dataclasses.replace(theirs.compute, **same), arm
     assert [two.matrix_lr, two.embed_lr, two.head_lr] == [2 * x for x in (one.matrix_lr, one.embed_lr, one.head_lr)]
+
+
+def test_arms_of_the_recipe():
+    """The int8 arm stores and computes as d28_2026_4070; its rates are the law's times RATES, as those of the f32 arm with
+    which it is compared; both train with the FLOPs of the older model."""
+    int8, f32, old = (
+        quality.make_config(("d2", arm, 1.0, 0), "data", 300, 4096, 256, 2048) for arm in ("2026-int8", "2026", "f32")
+    )
+    shipped = configs.load("d28_2026_4070")
+    assert (int8.stored, int8.accumulate) == (shipped.stored, shipped.accumulate)
+    assert (int8.compute.forward, int8.compute.dx, int8.compute.dw) == ("int8", "int8", "int8")
+    rates = {key: quality.RATES * getattr(shipped.optim, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
+    assert int8.optim == f32.optim == dataclasses.replace(shipped.optim, **rates)
+    flops = [c.train.tokens * c.model.flops_per_token for c in (f32, old)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.005)
+
+
+def test_bits_per_byte(tmp_path, monkeypatch):
+    """Of text of one-byte tokens, a nat is 1/ln 2 bits per byte; the begin token's share has no bytes."""
+    config = quality.make_config(("d2", "f32", 1.0, 0), str(tmp_path), 300, 64, 32, 300)
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)])
+    tokenizer.save(tmp_path / "tokenizer")
+    rows = np.full((8, 33), 65)
+    monkeypatch.setattr(quality, "valid_rows", lambda config: [rows])
+    assert quality.bits_per_byte(config) == pytest.approx(1 / np.log(2))
+    rows[:, 1:17] = tokenizer.bos
+    assert quality.bits_per_byte(config) == pytest.approx(2 / np.log(2))
 
 
 def test_empty_folder(tmp_path, monkeypatch):
