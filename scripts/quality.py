@@ -150,8 +150,8 @@ PLANS: dict[str, list[Run]] = {
     "summed": [("d3", arm, 1.0, 0) for arm in ("laptop", "largest")],
     "recipe-rates": [("d2", arm, rate, 0) for arm in ("f32", "2026") for rate in (0.5, 1.0, 2.0)],
     "recipes": [(size, arm, 1.0, seed) for size in ("d2", "d3") for seed in SEEDS for arm in ("f32", "2026")],
-    "recipe-parts": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in PARTS],
-    "recipe-int8": [("d2", arm, 1.0, seed) for seed in SEEDS for arm in ("2026-tables", "2026-int8")],
+    "recipe-parts": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in PARTS],
+    "recipe-int8": [("d3", arm, 1.0, seed) for seed in SEEDS for arm in ("2026-tables", "2026-int8")],
     "larger": [("d6", arm, 1.0, 0) for arm in ("f32", "int8-bf16", "int8-int8", *LADDER)],
 }
 
