@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ORDER = """cli files < hardware fields weights < config tokenizer recipe < xla quant < ops < model < step
+ORDER = """cli files < hardware fields weights < config tokenizer recipe < conversation xla quant < ops < model < step
     < run sample plan data < interop evaluate status < train"""
 ONLY = {"data": {"cli", "files", "tokenizer"}}  # text to token shards, without jax or a config
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}
