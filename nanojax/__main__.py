@@ -7,6 +7,8 @@ from nanojax.cli import UserError, run_main, version
 COMMANDS = {
     "data": "text to token shards",
     "train": "train a model; the same command again resumes",
+    "tasks": "conversations to tokens for fine-tuning",
+    "sft": "fine-tune a model on conversations; the same command again resumes",
     "status": "where a run is, from its folder alone",
     "sample": "text from a trained model",
     "evaluate": "bits per byte, CORE, sample texts",

@@ -192,13 +192,22 @@ class Optim:
     final_lr: float = _key(
         0.0, "learning rate at the end, as a fraction of the full rate", at_least=0, at_most=1, effect="schedule"
     )
+    peak_lr: float = _key(1.0, "all rates times this; fine-tuning has 0.8", above=0, effect="schedule")
+    steps_before: int = _key(
+        0, "updates that the momenta have seen, which are taken over from train.init; 0 = fresh momenta", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Token shards and their tokenizer. The folder may move: a resumed run compares the shards themselves."""
+    """Tokens and their tokenizer. The folder may move: a resumed run compares the shards themselves."""
 
-    path: str = _key("data/fineweb", "folder that `python -m nanojax.data` wrote", effect="none", path=True)
+    path: str = _key(
+        "data/fineweb", "folder that `python -m nanojax.data` or nanojax.tasks wrote", effect="none", path=True
+    )
+    kind: Literal["text", "conversations"] = _key(
+        "text", "text = token shards; conversations = prepared ones, of which only supervised tokens are learnt"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +216,9 @@ class Train:
 
     run: str = _key("", "run folder; empty = runs/<config name>", effect="none", path=True)
     init: str = _key(
-        "", "run folder whose weights a new run starts from, with a fresh optimizer; empty = random weights", path=True
+        "",
+        "run folder whose weights a new run starts from (momenta: optim.steps_before); empty = random weights",
+        path=True,
     )
     extend: int = _key(
         0, "step of a checkpoint: go on from it with other steps or another schedule; 0 = no", at_least=0, effect="none"
@@ -454,6 +465,8 @@ def _check_together(config: Config) -> None:
         )
     if config.accumulate.blocks == "momentum":
         _check_accumulating_into_momentum(config)
+    if optim.steps_before and not train.init:
+        raise UserError(f"--optim.steps_before={optim.steps_before}: momenta come from another run; set --train.init")
 
 
 def _check_family(config: Config) -> None:
@@ -566,10 +579,10 @@ def load_unresolved(name: str) -> Config:
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """Config `name` (or path) with the overrides of a command line, resolved and checked."""
-    return resolve(override(load_unresolved(name), _pairs(overrides)))
+    return resolve(override(load_unresolved(name), pairs(overrides)))
 
 
-def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+def pairs(arguments: Sequence[str]) -> dict[str, str]:
     """{"section.key": text} of arguments `--section.key=value` and `--section.key value`."""
     known, pairs, left = keys(Config()), {}, list(arguments)
     while left:

@@ -15,24 +15,24 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
 from nanojax import config as configs
-from nanojax import files, sample, xla
+from nanojax import files, xla
+from nanojax import source as sources
 from nanojax import step as steps
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
-from nanojax.data import loader
-from nanojax.evaluate import bpb, core
+from nanojax.evaluate import core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
 from nanojax.run import checkpoint, ending, exits, guard, metrics, output, resume, run_folder, saving, signals
 from nanojax.run import watch as watching
 from nanojax.run.exits import Diverged
 from nanojax.run.trace import Trace
+from nanojax.source import Source
 from nanojax.tokenizer import Tokenizer
 
 Late = collections.deque[tuple[int, dict[str, jax.Array]]]  # (step, its metrics)
@@ -60,7 +60,7 @@ def train(config: Config) -> int:
     Returns an exit code (run/exits.py). Raises UserError before anything compiles when data, folder or sizes cannot work;
     Diverged on NaN or Inf; Failed when the surroundings end the run, which is then saved if that is possible.
     """
-    run, t, T = Path(config.train.run), config.train, config.model.T
+    run, t = Path(config.train.run), config.train
     run_folder.check_path(run)
     begun = bool(run_folder.available(run) or metrics.read(run, "train"))
     if config.compute.residuals != "auto":
@@ -71,10 +71,8 @@ def train(config: Config) -> int:
 
         # data
         with exits.restarting(begun):
-            A, B, _ = config.batch_shape
-            batches = loader.train_iterator(config.data.path, A * B, T, t.seed, config.model.V)
-            tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
-            loader.valid_batches(config.data.path, 1, T)  # a mistake shows now rather than at the first evaluation
+            source = sources.of(config)
+            tokenizer, batches = source.tokenizer, source.batches
             tasks = _core_tasks(config)
         if config.compute.residuals == "auto":
             config = _with_residuals(config, run)
@@ -109,8 +107,9 @@ def train(config: Config) -> int:
             records = resumption.records(meta["step"])
         elif t.init:
             state, of_step = resume.init_state(config)
-            print(f"weights of {t.init}, step {of_step}; fresh optimizer")
-            records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step}]
+            momenta = "taken over" if config.optim.steps_before else "fresh"
+            print(f"weights of {t.init}, step {of_step}; {momenta} momenta")
+            records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step, "momenta": momenta}]
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
         done = first = int(state.step)
@@ -145,7 +144,7 @@ def train(config: Config) -> int:
                     if profiled:
                         guard.attempt(log, "trace", trace.end, train_step)
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, config, state, tokenizer, log, alive)
+                        guard.attempt(log, "evaluation", _evaluate, config, state, source, log, alive)
                     if run_core:
                         guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
                     log.restart_clock(done)
@@ -159,7 +158,7 @@ def train(config: Config) -> int:
                 if rows is None:
                     continue
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                    state, new = train_step(state, steps.Batch(jnp.asarray(rows.reshape(config.batch_shape))))
+                    state, new = train_step(state, source.batch(rows))
                 done += 1
                 late.append((done, new))
                 _log(log, late, but=1)  # the device is busy with the newest step meanwhile
@@ -209,14 +208,12 @@ def _core_tasks(config: Config) -> list[core.Task]:
 
 
 def _evaluate(
-    config: Config, state: steps.State, tokenizer: Tokenizer, log: metrics.Metrics, alive: Callable[[], None]
+    config: Config, state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]
 ) -> None:
     """Logs bits per byte and a sample."""
-    scores = bpb.of_shards(
-        config, state.params, tokenizer, config.data.path, config.train.microbatch, config.eval.tokens,
-        progress=lambda _: alive(),
-    )  # fmt: skip
-    log.evaluation(int(state.step), scores.scores(), _sample(config, state.params, tokenizer))
+    total = sources.measure(config, state.params, source, lambda _: alive())
+    text = source.answer(state.params) if config.eval.prompt and config.eval.sample_tokens else None
+    log.evaluation(int(state.step), total.scores(), text)
 
 
 def _core(
@@ -232,13 +229,6 @@ def _core(
         alive()
     by_task = {score.task.label: score.centred for score in finished}
     log.core(int(state.step), core.core_of(finished), by_task, sum(score.total for score in finished))
-
-
-def _sample(config: Config, params: Any, tokenizer: Tokenizer) -> str | None:
-    if not config.eval.prompt or not config.eval.sample_tokens:
-        return None
-    drawn = dict(temperature=0.8, top_k=50)  # greedy text of a young model is one phrase over and over
-    return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens, **drawn)[0]
 
 
 def _with_residuals(config: Config, run: Path) -> Config:
@@ -272,22 +262,29 @@ def parse(arguments: Sequence[str]) -> Config | None:
 def main() -> None:
     """The command."""
     config = parse(sys.argv[1:])
-    if config is None:
-        return
+    if config is not None:
+        end_process(lambda: config)
+
+
+def end_process(make: Callable[[], Config]) -> NoReturn:
+    """Trains what `make` gives, which may raise as `train` does, and ends the process with the exit code."""
     with output.unfailing(), output.quiet_threads():
-        code = _run(config)
+        code = _run(make)
     sys.exit(code)
 
 
-def _run(config: Config) -> int:
+def _run(make: Callable[[], Config]) -> int:
     """`train` as a process: its exit code; errors are told on stderr."""
     memory = xla.configure()
     if memory:
         print(memory)
+    hint = ""
     try:
+        config = make()
+        hint = config.train.run
         return train(config)
     except Diverged as error:
-        print(f"error: {error}; {run_folder.recovery_hint(Path(config.train.run))}", file=sys.stderr)
+        print(f"error: {error}; {run_folder.recovery_hint(Path(hint))}", file=sys.stderr)
         return exits.DIVERGED
     except exits.Failed as error:
         print(f"error: {error}", file=sys.stderr)

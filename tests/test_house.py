@@ -4,8 +4,11 @@ import ast
 from pathlib import Path
 
 ORDER = """cli files < hardware fields weights < config tokenizer recipe < conversation xla quant < ops < model < step
-    < run sample plan data < interop evaluate status < train"""
-ONLY = {"data": {"cli", "files", "tokenizer"}}  # text to token shards, without jax or a config
+    < run sample plan data tasks < interop evaluate status < source < train < sft"""
+ONLY = {
+    "data": {"cli", "files", "tokenizer"},
+    "tasks": {"cli", "files", "tokenizer", "conversation", "data"},
+}  # without jax
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}
 PACKAGE = Path(__file__).parents[1] / "nanojax"
 EMPTY_NAMES = {"utils", "util", "helpers", "common", "misc", "base", "manager", "factory", "registry"}

@@ -26,6 +26,7 @@ PRESETS = {
     "climbmix": "karpathy/climbmix-400b-shuffle",  # 6,543 shards
 }
 RECORD = "download.json"
+PARQUET = "refs/convert/parquet"  # where the hub keeps any data set as subset/split/NNNN.parquet, and lists checksums
 TRIES = 6  # waits of 1, 2, 4, 8, 16 s between them: half a minute of a failing server, twice the hub's own retries
 
 
@@ -33,7 +34,7 @@ class _Record:
     """`download.json`: repository, revision, and the wanted files with size, checksum and time of verification."""
 
     def __init__(self, folder: Path):
-        self.path = folder / RECORD
+        self.folder, self.path = folder, folder / RECORD
         self.lock = threading.Lock()
         self.content: dict[str, Any] = {}
         try:
@@ -62,40 +63,78 @@ def download(
     repo = PRESETS.get(dataset, dataset)
     if repo.count("/") != 1:
         raise UserError(f"--dataset={dataset}: give {', '.join(PRESETS)} or a hub repository as owner/name")
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    out = cli.output_folder(out)
-    record = _Record(out)
-    if record.content.get("repo", repo) != repo:
-        raise UserError(f"{out}: holds files of {record.content['repo']}; choose another --out for {repo}")
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    record = _begun(repo, out)
     if record.content.get("shards", 0) < shards or not record.content.get("files"):
-        files = _listing(HfApi(endpoint=endpoint), repo, record, wait_seconds)
-        record.content |= {"repo": repo, "shards": shards}
+        files = _listing(repo, record, wait_seconds)
         training, held = _splits(sorted(files), repo)
         if shards > len(training):
             raise UserError(f"--shards={shards}: {repo} has {len(training)} training shards and one for validation")
-        chosen = {name: files[name] for name in [*training[:shards], held]}
-        record.content["validation"] = held
-        record.content["files"] = {
-            name: info | ({"verified": old["verified"]} if (old := _old(record, name, info)) else {})
-            for name, info in chosen.items()
-        }
-        record.save()
+        _want(record, files, [*training[:shards], held], {"shards": shards, "validation": held})
     names = sorted(record.content["files"])
     held = record.content.get("validation", names[-1])  # older records have the last file
     # validation first, because tokenize needs it first
     wanted = [held, *[name for name in names if name != held][:shards]]
-    left = [name for name in wanted if not _verified(out, name, record)]
+    _fetch_missing(wanted, record, threads, wait_seconds, quiet, "ask for fewer --shards")
+    return [record.folder / name for name in [*wanted[1:], wanted[0]]]
+
+
+def download_parquet(
+    repo: str, folders: list[str], out: str | os.PathLike, threads: int = 4, wait_seconds: float = 1.0,
+    quiet: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Fetches the parquet files in `folders`, each "subset/split", that the hub made of a dataset repository.
+
+    They are what /api/datasets/REPO/parquet/SUBSET/SPLIT points to, but pinned to a revision and with checksums. As
+    `download` otherwise.
+    """
+    record = _begun(repo, out)
+    if record.content.get("folders") != folders:
+        files = _listing(repo, record, wait_seconds, PARQUET)
+        for folder in folders:
+            if not any(name.startswith(f"{folder}/") for name in files):
+                there = sorted({name.rpartition("/")[0] for name in files})
+                raise UserError(f"{repo}: has no rows {folder}; there are {', '.join(there[:8])}")
+        chosen = [name for name in sorted(files) if name.rpartition("/")[0] in folders]
+        _want(record, files, chosen, {"folders": folders})
+    wanted = sorted(record.content["files"])
+    _fetch_missing(wanted, record, threads, wait_seconds, quiet, "choose another --out")
+    return [record.folder / name for name in wanted]
+
+
+def _begun(repo: str, out: str | os.PathLike) -> _Record:
+    """The record in the folder `out`, which is made. UserError if it is of another repository."""
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    folder = cli.output_folder(out)
+    record = _Record(folder)
+    if record.content.setdefault("repo", repo) != repo:
+        raise UserError(f"{folder}: holds files of {record.content['repo']}; choose another --out for {repo}")
+    return record
+
+
+def _want(record: _Record, files: dict[str, dict[str, Any]], names: list[str], more: dict[str, Any]) -> None:
+    """Records that these files are to be fetched. Those that were verified before stay so."""
+    record.content |= more
+    record.content["files"] = {
+        name: files[name] | ({"verified": old["verified"]} if (old := _old(record, name, files[name])) else {})
+        for name in names
+    }
+    record.save()
+
+
+def _fetch_missing(
+    wanted: list[str], record: _Record, threads: int, wait_seconds: float, quiet: bool, smaller: str
+) -> None:
+    """Fetches those of the recorded files that are not there and whole. `smaller`: what helps a disk that is too small."""
+    left = [name for name in wanted if not _verified(record.folder, name, record)]
     need = sum(record.content["files"][name]["size"] for name in left)
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(record.folder).free
     if need > 0.97 * free:
         raise UserError(
-            f"{out}: {len(left)} files need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free "
-            "some, or ask for fewer --shards"
+            f"{record.folder}: {len(left)} files need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            f"free some, or {smaller}"
         )
-    _fetch_all(left, out, repo, endpoint, record, threads, wait_seconds, quiet)
-    return [out / name for name in [*wanted[1:], wanted[0]]]
+    _fetch_all(left, record, threads, wait_seconds, quiet)
 
 
 def _splits(names: list[str], repo: str) -> tuple[list[str], str]:
@@ -114,12 +153,17 @@ def _old(record: _Record, name: str, info: dict[str, Any]) -> dict[str, Any] | N
     return old if old.get("sha256") == info["sha256"] and "verified" in old else None
 
 
-def _listing(api: HfApi, repo: str, record: _Record, wait_seconds: float) -> dict[str, dict[str, Any]]:
-    """All text files with size and checksum, at the recorded revision or, without one, at the newest."""
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _listing(repo: str, record: _Record, wait_seconds: float, branch: str | None = None) -> dict[str, dict[str, Any]]:
+    """All text files with size and checksum, at the recorded revision or, without one, at the newest of `branch`."""
+    api = HfApi(endpoint=_endpoint())
 
     def ask() -> dict[str, dict[str, Any]]:
         if "revision" not in record.content:
-            record.content["revision"] = api.repo_info(repo, repo_type="dataset").sha
+            record.content["revision"] = api.repo_info(repo, repo_type="dataset", revision=branch).sha
         found = {}
         tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True, revision=record.content["revision"])
         for entry in tree:
@@ -177,12 +221,10 @@ def _right(path: Path, info: dict[str, Any]) -> bool:
         return hashlib.sha1(b"blob %d\0" % info["size"] + file.read()).hexdigest() == info["git"]
 
 
-def _fetch_all(
-    left: list[str], out: Path, repo: str, endpoint: str | None, record: _Record, threads: int, wait_seconds: float,
-    quiet: bool,
-) -> None:  # fmt: skip
+def _fetch_all(left: list[str], record: _Record, threads: int, wait_seconds: float, quiet: bool) -> None:
     if not left:
         return
+    out, repo, endpoint = record.folder, record.content["repo"], _endpoint()
     notes: list[str] = []
 
     def fetch(name: str) -> None:

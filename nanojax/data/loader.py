@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Generic, Protocol, Self, SupportsIndex, TypeVar
 
 import grain
 import numpy as np
@@ -66,7 +66,7 @@ class RowStream:
             now = self.passes[bisect.bisect_right(self.passes, position, key=lambda p: p.start) - 1]
         if position < now.start:
             raise IndexError(f"row {position} lies before the restored position")
-        shuffled = _shuffle(position - now.start, now.rows, _seed(self.seed, now.number))
+        shuffled = _shuffle(position - now.start, now.rows, pass_seed(self.seed, now.number))
         which = bisect.bisect_right(now.ends, shuffled)
         tokens, plan = self.opened(now.shards[which])
         return read_row(tokens, plan, shuffled - (now.ends[which - 1] if which else 0), self.tokenizer.bos, self.row)
@@ -117,8 +117,17 @@ class RowStream:
             ],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restores the passes of `state` in a fresh stream. UserError names a shard that is missing or changed."""
+    def identity(self) -> dict[str, Any]:
+        """What must be the same wherever a state of this stream is restored."""
+        return {"row": self.row, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint}
+
+    def restored(self, state: dict[str, Any]) -> "RowStream":
+        """A new stream with the passes of `state`. UserError names a shard that is missing or changed."""
+        new = RowStream(self.folder, self.tokenizer, self.row, self.seed)
+        new._restore(state)
+        return new
+
+    def _restore(self, state: dict[str, Any]) -> None:
         shards = {shard.name: shard for shard in find_shards(self.folder, "train", self.tokenizer.fingerprint)}
         self.visits = {int(number): times for number, times in state["visits"].items()}
         for entry in state["passes"]:
@@ -137,10 +146,25 @@ class RowStream:
             self._add_pass(entry["number"], entry["start"], rows)
 
 
-class TrainIterator:
-    """Endless batches int32 [rows, T+1]. `get_state` and `set_state` take O(1), also for another number of rows."""
+class Stream(Protocol):
+    """Rows without end, found by number, with a state that says which data they come from."""
 
-    def __init__(self, stream: RowStream, rows: int):
+    folder: Path
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray: ...
+    def identity(self) -> dict[str, Any]: ...
+    def state(self, position: int) -> dict[str, Any]: ...
+    def restored(self, state: dict[str, Any]) -> Self: ...
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class TrainIterator(Generic[S]):
+    """Endless batches of rows, int32 [rows, T+1] of text. `get_state` and `set_state` take O(1), also for other `rows`."""
+
+    def __init__(self, stream: S, rows: int):
         self.stream, self.rows = stream, rows
         self._seek(0)
 
@@ -152,7 +176,7 @@ class TrainIterator:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         self.batches = iter(source.to_iter_dataset(options))
 
-    def __iter__(self) -> "TrainIterator":
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> np.ndarray:
@@ -171,36 +195,29 @@ class TrainIterator:
         Args:
           unused: batches handed out last that shall come again.
         """
-        stream, position = self.stream, self.position - unused * self.rows
-        return {
-            "position": position, "row": stream.row, "seed": stream.seed,
-            "tokenizer": stream.tokenizer.fingerprint, **stream.state(position),
-        }  # fmt: skip
+        position = self.position - unused * self.rows
+        return {"position": position, **self.stream.identity(), **self.stream.state(position)}
 
     def reopen(self) -> None:
         """The same position, with every file opened anew. UserError while one is missing."""
         self.set_state(self.get_state())
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at `state`. UserError when sequence, seed, tokenizer or a shard differs from when it was saved."""
-        stream = self.stream
-        here = {"row": stream.row, "seed": stream.seed, "tokenizer": stream.tokenizer.fingerprint}
-        for name, value in here.items():
+        """Continues at `state`. UserError when what its rows were made of differs from when it was saved."""
+        for name, value in self.stream.identity().items():
             if state[name] != value:
                 raise UserError(
-                    f"{stream.folder}: the saved data position was made with {name} {state[name]}, this run has {value}"
+                    f"{self.stream.folder}: the saved data position was made with {name} {state[name]}, this run has "
+                    f"{value}"
                 )
-        # A new stream, because a prefetching thread may still read the old one.
-        new = RowStream(stream.folder, stream.tokenizer, stream.row, stream.seed)
-        new.restore(state)
-        self.stream = new
+        self.stream = self.stream.restored(state)  # a new one, because a prefetching thread may still read the old
         self._seek(state["position"])
 
 
 class _From:
     """The stream seen from row `offset` on, for grain, which counts from 0."""
 
-    def __init__(self, stream: RowStream, offset: int):
+    def __init__(self, stream: Stream, offset: int):
         self.stream, self.offset = stream, offset
 
     def __len__(self) -> int:
@@ -210,7 +227,7 @@ class _From:
         return self.stream[self.offset + int(index)]
 
 
-def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vocab: int) -> TrainIterator:
+def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vocab: int) -> TrainIterator[RowStream]:
     """Endless shuffled training batches int32 [rows, seq+1], every row beginning with the begin token.
 
     The same folder content and seed give the same batches on any machine, and after `set_state(get_state())`. UserError
@@ -283,5 +300,6 @@ def _shuffle(index: int, rows: int, seed: int) -> int:
     return grain.experimental.index_shuffle(index, max_index=rows - 1, seed=seed, rounds=4) if rows > 1 else index
 
 
-def _seed(seed: int, number: int) -> int:
+def pass_seed(seed: int, number: int) -> int:
+    """The seed of pass `number` over the data of a run with this seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "little")

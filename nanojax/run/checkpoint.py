@@ -117,10 +117,8 @@ def restore(run: Path, config: Config, step: int | None = None) -> tuple[steps.S
     Args:
       step: of the only checkpoint to use (train.extend); newer ones are moved aside to superseded/.
     """
-    shapes = steps.abstract_state(config)
-    wanted = {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
     there = available(run)
-    found = _newest_good(run, there if step is None else [step], lambda _: (config, wanted))
+    found = _newest_good(run, there if step is None else [step], lambda _: (config, _trained(config)))
     if found is None:
         return None
     _, parts, meta = found
@@ -128,8 +126,31 @@ def restore(run: Path, config: Config, step: int | None = None) -> tuple[steps.S
     if step is not None and newer:
         run_folder.keep_records(run, "superseded")
     run_folder.set_aside(run, newer, "damaged" if step is None else "superseded")
-    accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.accum))()
-    return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum), meta
+    return _state(config, parts), meta
+
+
+def restore_from(run: str | os.PathLike, config: Config) -> tuple[steps.State, int]:
+    """(the newest good checkpoint's state of another run, its step); `config` has that run's shapes and formats.
+
+    Damaged ones are reported and stay where they are; UserError if none is good.
+    """
+    found = _newest_good(Path(run), available(run), lambda _: (config, _trained(config)))
+    if found is None:
+        raise UserError(f"{run}: has no checkpoint")
+    _, parts, meta = found
+    return _state(config, parts), meta["step"]
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """Shapes of what training goes on from."""
+    shapes = steps.abstract_state(config)
+    return {"params": shapes.params, "opt": {"step": shapes.step, "opt": shapes.opt}}
+
+
+def _state(config: Config, parts: dict[str, Any]) -> steps.State:
+    shapes = steps.abstract_state(config).accum
+    accum = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))()
+    return steps.State(parts["opt"]["step"], parts["params"], parts["opt"]["opt"], accum)
 
 
 class Loaded(NamedTuple):

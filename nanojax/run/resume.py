@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
@@ -144,9 +145,13 @@ def _list(changed: Changes) -> str:
 
 
 def check_init(config: Config, tokenizer: Tokenizer) -> None:
-    """UserError unless the weights of train.init fit `config` and mean the ids of `tokenizer`. Nothing is loaded."""
+    """UserError unless the weights of train.init fit `config` and mean the ids of `tokenizer`. Nothing is loaded.
+
+    With optim.steps_before its optimizer must fit, too.
+    """
     source = config.train.init
-    there = run_folder.read_config(source).model
+    earlier = run_folder.read_config(source)
+    there = earlier.model
     if not run_folder.available(source):
         raise UserError(f"--train.init={source}: has no checkpoint")
     names: dict[str, tuple[Any, Any]] = {"family": (there.family, config.model.family)}
@@ -161,13 +166,35 @@ def check_init(config: Config, tokenizer: Tokenizer) -> None:
             f"--train.init={source}: has another tokenizer than {config.data.path}; tokenize the text with "
             f"--tokenizer={Path(source) / 'tokenizer'}"
         )
+    if config.optim.steps_before:
+        _check_momenta(source, earlier, config)
+
+
+def _check_momenta(source: str, earlier: Config, config: Config) -> None:
+    """UserError unless the optimizer of the run `source` can be taken over as it is."""
+    keys = (
+        "optim.matrix",
+        "optim.muon",
+        "accumulate.blocks",
+        *(f"stored.{f.name}" for f in dataclasses.fields(config.stored)),
+    )
+    before, now = configs.keys(earlier), configs.keys(config)
+    other = {key: (before[key].value, now[key].value) for key in keys if before[key].value != now[key].value}
+    if other:
+        raise UserError(f"--train.init={source}: momenta of another kind: {_list(other)}; start with fresh ones")
+    if run_folder.imported(source, run_folder.available(source)[-1]):
+        raise UserError(f"--train.init={source}: holds imported weights without momenta; start with fresh ones")
 
 
 def init_state(config: Config) -> tuple[steps.State, int]:
-    """(a fresh state with the weights of train.init, the step they are of): each weight in this config's format.
+    """(the state that a run begins with from train.init, the step it is of): each weight in this config's format.
 
+    The momenta are fresh, or with optim.steps_before those of train.init.
     No more than the source's parameters, this config's, and one weight in f32 exist at once before the optimizer state does.
     """
+    if config.optim.steps_before:
+        state, step = checkpoint.restore_from(config.train.init, config)
+        return state._replace(step=jnp.zeros_like(state.step)), step
     there, params, _, step = checkpoint.load(config.train.init)
     rows = table(config.model)
 

@@ -125,10 +125,13 @@ def schedules(config: Config) -> tuple[optax.Schedule, optax.Schedule]:
         step = jnp.asarray(step, jnp.float32)
         rising = jnp.minimum(1.0, (step + 1) / max(up, 1)) if up else jnp.float32(1)
         if not down:
-            return rising
+            return peak(rising)
         left = jnp.clip((steps - step) / down, 0.0, 1.0)
         falling = left + (1 - left) * o.final_lr
-        return jnp.where(step < up, rising, falling)
+        return peak(jnp.where(step < up, rising, falling))
+
+    def peak(rate: jax.Array) -> jax.Array:
+        return rate if o.peak_lr == 1 else o.peak_lr * rate
 
     def momentum(step: Any) -> jax.Array:
         frac = (
@@ -271,7 +274,7 @@ def _decode_nu(nu: Any) -> jax.Array:
 
 def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs:
     """Updates -lr*rate*(m_hat/(sqrt(v_hat)+eps) + weight_decay*p)."""
-    form, eps = group.states, config.optim.eps
+    form, eps, before = group.states, config.optim.eps, config.optim.steps_before
     beta1, beta2 = group.betas
     rate, _ = schedules(config)
 
@@ -281,7 +284,7 @@ def adamw(config: Config, group: Group) -> optax.GradientTransformationExtraArgs
 
     def update(g: Any, state: OptState, params: Any = None, *, key: jax.Array, **_: Any) -> tuple[Any, OptState]:
         count = state.step + 1
-        fix1, fix2 = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (beta1, beta2))
+        fix1, fix2 = (1 - jnp.float32(b) ** (count + before).astype(jnp.float32) for b in (beta1, beta2))
         keys = jax.random.split(key)
         g = g.astype(jnp.float32)
         mu = beta1 * decode(state.moments["mu"]) + (1 - beta1) * g

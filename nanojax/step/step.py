@@ -1,6 +1,6 @@
 """The train step: accumulate gradients over microbatches, clip, update. Pure; to be jitted with the state donated."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,11 @@ def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None
 
 
 def abstract_batch(config: Config) -> Batch:
-    """Shape and dtype of a pretraining batch."""
-    return Batch(jax.ShapeDtypeStruct(config.batch_shape, jnp.int32))  # pyright: ignore[reportArgumentType]
+    """Shapes and dtypes of the config's batch: with weights where only some tokens are supervised."""
+    A, B, T1 = config.batch_shape
+    tokens: Any = jax.ShapeDtypeStruct((A, B, T1), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((A, B, T1 - 1), jnp.float32)
+    return Batch(tokens, weights if config.data.kind == "conversations" else None)
 
 
 def _squares(totals: Arrays) -> jax.Array:

@@ -155,7 +155,7 @@ def test_weights_of_another_run(home: Path, whole: Path, tmp_path: Path, capsys:
         widest = np.abs(b).max(-1, keepdims=True)
         assert np.all(np.abs(a - b) <= widest / 127 * 0.5001)
     train.train(int8)
-    assert f"weights of {whole}, step 12; fresh optimizer" in capsys.readouterr().out
+    assert f"weights of {whole}, step 12; fresh momenta" in capsys.readouterr().out
     (told,) = metrics.read(tmp_path / "int8", "init")
     assert told["from"] == str(whole) and told["from_step"] == 12
     first = metrics.read(tmp_path / "int8", "train")[0]["loss"]

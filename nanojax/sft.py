@@ -1,0 +1,169 @@
+"""Supervised fine-tuning: the config that follows from a base run and prepared conversations, trained by train.py's loop."""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from nanojax import cli, hardware
+from nanojax import config as configs
+from nanojax import train as training
+from nanojax.cli import UserError, run_main
+from nanojax.config import Config
+from nanojax.plan import energy, planner, report
+from nanojax.run import exits, run_folder
+from nanojax.tasks import packing, prepared, stream
+
+# nanochat's recipe of July 2026 (chat_sft.py): no warm-up, constant, then linear to 0 over the last half.
+RECIPE: dict[str, Any] = {
+    "optim.peak_lr": 0.8,
+    "optim.warmup": 0.0,
+    "optim.warmdown": 0.5,
+    "optim.final_lr": 0.0,
+    "optim.momentum_start": 0.85,
+    "optim.momentum": 0.95,
+    "optim.momentum_warmup": 300,
+    "optim.momentum_final": 0.0,
+    "optim.weight_decay": 0.0,
+    "optim.matrix_decay": 0.0,
+}
+HARMLESS: dict[str, Any] = {
+    "eval.every": 200,
+    "eval.core_every": 0,
+    "eval.prompt": "What is the capital of France?",
+    "checkpoint.every": 200,
+    "profile.start": -1,
+}
+DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.
+
+Rates, batch and formats are the base run's; the schedule is nanochat's. The same command again resumes. Any key of
+python -m nanojax.train is overridden as --section.key=value. Exit codes as there."""
+EXAMPLES = """\
+  python -m nanojax.sft --run=runs/d24 --data=data/chat --out=runs/d24-chat
+  python -m nanojax.sft --run=runs/d24 --data=data/mine --out=runs/mine --epochs=3 --train.tokens_per_step=65536
+  python -m nanojax.sft --run=runs/d24 --data=data/chat --out=runs/d24-chat --plan --card=rtx4070"""
+
+
+class Wish(NamedTuple):
+    """The command line. `momenta` None: those of the base run if it has some."""
+
+    base: str
+    data: str
+    out: str
+    epochs: float
+    momenta: str | None
+    overrides: Sequence[str]
+
+
+def config_of(wish: Wish, say: Any = print) -> Config:
+    """The resolved config of a fine-tuning run. One that has begun keeps its own, whatever became of the base run.
+
+    UserError for a base, data or key that cannot work; Failed where a run that has begun misses its data.
+    """
+    begun = run_folder.available(wish.out)
+    base = run_folder.read_config(wish.out if begun else wish.base)
+    if begun and base.train.init != wish.base:
+        raise UserError(f"--out={wish.out}: was fine-tuned from {base.train.init or 'nothing'}; choose another --out")
+    if not begun and base.data.kind == "conversations":
+        say(f"{wish.base} is a fine-tuned run itself; its rates are taken for the base's")
+    fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
+    fixed |= {"train.init": wish.base, "train.run": wish.out, "data.path": wish.data, "data.kind": "conversations"}
+    fixed["optim.steps_before"] = _steps_before(wish, base.optim.steps_before if begun else None, say)
+    overrides = configs.pairs(wish.overrides)
+    with exits.restarting(bool(begun)):
+        steps = overrides.get("train.steps") or _steps(configs.override(base, fixed | overrides), wish.epochs, say)
+    config = configs.override(base, fixed | {"train.steps": steps} | overrides)
+    return configs.resolve(dataclasses.replace(config, name=Path(wish.out).name))
+
+
+def _steps_before(wish: Wish, kept: int | None, say: Any) -> int:
+    """optim.steps_before: 0 for fresh momenta. `kept` is that of a run that has begun."""
+    if wish.momenta == "fresh":
+        return 0
+    if kept is not None:
+        return kept
+    there = run_folder.available(wish.base)
+    if not there:
+        raise UserError(f"--run={wish.base}: has no checkpoint yet; train until the first one is saved")
+    if run_folder.imported(wish.base, there[-1]):
+        if wish.momenta == "base":
+            raise UserError(f"--momenta=base: {wish.base} holds imported weights without momenta; choose fresh")
+        say(f"{wish.base} holds imported weights: momenta begin at zero")
+        return 0
+    return there[-1]
+
+
+def _steps(config: Config, epochs: float, say: Any) -> int:
+    """Steps of `epochs` passes over the mixture; says what is in a pass."""
+    T = config.model.T
+    _, of = prepared.load(config.data.path, "train", verify=False)
+    plan = packing.plan_pass(of, T + 1, stream.pass_seed(config.train.seed, 0))
+    used = int(sum(min(int(n), T + 1) for n in (of.ends - [0, *of.ends[:-1]])[plan.numbers]))
+    rows = config.train.tokens_per_step // T
+    steps = max(1, math.ceil(epochs * plan.rows / max(1, rows)))
+    filled = used / max(1, plan.rows * (T + 1))
+    say(
+        f"{config.data.path}: {len(plan.numbers):,} conversations in {plan.rows:,} rows of {T + 1}, {filled:.1%} filled; "
+        f"{plan.cut:,} cut to a row, {plan.left_out:,} left out without an answer in it; {epochs:g} passes = {steps:,} steps"
+    )
+    return steps
+
+
+def parse(arguments: Sequence[str]) -> tuple[Wish, argparse.Namespace]:
+    """The command line."""
+    parser = cli.Parser("python -m nanojax.sft", DESCRIPTION, EXAMPLES)
+    parser.add_argument("--run", type=cli.path, required=True, help="run folder of the base model")
+    parser.add_argument(
+        "--data", type=cli.path, required=True, help="folder that python -m nanojax.tasks prepare wrote"
+    )
+    parser.add_argument("--out", type=cli.path, required=True, help="run folder to fine-tune in")
+    parser.add_argument("--epochs", type=_positive, default=1.0, help="passes over the mixture (1)")
+    parser.add_argument(
+        "--momenta", choices=["base", "fresh"], help="the optimizer's; default: the base run's if it has any"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what it needs on --card, modelled, and train nothing"
+    )
+    parser.add_argument("--card", default="rtx4070", help="the GPU of --plan (rtx4070)")
+    known, rest = parser.parse_known_args(arguments)
+    if Path(known.run).resolve() == Path(known.out).resolve():
+        raise UserError("--out: is the base run's folder; choose another")
+    configs.pairs(rest)  # a mistake shows before anything is read
+    return Wish(known.run, known.data, known.out, known.epochs, known.momenta, rest), known
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+        if not 0 < value < 1e6:
+            raise ValueError
+        return value
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number") from None
+
+
+def main() -> None:
+    """The command."""
+    wish, known = parse(sys.argv[1:])
+    if not known.plan:
+        training.end_process(functools.partial(config_of, wish))
+    say = lambda message: print(message, file=sys.stderr, flush=True)
+    plan = planner.make(config_of(wish, say), hardware.find_card(known.card), prices=energy.PRICES, say=say)
+    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    report.show(plan, console, energy.PRICES)
+    console.print(plan.summary)
+
+
+if __name__ == "__main__":
+    run_main(main)

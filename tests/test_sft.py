@@ -1,0 +1,225 @@
+"""Fine-tuning: its loss against a numpy model conversation by conversation, exact resume, taken-over momenta, mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_run
+from oracles import numpy_gpt
+
+from nanojax import model, sft, train
+from nanojax import step as steps
+from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.run import exits, metrics, resume, run_folder
+from nanojax.source import supervised_batch
+from nanojax.step import optim
+from nanojax.tasks import mixture, prepare, stream
+from nanojax.tasks.packing import plan_pass
+from nanojax.tokenizer import Tokenizer
+
+compile_cache = tiny_run.compile_cache
+home = tiny_run.home
+
+
+def conversations(folder: Path, tokenizer: Tokenizer, count: int = 60) -> Path:
+    """A prepared folder of short and long conversations, of one turn and two."""
+    lines = []
+    for i in range(count):
+        turns = [("user", f"say {i}"), ("assistant", f"the law {i}" + " of peace" * (i % 4))] * (1 + i % 2)
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    prepare.prepare(
+        [mixture.parse(str(folder / "own.jsonl"))], folder, tokenizer, lambda: [], folder / "chat", quiet=True
+    )
+    return folder / "chat"
+
+
+@pytest.fixture(scope="module")
+def base(home: Path, compile_cache: Path) -> Path:
+    """A base run of 12 steps, its data's tokenizer, and conversations in home/chat."""
+    train.train(tiny_run.load(home / "tiny.py", home / "base", model__seq=64))
+    conversations(home, Tokenizer.load(home / "data" / "tokenizer"))
+    return home / "base"
+
+
+def wish(base: Path, out: Path, *overrides: str, momenta: str | None = None, epochs: float = 1.0) -> sft.Wish:
+    return sft.Wish(str(base), str(base.parent / "chat"), str(out), epochs, momenta, overrides)
+
+
+def of_kind(tiny, microbatch: int, rows: int) -> Config:
+    """A d2 whose steps are `rows` rows of 64 tokens, for the tokenizer of single bytes."""
+    return tiny(
+        model={"seq": 64, "vocab": 320},
+        train={"microbatch": microbatch, "tokens_per_step": 64 * rows, "init": ""},
+        data={"kind": "conversations"},
+    )
+
+
+@pytest.mark.parametrize("seed, row", [(0, 64), (3, 64), (1, 40)])
+def test_loss_is_the_oracles(tiny, tmp_path: Path, seed: int, row: int) -> None:
+    """A step's loss is the mean over the step's supervised tokens of float64 numpy's, to 1e-6, for any microbatch.
+
+    The oracle walks through the conversations of each row: its own sum of each one's supervised tokens, found by rendering
+    the text again. Packed conversations see those before them in their row, so the oracle runs on the row up to their end.
+    With rows of 40 tokens each holds one conversation, and the oracle runs on the conversation alone.
+    """
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    folder = conversations(tmp_path, tokenizer, 40)
+    rows = stream.ConversationStream(folder, row + 1, seed)
+    plan = rows.at(0).plan
+    count = 8
+    batch = np.stack([rows[i] for i in range(count)])
+    config = of_kind(tiny, 1, count)
+    params = model.init_params(config, jax.random.key(1))
+    wide = numpy_gpt.to_float64(params)
+    nats, supervised, members = 0.0, 0, []
+    for r in range(count):
+        before: list[int] = []
+        numbers = plan.numbers[plan.first[r] : plan.first[r + 1]]
+        members.append(len(numbers))
+        for number in numbers:
+            ids, mask = (a.tolist()[: row + 1] for a in rows.conversations[number])
+            context = np.array([before + ids])
+            losses = numpy_gpt.token_losses(wide, context[:, :-1], context[:, 1:], config)[0]
+            own = np.array([0] * len(before) + mask)[1:]
+            nats, supervised = nats + float((losses * own).sum()), supervised + int(own.sum())
+            before += ids
+    assert max(members) > 1 if row == 64 else members == [1] * count
+    for microbatch in (1, 2, 8):
+        config = of_kind(tiny, microbatch, count)
+        config = config if row == 64 else tiny(
+            model={"seq": row, "vocab": 320}, compute={"loss_chunk": 40}, data={"kind": "conversations"},
+            train={"microbatch": microbatch, "tokens_per_step": row * count},
+        )  # fmt: skip
+        state = jax.jit(steps.init_state, static_argnums=0)(config)._replace(params=params)
+        step = jax.jit(steps.train_step, static_argnums=0)
+        _, found = step(config, state, supervised_batch(batch, config.batch_shape))
+        assert float(found["loss"]) == pytest.approx(nats / supervised, rel=1e-6)
+
+
+def test_a_microbatch_without_supervision_changes_nothing(tiny, tmp_path: Path) -> None:
+    """A step with a microbatch that has no supervised token is finite, and is the step without that microbatch."""
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    rows = stream.ConversationStream(conversations(tmp_path, tokenizer, 40), 65, 0)
+    batch = np.stack([rows[i] for i in range(4)])
+    batch[2, 1] = 0
+    with_it, without = of_kind(tiny, 1, 4), of_kind(tiny, 1, 3)
+    key = jax.random.key(0)
+    step = jax.jit(steps.train_step, static_argnums=0)
+    state = jax.jit(steps.init_state, static_argnums=0)(with_it)
+    a, told = step(with_it, state, supervised_batch(batch, with_it.batch_shape), key)
+    b, plain = step(without, state, supervised_batch(batch[[0, 1, 3]], without.batch_shape), key)
+    assert float(told["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6) and np.isfinite(
+        float(told["grad_norm"])
+    )
+    for ours, theirs in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)
+
+
+@pytest.mark.long
+def test_resume_is_bit_exact(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Stopped by SIGTERM after a few steps and begun again: parameters, optimizer, data position and records are the same.
+
+    The second command needs nothing of the base run: it is gone by then.
+    """
+    keys = ("--train.steps=14", "--checkpoint.every=4", "--eval.every=5")
+    assert train.train(sft.config_of(wish(base, tmp_path / "whole", *keys))) == exits.DONE
+    thread = tiny_run.stop_after(tmp_path / "cut", 5)
+    assert train.train(sft.config_of(wish(base, tmp_path / "cut", *keys))) == exits.STOPPED
+    thread.join()
+    base.rename(base.parent / "away")
+    try:
+        assert train.train(sft.config_of(wish(base, tmp_path / "cut", *keys))) == exits.DONE
+    finally:
+        (base.parent / "away").rename(base)
+    tiny_run.assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert "resuming after step" in capsys.readouterr().out
+    losses = [r["loss"] for r in metrics.read(tmp_path / "whole", "train")]
+    assert losses[-1] < 0.8 * losses[0]
+    (sampled, *_) = metrics.read(tmp_path / "whole", "sample")
+    assert sampled["text"].startswith("What is the capital of France?\n")
+
+
+@pytest.mark.long
+def test_the_recipe_and_the_momenta(base: Path, tmp_path: Path) -> None:
+    """Rates are 0.8 of the base's, then linear to 0 over the last half; momenta are the base's bits, or zeros by choice."""
+    config = sft.config_of(wish(base, tmp_path / "a", epochs=3.0))
+    per_step = config.train.tokens_per_step // 64
+    rows = plan_pass(
+        stream.ConversationStream(base.parent / "chat", 65, 0).conversations, 65, stream.pass_seed(0, 0)
+    ).rows
+    assert config.train.steps == -(-3 * rows // per_step) and config.optim.steps_before == 12
+    rate, momentum = optim.schedules(config)
+    N = config.train.steps
+    down = round(0.5 * N)
+    at = np.arange(N)
+    np.testing.assert_allclose(rate(at), 0.8 * np.minimum(1, (N - at) / down), rtol=1e-6)
+    np.testing.assert_allclose(momentum(np.array([0, 300, 900])), [0.85, 0.95, 0.95], rtol=1e-6)
+    before = tiny_run.saved(base)[1]
+    state, of_step = resume.init_state(config)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    assert of_step == 12 and int(state.step) == 0
+    for path, leaf in leaves.items():
+        if not path.startswith(".step"):
+            assert np.asarray(leaf).tobytes() == before[path].tobytes(), path
+    fresh, _ = resume.init_state(sft.config_of(wish(base, tmp_path / "a", momenta="fresh")))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh.opt))
+
+
+def test_adamw_corrects_no_bias_of_momenta_that_are_warm(tiny) -> None:
+    """With momenta of many updates the first step is the plain ratio; fresh ones are scaled up at the first step."""
+    g = jnp.full((4, 4), 0.5)
+    for before, factor in ((0, 1.0), (10**6, 0.2 / 0.05**0.5)):
+        config = tiny(optim={"steps_before": before}, train={"init": "x" if before else ""})
+        group = optim.groups(config)["embed"]
+        tx: Any = optim.adamw(config, group)
+        update, _ = tx.update(g, tx.init(g), g, key=jax.random.key(0))
+        np.testing.assert_allclose(update, -group.lr * factor, rtol=1e-5)
+
+
+def test_mistakes_are_told_before_anything_compiles(base: Path, tmp_path: Path) -> None:
+    """No base, no data, other tokenizer, another's folder, changed settings, wrong keys: one line each."""
+    out = tmp_path / "out"
+
+    def says(text: str, asked: sft.Wish) -> None:
+        with pytest.raises(UserError, match=text):
+            train.train(sft.config_of(asked))
+        assert not (out / "checkpoints").exists()
+
+    says("not a run folder", wish(base.parent / "none", out))
+    says("no prepared conversations", wish(base, out)._replace(data=str(base.parent / "data")))
+    says(r"model.depth is 2, here 3", wish(base, out, "--model.depth=3"))
+    says("no such key", wish(base, out, "--optim.peek_lr=1"))
+    says("momenta of another kind: stored.momentum", wish(base, out, "--stored.momentum=int8"))
+    other = tmp_path / "other"
+    other.mkdir()
+    says(
+        "another tokenizer",
+        wish(base, out)._replace(data=str(conversations(other, Tokenizer([bytes([b]) for b in range(256)])))),
+    )
+    says("choose a longer", wish(base, out, "--model.seq=4", "--train.tokens_per_step=4", "--train.microbatch=1",
+                                 "--compute.loss_chunk=4"))  # fmt: skip
+    with pytest.raises(UserError, match="is the base run's folder"):
+        sft.parse([f"--run={base}", "--data=x", f"--out={base}/"])
+    with pytest.raises(UserError, match="not a positive number"):
+        sft.parse([f"--run={base}", "--data=x", "--out=y", "--epochs=0"])
+
+
+@pytest.mark.long
+def test_a_run_that_has_begun_keeps_its_settings(base: Path, tmp_path: Path) -> None:
+    """Another base, rate or length is refused by name; missing data ends with exit code 5, as in pretraining."""
+    keys = ("--train.steps=2",)
+    train.train(sft.config_of(wish(base, tmp_path / "a", *keys)))
+    with pytest.raises(UserError, match="was fine-tuned from"):
+        sft.config_of(wish(tmp_path / "b", tmp_path / "a", *keys))
+    for key in ("--optim.matrix_lr=0.5", "--train.steps=9", "--train.seed=3"):
+        with pytest.raises(UserError, match=r"trained with other settings|its schedule was another"):
+            train.train(sft.config_of(wish(base, tmp_path / "a", *keys, key)))
+    with pytest.raises(exits.Failed):
+        sft.config_of(wish(base, tmp_path / "a")._replace(data=str(tmp_path / "gone")))
+    assert run_folder.read_config(tmp_path / "a").data.kind == "conversations"
