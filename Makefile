@@ -36,7 +36,7 @@ test: .venv/.test
 
 slow: .venv/.test .venv/.plan .venv/.slow
 	$(PYTEST) -n auto --maxprocesses=4 -m "(slow or gpu) and not plan" $(ARGS)
-	$(PYTEST) tests/interop/test_transformers.py tests/evaluate/test_lm_eval.py $(ARGS)
+	$(PYTEST) tests/interop/test_transformers.py tests/interop/test_chat_template.py tests/evaluate/test_lm_eval.py $(ARGS)
 	$(PYTEST) -n 2 --dist loadgroup -m "plan and slow" $(ARGS)
 
 bars: .venv/.test .venv/.plan

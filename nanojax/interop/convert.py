@@ -332,7 +332,7 @@ def export_transformers(out: Path, config: Config, params: Any, tokenizer: Token
         tokenizers.save_transformers(tokenizer, folder, m.T)
         _save_weights(folder, params, kinds, m)
         narrow = all(k == BF16 for k in kinds.values())
-        files.write_json(folder / "config.json", _transformers_table(m, tokenizer, narrow))
+        files.write_json(folder / "config.json", _transformers_table(m, tokenizer, narrow, _ends(config, tokenizer)))
 
 
 def _save_weights(out: Path, params: Any, kinds: dict[str, np.dtype], m: Model) -> None:
@@ -353,7 +353,13 @@ def _save_weights(out: Path, params: Any, kinds: dict[str, np.dtype], m: Model) 
         files.write_json(out / "model.safetensors.index.json", index)
 
 
-def _transformers_table(m: Model, tokenizer: Tokenizer, narrow: bool) -> dict[str, Any]:
+def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
+    """What ends a text: the begin token of the next; of a fine-tuned model, the end of its answer too."""
+    chat = config.data.kind == "conversations"
+    return [tokenizer.special("<|assistant_end|>"), tokenizer.bos] if chat else tokenizer.bos
+
+
+def _transformers_table(m: Model, tokenizer: Tokenizer, narrow: bool, ends: int | list[int]) -> dict[str, Any]:
     """config.json of transformers' NanoChat; `narrow`: all weights are bf16."""
     return {
         "architectures": ["NanoChatForCausalLM"],
@@ -373,7 +379,7 @@ def _transformers_table(m: Model, tokenizer: Tokenizer, narrow: bool) -> dict[st
         "final_logit_softcapping": m.softcap,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.bos,
+        "eos_token_id": ends,
         "pad_token_id": tokenizer.special(tokenizers.PADDING),
         "dtype": "bfloat16" if narrow else "float32",
     }

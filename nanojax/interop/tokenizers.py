@@ -14,7 +14,7 @@ import numpy as np
 
 from nanojax import files
 from nanojax.cli import UserError, first_line
-from nanojax.interop import torch_file
+from nanojax.interop import chat_template, torch_file
 from nanojax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -127,7 +127,7 @@ def save_nanochat(tokenizer: Tokenizer, out: Path, vocab: int) -> None:
 
 
 def save_transformers(tokenizer: Tokenizer, out: Path, seq: int) -> None:
-    """tokenizer.json and tokenizer_config.json; they put the begin token before a text, as training does."""
+    """tokenizer.json and tokenizer_config.json, which put the begin token before a text, as training does; a chat template."""
     text = lambda token: "".join(CHARACTER[b] for b in token)
     special = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
     bos = SPECIAL_TOKENS[0]
@@ -174,3 +174,5 @@ def save_transformers(tokenizer: Tokenizer, out: Path, seq: int) -> None:
     with files.write_atomic(out / "tokenizer.json") as file:
         file.write(json.dumps(content, ensure_ascii=False).encode())
     files.write_json(out / "tokenizer_config.json", settings)
+    with files.write_atomic(out / chat_template.FILE) as file:
+        file.write(chat_template.TEMPLATE.encode())

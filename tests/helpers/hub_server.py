@@ -73,7 +73,7 @@ class HubServer:
         api, files = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/{self.sha}/"
         if path.startswith(files) and path[len(files) :] in self.files:
             self.answer_file(to, path[len(files) :], head)
-        elif path in (api, f"{api}/revision/main"):
+        elif path in (api, f"{api}/revision/main", f"{api}/revision/refs/convert/parquet"):
             body = {"id": self.repo, "sha": self.sha, "siblings": [], "tags": [], "private": False, "downloads": 0}
             self.answer_json(to, "info", {**body, "likes": 0, "_id": "1", "disabled": False, "gated": False})
         elif path == f"{api}/tree/{self.sha}":
