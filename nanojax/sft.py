@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
+import numpy as np
 
-from nanojax import cli, hardware
+from nanojax import cli
 from nanojax import config as configs
 from nanojax import train as training
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
-from nanojax.plan import energy, planner, report
 from nanojax.run import exits, run_folder
 from nanojax.tasks import packing, prepared, stream
 
@@ -52,7 +51,7 @@ python -m nanojax.train is overridden as --section.key=value. Exit codes as ther
 EXAMPLES = """\
   python -m nanojax.sft --run=runs/d24 --data=data/chat --out=runs/d24-chat
   python -m nanojax.sft --run=runs/d24 --data=data/mine --out=runs/mine --epochs=3 --train.tokens_per_step=65536
-  python -m nanojax.sft --run=runs/d24 --data=data/chat --out=runs/d24-chat --plan --card=rtx4070"""
+  python -m nanojax.plan --config=d24_2026_4070 --data.kind=conversations --train.tokens=4e8      what such a run needs"""
 
 
 class Wish(NamedTuple):
@@ -74,7 +73,9 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     begun = run_folder.available(wish.out)
     base = run_folder.read_config(wish.out if begun else wish.base)
     if begun and base.train.init != wish.base:
-        raise UserError(f"--out={wish.out}: was fine-tuned from {base.train.init or 'nothing'}; choose another --out")
+        raise UserError(
+            f"--out={wish.out}: holds a run that began from {base.train.init or 'random weights'}; choose another"
+        )
     if not begun and base.data.kind == "conversations":
         say(f"{wish.base} is a fine-tuned run itself; its rates are taken for the base's")
     fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
@@ -109,18 +110,18 @@ def _steps(config: Config, epochs: float, say: Any) -> int:
     T = config.model.T
     _, of = prepared.load(config.data.path, "train", verify=False)
     plan = packing.plan_pass(of, T + 1, stream.pass_seed(config.train.seed, 0))
-    used = int(sum(min(int(n), T + 1) for n in (of.ends - [0, *of.ends[:-1]])[plan.numbers]))
+    used = np.minimum(np.diff(of.ends, prepend=0)[plan.numbers], T + 1).sum()
     rows = config.train.tokens_per_step // T
     steps = max(1, math.ceil(epochs * plan.rows / max(1, rows)))
     filled = used / max(1, plan.rows * (T + 1))
     say(
         f"{config.data.path}: {len(plan.numbers):,} conversations in {plan.rows:,} rows of {T + 1}, {filled:.1%} filled; "
-        f"{plan.cut:,} cut to a row, {plan.left_out:,} left out without an answer in it; {epochs:g} passes = {steps:,} steps"
+        f"{plan.cut:,} cut to a row, {plan.left_out:,} left out without an answer in it; --epochs={epochs:g}: {steps:,} steps"
     )
     return steps
 
 
-def parse(arguments: Sequence[str]) -> tuple[Wish, argparse.Namespace]:
+def parse(arguments: Sequence[str]) -> Wish:
     """The command line."""
     parser = cli.Parser("python -m nanojax.sft", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", type=cli.path, required=True, help="run folder of the base model")
@@ -132,15 +133,12 @@ def parse(arguments: Sequence[str]) -> tuple[Wish, argparse.Namespace]:
     parser.add_argument(
         "--momenta", choices=["base", "fresh"], help="the optimizer's; default: the base run's if it has any"
     )
-    parser.add_argument(
-        "--plan", action="store_true", help="print what it needs on --card, modelled, and train nothing"
-    )
-    parser.add_argument("--card", default="rtx4070", help="the GPU of --plan (rtx4070)")
     known, rest = parser.parse_known_args(arguments)
     if Path(known.run).resolve() == Path(known.out).resolve():
         raise UserError("--out: is the base run's folder; choose another")
     configs.pairs(rest)  # a mistake shows before anything is read
-    return Wish(known.run, known.data, known.out, known.epochs, known.momenta, rest), known
+    run, data, out = (str(Path(folder)) for folder in (known.run, known.data, known.out))  # without a last slash
+    return Wish(run, data, out, known.epochs, known.momenta, rest)
 
 
 def _positive(text: str) -> float:
@@ -155,14 +153,8 @@ def _positive(text: str) -> float:
 
 def main() -> None:
     """The command."""
-    wish, known = parse(sys.argv[1:])
-    if not known.plan:
-        training.end_process(functools.partial(config_of, wish))
-    say = lambda message: print(message, file=sys.stderr, flush=True)
-    plan = planner.make(config_of(wish, say), hardware.find_card(known.card), prices=energy.PRICES, say=say)
-    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
-    report.show(plan, console, energy.PRICES)
-    console.print(plan.summary)
+    wish = parse(sys.argv[1:])
+    training.end_process(functools.partial(config_of, wish))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What a run learns from, token shards or prepared conversations: its batches, its held-out rows, and a sample of its text."""
+"""What a run learns from, token shards or prepared conversations: its batches, and a sample of its text."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +12,6 @@ from nanojax import step as steps
 from nanojax.config import Config
 from nanojax.conversation import render_for_completion
 from nanojax.data import loader
-from nanojax.evaluate import bpb
 from nanojax.tasks import stream
 from nanojax.tokenizer import Tokenizer
 
@@ -25,14 +22,12 @@ class Source(NamedTuple):
     Attributes:
       batches: rows of a step.
       batch: the step's argument, from such rows.
-      held_out: rows of validation, as many as eval.tokens asks for, from the first on at each call.
       answer: what the model makes of eval.prompt, from its parameters.
     """
 
     tokenizer: Tokenizer
     batches: loader.TrainIterator
     batch: Callable[[np.ndarray], steps.Batch]
-    held_out: Callable[[], Iterable[bpb.Row]]
     answer: Callable[[Any], str]
 
 
@@ -41,12 +36,6 @@ def of(config: Config) -> Source:
     A, B, _ = config.batch_shape
     where = config.data.path, A * B, config.model.T, config.train.seed, config.model.V
     return (_conversations if config.data.kind == "conversations" else _text)(config, *where)
-
-
-def measure(config: Config, params: Any, source: Source, progress: Callable[[int], None]) -> bpb.Total:
-    """Bits per byte of the held-out rows; of conversations, of their supervised tokens that are not special."""
-    bytes_V = source.tokenizer.bytes_per_token()
-    return bpb.measure(config, params, source.held_out(), bytes_V, config.train.microbatch, progress)[0]
 
 
 def supervised_batch(rows: np.ndarray, shape: tuple[int, int, int]) -> steps.Batch:
@@ -67,18 +56,12 @@ def _text(config: Config, path: str, rows: int, T: int, seed: int, V: int) -> So
         return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens, **drawn)[0]
 
     batch = lambda found: steps.Batch(jnp.asarray(found.reshape(config.batch_shape)))
-    # Batches of one row: larger ones would leave out the rows that do not fill the last batch.
-    held_out = lambda: _first(config, bpb.shard_rows(loader.valid_batches(path, 1, T)))
-    return Source(tokenizer, batches, batch, held_out, answer)
+    return Source(tokenizer, batches, batch, answer)
 
 
 def _conversations(config: Config, path: str, rows: int, T: int, seed: int, V: int) -> Source:
     tokenizer, batches = stream.train_iterator(path, rows, T, seed, V)
     stream.valid_rows(path, T)
-
-    def held_out() -> Iterator[bpb.Row]:
-        for tokens, supervised in stream.valid_rows(path, T):
-            yield bpb.Row(tokens, supervised[1:] - 1)
 
     def answer(params: Any) -> str:
         prompt = render_for_completion(tokenizer, [{"role": "user", "content": config.eval.prompt}])[-T + 1 :]
@@ -88,9 +71,4 @@ def _conversations(config: Config, path: str, rows: int, T: int, seed: int, V: i
         return f"{config.eval.prompt}\n{tokenizer.decode([i for i in ids.tolist() if i >= 0])}"
 
     batch = lambda found: supervised_batch(found, config.batch_shape)
-    return Source(tokenizer, batches, batch, lambda: _first(config, held_out()), answer)
-
-
-def _first(config: Config, rows: Iterator[bpb.Row]) -> Iterator[bpb.Row]:
-    """The rows that hold the first eval.tokens tokens; all for 0."""
-    return itertools.islice(rows, math.ceil(config.eval.tokens / config.model.T) or None)
+    return Source(tokenizer, batches, batch, answer)

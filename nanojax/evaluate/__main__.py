@@ -100,7 +100,7 @@ def _run_bpb(subject: Subject, a: argparse.Namespace, console: Console, board: B
             sources = bpb.of_texts(*model, bpb.text_documents(a.text, a.key, a.by), batch, progress, sizes)
         else:
             where = _data_folder(subject, a.data)
-            sources = {"validation": bpb.of_shards(*model, where, batch, progress=progress, bytes_V=sizes)}
+            sources = {"validation": bpb.of_folder(*model, where, batch, progress=progress, bytes_V=sizes)}
     result = bpb.summary(sources)
     record = {
         "input": where,

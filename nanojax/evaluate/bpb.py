@@ -22,6 +22,7 @@ from nanojax import model
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.data import loader, text
+from nanojax.tasks import prepared, stream
 from nanojax.tokenizer import Tokenizer
 
 
@@ -99,6 +100,12 @@ def shard_rows(batches: Iterable[np.ndarray]) -> Iterator[Row]:
             yield Row(tokens, np.zeros(len(tokens) - 1, np.int32))
 
 
+def conversation_rows(folder: str | os.PathLike, T: int) -> Iterator[Row]:
+    """Rows of the held-out conversations of a prepared folder; supervised targets are of source 0."""
+    for tokens, supervised in stream.valid_rows(folder, T):
+        yield Row(tokens, supervised[1:] - 1)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(config: Config, params: Any, tokens_BT1: jax.Array) -> jax.Array:
     return model.token_losses(config, params, tokens_BT1)
@@ -153,7 +160,7 @@ def measure(
     return totals
 
 
-def of_shards(
+def of_folder(
     config: Config,
     params: Any,
     tokenizer: Tokenizer,
@@ -163,13 +170,15 @@ def of_shards(
     progress: Progress | None = None,
     bytes_V: np.ndarray | None = None,
 ) -> Total:
-    """The total over the first `tokens` tokens (0: all) of a data folder's validation shards, rounded up to whole rows.
+    """The total over the first `tokens` tokens (0: all) that a data folder holds out, rounded up to whole rows.
 
-    `bytes_V` None: the tokenizer's bytes_per_token().
+    Of prepared conversations their supervised tokens count. `bytes_V` None: the tokenizer's bytes_per_token().
     """
     bytes_V = tokenizer.bytes_per_token() if bytes_V is None else bytes_V
+    T = config.model.T
     # Batches of one row: larger ones would leave out the rows that do not fill the last batch.
-    rows = shard_rows(loader.valid_batches(folder, 1, config.model.T))
+    text = lambda: shard_rows(loader.valid_batches(folder, 1, T))
+    rows = conversation_rows(folder, T) if prepared.is_prepared(folder) else text()
     first = itertools.islice(rows, math.ceil(tokens / config.model.T) or None)
     return measure(config, params, first, bytes_V, batch, progress)[0]
 
@@ -183,7 +192,7 @@ def of_texts(
     progress: Progress | None = None,
     bytes_V: np.ndarray | None = None,
 ) -> dict[str, Total]:
-    """The totals of (source, text) pairs by source, in order of appearance; see `text_documents` and `of_shards`."""
+    """The totals of (source, text) pairs by source, in order of appearance; see `text_documents` and `of_folder`."""
     bytes_V = tokenizer.bytes_per_token() if bytes_V is None else bytes_V
     names: list[str] = []
     rows = text_rows(documents, tokenizer, config.model.T, names)

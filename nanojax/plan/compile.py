@@ -296,7 +296,11 @@ def _key(config: Config, card: Card) -> str:
     """A hash of all that the step's memory and time depend on: shapes, formats, card, versions, the code of the step."""
     kept = to_dict(config)
     parts: list[Any] = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
-    parts += [config.batch_shape, card.target_config()]  # not the number of steps, a constant in the schedules
+    parts += [
+        config.batch_shape,
+        config.data.kind,
+        card.target_config(),
+    ]  # not the number of steps, a constant in the schedules
     for package in _PACKAGES:
         try:
             parts.append(f"{package} {importlib.metadata.version(package)}")

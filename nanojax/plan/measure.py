@@ -117,7 +117,9 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
     for count in counts:
         train = dataclasses.replace(config.train, tokens_per_step=count * B * (T1 - 1))
         short = dataclasses.replace(config, train=train)
-        batch = step.Batch(jax.random.randint(jax.random.key(0), (count, B, T1), 0, config.model.V, jnp.int32))
+        shapes = step.abstract_batch(short)
+        tokens = jax.random.randint(jax.random.key(0), shapes.tokens.shape, 0, config.model.V, jnp.int32)
+        batch = step.Batch(tokens, jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), shapes.weights))
         with xla.no_remat_pass():  # before the state exists: autotuning needs scratch memory
             run = xla.compiled(
                 functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)

@@ -1,6 +1,7 @@
 """The endless stream of packed conversations, pass after pass; any row is found without the rows before it in its pass."""
 
 import bisect
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def train_iterator(
     return stream.tokenizer, TrainIterator(stream, rows)
 
 
-def valid_rows(folder: str, seq: int) -> Iterator[np.ndarray]:
+def valid_rows(folder: str | os.PathLike, seq: int) -> Iterator[np.ndarray]:
     """The rows of one pass over what is held out, int32 [2, seq+1]. UserError, at once, if there are none."""
     tokenizer, of = prepared.load(folder, "valid", verify=False)
     plan = plan_pass(of, seq + 1, 0) if len(of) else None

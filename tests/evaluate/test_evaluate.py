@@ -94,11 +94,11 @@ def test_validation_shards_equal_numpy(run, data):
     nll = numpy_gpt.token_losses(params, rows[:, :-1], rows[:, 1:], config)
     size = tokenizer.bytes_per_token()[rows[:, 1:]]
     done: list[int] = []
-    found = bpb.of_shards(config, params, tokenizer, data, 7, progress=done.append).scores()
+    found = bpb.of_folder(config, params, tokenizer, data, 7, progress=done.append).scores()
     assert found["bpb"] == pytest.approx(nll[size > 0].sum() / math.log(2) / size.sum(), rel=1e-6)
     assert found["bytes"] == size.sum() and found["tokens"] == (size > 0).sum() < size.size
     assert done == [*range(7, len(rows), 7), len(rows)]
-    first = bpb.of_shards(config, params, tokenizer, data, 2, tokens=2 * config.model.T + 1)
+    first = bpb.of_folder(config, params, tokenizer, data, 2, tokens=2 * config.model.T + 1)
     assert first.bytes == size[:3].sum()  # three rows hold the first two rows and one token
 
 
