@@ -258,7 +258,7 @@ def exact_match(run: Path, folder: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_small_model_learns_to_spell_and_to_calculate(tmp_path: Path, compile_cache: Path) -> None:
-    """Of held-out words and sums, none is answered as written before, and at least 80% are after a few minutes."""
+    """Of held-out words and sums, none is answered as written before, and at least 80% are after one pass of minutes."""
     words = sorted(set(re.findall("[a-z]{4,12}", sotu_text().lower())))
     data = tmp_path / "data"
     data_prepare.main(
@@ -267,18 +267,18 @@ def test_a_small_model_learns_to_spell_and_to_calculate(tmp_path: Path, compile_
     base = configs.resolve(configs.Config(
         name="base", model=configs.Model(depth=4, width=128, head_dim=32, vocab=1024, seq=256),
         compute=configs.Compute(loss_chunk=512, residuals="all"), data=configs.Data(path=str(data)),
-        train=configs.Train(steps=100, tokens_per_step=4096, microbatch=8, run=str(tmp_path / "base")),
+        train=configs.Train(steps=150, tokens_per_step=4096, microbatch=8, run=str(tmp_path / "base")),
         eval=configs.Eval(every=0, tokens=4096, prompt=""), checkpoint=configs.Checkpoint(every=0),
     ))  # fmt: skip
     train.train(base)
     tokenizer = Tokenizer.load(data / "tokenizer")
-    entries = [mixture.parse("spelling:15000"), mixture.parse("sums:10000")]
+    entries = [mixture.parse(task) for task in ("spelling:15000", "sums:10000", "counting:5000")]
     prepare.prepare(entries, tmp_path, tokenizer, lambda: words, tmp_path / "chat", quiet=True)
     assert max(exact_match(tmp_path / "base", tmp_path / "chat").values()) < 0.02
-    keys = ("--train.tokens_per_step=2048", "--eval.every=0", "--checkpoint.every=0")
-    assert train.train(sft.config_of(wish(tmp_path / "base", tmp_path / "tuned", *keys, epochs=2.0))) == exits.DONE
+    keys = ("--eval.every=0", "--checkpoint.every=0")
+    assert train.train(sft.config_of(wish(tmp_path / "base", tmp_path / "tuned", *keys))) == exits.DONE
     shares = exact_match(tmp_path / "tuned", tmp_path / "chat")
-    assert min(shares.values()) >= 0.8, shares
+    assert min(shares["spelling"], shares["sums"]) >= 0.8, shares
 
 
 def sotu_text() -> str:
