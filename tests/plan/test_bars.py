@@ -118,6 +118,15 @@ def test_traffic(name: str) -> None:
     assert moved / (plan.config.train.tokens_per_step * plan.config.model.L) <= TRAFFIC
 
 
+@pytest.mark.slow  # two compilations of a minute each
+@each(["d24_2026_4070", "d32_4070"])
+def test_fine_tuning_fits_where_pretraining_does(name: str) -> None:
+    """A step of conversations, with a weight per target, needs at most 0.3 GiB more than the config's own step."""
+    card = hardware.card_of_config(name)
+    plan = planner.make(configs.load(name, ["--data.kind=conversations"]), card)
+    assert plan.memory.peak <= plan_of(name).memory.peak + 0.3 * GIB, plan.summary
+
+
 @each(BARS)
 def test_memory_bar(name: str) -> None:
     """Peak as XLA's buffer assignment counts it, below the bar, at T = 2048 and the bar's microbatch."""
