@@ -11,6 +11,7 @@ COMMANDS = {
     "sft": "fine-tune a model on conversations; the same command again resumes",
     "status": "where a run is, from its folder alone",
     "sample": "text from a trained model",
+    "chat": "a conversation with a trained model",
     "evaluate": "bits per byte, CORE, sample texts",
     "plan": "what a run needs on a GPU that may be absent",
     "interop": "checkpoints of nanochat and Hugging Face, both ways",

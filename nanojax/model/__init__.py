@@ -8,6 +8,7 @@ from nanojax.model.forward import (
     forward_cached,
     head,
     hidden,
+    hidden_cached,
     token_losses,
     walk,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "forward_cached",
     "head",
     "hidden",
+    "hidden_cached",
     "init_params",
     "token_losses",
     "walk",

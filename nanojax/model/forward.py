@@ -22,7 +22,7 @@ from nanojax.ops import attention, cross_entropy
 from nanojax.ops.linear import float_dtype
 
 LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # Attend of layer i
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B,S,N,H] of each layer, position p in slot p % S
+Cache = tuple[tuple[attention.Kept, attention.Kept], ...]  # keys and values [B,N,U,H] of each layer (ops/attention.py)
 
 
 def walk(
@@ -89,36 +89,51 @@ def token_losses(config: Config, params: Params, tokens_BT1: jax.Array) -> jax.A
     return losses.reshape(targets_BT.shape)
 
 
-def empty_cache(config: Config, B: int, T: int, padding: int = 0) -> Cache:
-    """Zeros in the compute dtype for T positions, or for as many as a layer's window reaches.
+def empty_cache(config: Config, B: int, T: int, padding: int = 0, int8: bool = False) -> Cache:
+    """Zeros in the compute dtype, or as int8 codes, for T positions, or for as many as a layer's window reaches.
 
     Args:
       padding: how many tokens that do not count `forward_cached` may be given behind those that do.
     """
-    m = config.model
-    zeros = lambda S: jnp.zeros((B, S, m.N, m.H), float_dtype(config.compute))
+    m, dtype = config.model, jnp.int8 if int8 else float_dtype(config.compute)
+    zeros = lambda U: attention.empty(B, m.N, U, m.H, dtype)
     slots = [min(T, window + 1 + padding) for window in weights.windows(m)]
-    return tuple((zeros(S), zeros(S)) for S in slots)
+    return tuple((zeros(U), zeros(U)) for U in slots)
+
+
+def hidden_cached(
+    config: Config, params: Params, tokens_BS: jax.Array, cache: Cache, start: jax.Array, before_B: jax.Array | None
+) -> tuple[jax.Array, Cache]:
+    """The last block's output [B,S,D] for S new tokens at positions start.., and the cache with them in it.
+
+    Args:
+      start: int32, of all rows or of each [B].
+      before_B: the token before the first of these, -1 where there is none. None: start is 0.
+    """
+    windows, scale = weights.windows(config.model), attention_scale(config)
+    B, S = tokens_BS.shape
+    start_B = jnp.broadcast_to(start, (B,))
+
+    def attend(i: int, *qkv: jax.Array) -> tuple[jax.Array, Any]:
+        q, k, v = (a.reshape(B, S, *a.shape[2:]) for a in qkv)
+        out, *kept = attention.cached(q, k, v, *cache[i], start_B, windows[i], scale)
+        return out.reshape(1, B * S, *out.shape[2:]), tuple(kept)
+
+    first = jnp.full(B, -1) if before_B is None else before_B
+    before_BS = jnp.concatenate([first[:, None].astype(tokens_BS.dtype), tokens_BS[:, :-1]], 1)
+    # The rows lie behind each other in one, so that each may have a start of its own.
+    one_row = lambda a: a.reshape(1, B * S)
+    moved = (start_B[:, None] + jnp.arange(S)[None]).reshape(-1) - jnp.arange(B * S)
+    x_1MD, kept = walk(config, params, one_row(tokens_BS), attend, moved, one_row(before_BS))
+    return x_1MD.reshape(B, S, -1), tuple(kept)
 
 
 def forward_cached(
     config: Config, params: Params, tokens_BS: jax.Array, cache: Cache, start: jax.Array, before_B: jax.Array | None
 ) -> tuple[jax.Array, Cache]:
-    """f32 logits [B,S,V] of S new tokens at positions start.., and the cache with them in it.
-
-    Args:
-      before_B: the token before the first of these, -1 where there is none. None: start is 0.
-    """
-    windows, scale = weights.windows(config.model), attention_scale(config)
-
-    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out, *kept = attention.cached(q, k, v, *cache[i], start, windows[i], scale)
-        return out, tuple(kept)
-
-    first = jnp.full(len(tokens_BS), -1) if before_B is None else before_B
-    before_BS = jnp.concatenate([first[:, None].astype(tokens_BS.dtype), tokens_BS[:, :-1]], 1)
-    x_BSD, kept = walk(config, params, tokens_BS, attend, start, before_BS)
-    return head(config, params, x_BSD), tuple(kept)
+    """f32 logits [B,S,V] of S new tokens, and the cache with them in it. Arguments as `hidden_cached`'s."""
+    x_BSD, cache = hidden_cached(config, params, tokens_BS, cache, start, before_B)
+    return head(config, params, x_BSD), cache
 
 
 def residual_names(config: Config) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from nanojax.ops.rows import F32
+from nanojax.quant.formats import Quantized, quantize_rows
 
+Kept = jax.Array | Quantized  # a layer's keys or values [B,N,U,H] of earlier tokens
 QUERIES = 256  # per chunk: B*N*256*T scores exist at one time instead of B*N*T*T
 
 
@@ -84,39 +85,76 @@ def cached(
     q_BSNH: jax.Array,
     k_BSNH: jax.Array,
     v_BSNH: jax.Array,
-    old_k: jax.Array,
-    old_v: jax.Array,
-    start: jax.Array,
+    old_k: Kept,
+    old_v: Kept,
+    start_B: jax.Array,
     window: int,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of S new tokens at positions start.. over themselves and a cache, and the cache with them in it.
+) -> tuple[jax.Array, Kept, Kept]:
+    """Attention of S new tokens at positions start.. of each row over themselves and a cache, and the cache with them in it.
 
-    Position p has slot p % U of a cache [B,U,N,H], so that one that holds fewer than all positions keeps the last ones. The
-    slots of a whole cache are read after the new tokens are written; those of a smaller one before, since new tokens take the
-    slots of some that earlier new ones still see.
+    A cache is [B,N,U,H], floats or int8 codes with a scale per token and head; the order lets both products read it as it lies.
+    Position p has slot p % U, so that a cache that holds fewer than all positions keeps the last ones. The slots of a whole
+    cache are read after the new tokens are written, and what lies beyond its end is dropped; those of a smaller one are read
+    before, since new tokens take the slots of some that earlier new ones still see.
     """
-    S, U = q_BSNH.shape[1], old_k.shape[1]
-    new = [(old_k, k_BSNH.astype(old_k.dtype)), (old_v, v_BSNH.astype(old_v.dtype))]
-    if S == 1 or window >= U:
-        k, v = (lax.dynamic_update_slice_in_dim(old, added, start % U, 1) for old, added in new)
+    (B, S), U = q_BSNH.shape[:2], old_k.shape[2]
+    query_BS = start_B[:, None] + jnp.arange(S)[None]
+    whole = window >= U
+    k, v = (_written(old, new, query_BS, whole) for old, new in ((old_k, k_BSNH), (old_v, v_BSNH)))
+    slots = jnp.arange(U)[None]
+    if S == 1:  # slot u holds the last position that is u modulo U; below 0 it is empty
+        position, keys, values = query_BS - (query_BS - slots) % U, k, v
+    elif whole:
+        position, keys, values = jnp.broadcast_to(slots, (B, U)), k, v
     else:
-        last = min(S, U)
-        slots = (start + jnp.arange(S - last, S)) % U
-        k, v = (old.at[:, slots].set(added[:, S - last :]) for old, added in new)
-    query = start + jnp.arange(S)
-    if window < U:
-        # slot u holds the last position before start that is u modulo U; below 0 it is empty
-        position = jnp.concatenate([start - 1 - (start - 1 - jnp.arange(U)) % U, query])
-        keys = jnp.concatenate([old_k, k_BSNH.astype(old_k.dtype)], 1)
-        values = jnp.concatenate([old_v, v_BSNH.astype(old_v.dtype)], 1)
-    else:
-        position, keys, values = jnp.arange(U), k, v
-    s = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, keys, preferred_element_type=F32) * scale
-    distance = query[:, None] - position[None, :]
-    allowed = (distance >= 0) & (distance <= window) & (position >= 0)[None]
-    p = jax.nn.softmax(jnp.where(allowed, s, -jnp.inf), -1).astype(values.dtype)
-    return jnp.einsum("bnqk,bknh->bqnh", p, values, preferred_element_type=F32).astype(q_BSNH.dtype), k, v
+        before_B1 = start_B[:, None] - 1
+        position = jnp.concatenate([before_B1 - (before_B1 - slots) % U, query_BS], 1)
+        keys, values = (_joined(old, new) for old, new in ((old_k, k_BSNH), (old_v, v_BSNH)))
+    distance = query_BS[:, :, None] - position[:, None]
+    allowed = (distance >= 0) & (distance <= window) & (position >= 0)[:, None]
+    k_floats, k_scale = _parts(keys, q_BSNH.dtype)
+    v_floats, v_scale = _parts(values, q_BSNH.dtype)
+    s = jnp.einsum("bnqh,bnkh->bnqk", q_BSNH.swapaxes(1, 2), k_floats, preferred_element_type=F32)
+    s = s * scale if k_scale is None else s * (scale * k_scale)
+    p = jax.nn.softmax(jnp.where(allowed[:, None], s, -jnp.inf), -1)
+    p = p if v_scale is None else p * v_scale
+    out = jnp.einsum("bnqk,bnkh->bnqh", p.astype(v_floats.dtype), v_floats, preferred_element_type=F32)
+    return out.swapaxes(1, 2).astype(q_BSNH.dtype), k, v
+
+
+def empty(B: int, N: int, U: int, H: int, dtype: Any) -> Kept:
+    """A cache [B,N,U,H] of zeros: floats of `dtype`, or codes and scales where that is int8."""
+    codes = jnp.zeros((B, N, U, H), dtype)
+    return Quantized(codes, jnp.zeros((B, N, U, 1), F32)) if dtype == jnp.int8 else codes
+
+
+def _written(old: Kept, new_BSNH: jax.Array, position_BS: jax.Array, whole: bool) -> Kept:
+    """The cache with the new tokens in it: of a smaller one's, the last U."""
+    S, U = position_BS.shape[1], old.shape[2]
+    last = S if whole else min(S, U)
+    slots = position_BS[:, S - last :]
+    slots = slots if whole and S > 1 else slots % U
+    # Of one update XLA makes a dynamic-update-slice, writes it twice for its two readers, and copies the cache four times for
+    # that on a CPU. Of two equal ones it makes what it makes of many: one write, in place.
+    twice = 2 if slots.size == 1 else 1
+    rows, slots = jnp.arange(twice * len(slots))[:, None] // twice, jnp.repeat(slots, twice, 0)
+    mode = "promise_in_bounds" if S == 1 else "drop"
+    put = lambda a, b: a.at[rows, :, slots].set(jnp.repeat(b[:, S - last :], twice, 0).astype(a.dtype), mode=mode)
+    return jax.tree.map(put, old, quantize_rows(new_BSNH) if isinstance(old, Quantized) else new_BSNH)
+
+
+def _joined(old: Kept, new_BSNH: jax.Array) -> Kept:
+    """The cache with the new tokens behind it."""
+    new = quantize_rows(new_BSNH) if isinstance(old, Quantized) else new_BSNH
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b.swapaxes(1, 2).astype(a.dtype)], 2), old, new)
+
+
+def _parts(kept: Kept, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """What enters the product, and for codes the scale [B,N,1,U] that its sums, or the other operand, are multiplied by."""
+    if isinstance(kept, Quantized):
+        return kept.codes.astype(dtype), kept.scale.swapaxes(2, 3)
+    return kept, None
 
 
 @functools.cache

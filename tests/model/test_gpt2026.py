@@ -102,7 +102,7 @@ def test_cached_decoding_equals_the_whole_pass(tiny: Make) -> None:
     tokens = np.random.default_rng(5).integers(0, config.model.V, (2, T))
     want = model.forward(config, params, jnp.asarray(tokens))
     cache = model.empty_cache(config, 2, T, padding=3)
-    assert [layer[0].shape[1] for layer in cache] == [WINDOW + 4, WINDOW + 4, WINDOW + 4, T]
+    assert [layer[0].shape[2] for layer in cache] == [WINDOW + 4, WINDOW + 4, WINDOW + 4, T]
     padded = np.concatenate([tokens[:, :9], np.zeros((2, 3), int)], 1)
     run = jax.jit(model.forward_cached, static_argnums=0)
     got, cache = run(config, params, padded, cache, jnp.int32(0), None)

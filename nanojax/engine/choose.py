@@ -1,0 +1,86 @@
+"""The next token of each row: the likeliest, or drawn from the likeliest by temperature, top-k and top-p."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+BLOCK = 128  # probabilities that are summed before their sums are
+
+
+class Choice(NamedTuple):
+    """How a token is drawn. None of these is compiled in.
+
+    temperature 0 = the likeliest token. top_k: among the k likeliest; 0 = all. top_p: among the fewest likeliest that together
+    have this probability; 1 = all. Both keep tokens that tie with the last one.
+    """
+
+    temperature: ArrayLike = 0.0
+    top_k: ArrayLike = 0
+    top_p: ArrayLike = 1.0
+
+
+def choose(vocab: int, logits_BV: jax.Array, key_B: jax.Array, choice: Choice) -> jax.Array:
+    """Tokens int32 [B] below `vocab`. A row's depends on its own logits and key alone."""
+    logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab)[None], logits_BV, -jnp.inf)
+    temperature = jnp.asarray(choice.temperature, jnp.float32)
+    likeliest = lambda: jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    return lax.cond(temperature > 0, lambda: _draw(logits_BV, key_B, choice), likeliest)
+
+
+def _draw(logits_BV: jax.Array, key_B: jax.Array, choice: Choice) -> jax.Array:
+    order_BV = _order(logits_BV)
+    k = jnp.asarray(choice.top_k, jnp.int32)
+    among_k = lambda: _highest(order_BV, lambda kept: jnp.sum(kept, -1, dtype=jnp.int32) >= k)
+    keep_BV = lax.cond((k > 0) & (k < logits_BV.shape[1]), among_k, lambda: jnp.ones(logits_BV.shape, bool))
+    scaled_BV = logits_BV - jnp.max(logits_BV, -1, keepdims=True)
+    scaled_BV = scaled_BV / jnp.maximum(jnp.asarray(choice.temperature, jnp.float32), 1e-6)
+    p_BV = jnp.where(keep_BV, jnp.exp(scaled_BV), 0.0)
+    needed = jnp.asarray(choice.top_p, jnp.float32)
+    needed_B = needed * jnp.sum(p_BV, -1)
+    among_p = lambda: _highest(order_BV, lambda kept: jnp.sum(jnp.where(kept, p_BV, 0.0), -1) >= needed_B)
+    p_BV = lax.cond(needed < 1, lambda: jnp.where(among_p(), p_BV, 0.0), lambda: p_BV)
+    uniform_B = jax.vmap(lambda key: jax.random.uniform(key))(key_B)
+    return _inverse(p_BV, uniform_B)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """uint32 that compare as the floats do."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest(order_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The values from the highest bound on that still keeps enough of them, bool [B,V].
+
+    The bound is found bit by bit. A sort, or XLA's top_k, takes ten times as long for 16 rows on a CPU.
+    """
+
+    def bit(i: jax.Array, bound_B: jax.Array) -> jax.Array:
+        higher_B = bound_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(order_BV >= higher_B[:, None]), higher_B, bound_B)
+
+    return order_BV >= lax.fori_loop(0, 32, bit, jnp.zeros(len(order_BV), jnp.uint32))[:, None]
+
+
+def _inverse(p_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The first index at which the running sum of p exceeds uniform * its total; one with p > 0 even where sums round."""
+    B, V = p_BV.shape
+    blocks = jnp.pad(p_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    before_B, block_B = _exceeds(jnp.sum(blocks, -1), None, uniform_B)
+    inside_BC = jnp.take_along_axis(blocks, block_B[:, None, None], 1)[:, 0]
+    _, place_B = _exceeds(inside_BC, before_B, uniform_B)
+    return (block_B * BLOCK + place_B).astype(jnp.int32)
+
+
+def _exceeds(p_BC: jax.Array, target_B: jax.Array | None, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what of the target is left before it, the first index whose running sum exceeds the target)."""
+    sums_BC = jnp.cumsum(p_BC, -1)
+    target_B = uniform_B * sums_BC[:, -1] if target_B is None else target_B
+    last_B = p_BC.shape[1] - 1 - jnp.argmax(p_BC[:, ::-1] > 0, -1)
+    index_B = jnp.minimum(jnp.sum(sums_BC <= target_B[:, None], -1), last_B)
+    before_B = jnp.take_along_axis(sums_BC - p_BC, index_B[:, None], 1)[:, 0]
+    return target_B - before_B, index_B
