@@ -11,8 +11,9 @@ from nanojax.tasks import generated, hub, rows
 from nanojax.tasks.hub import Messages
 
 HELD_OUT = 50  # of a file of conversations, the first and every 50th from there on is held out
+MOST = 10_000_000  # conversations of a generated task, or times that a task comes; nanochat's largest is 200,000
 VALID = 256  # conversations of a generated task that are held out
-_NUMBERED = re.compile(r"(.+):(\d+)")
+_NUMBERED = re.compile(r"(.+):(\d{1,18})")
 
 
 class Entry(NamedTuple):
@@ -36,8 +37,8 @@ def parse(text: str) -> Entry:
     name, number = (matched[1], int(matched[2])) if matched else (text, 0 if text in generated.TASKS else 1)
     if name in generated.TASKS and not matched:
         raise UserError(f"{text}: say how many conversations are to be generated, for example {text}:10000")
-    if not number:
-        raise UserError(f"{text}: the number behind the colon must be at least 1")
+    if not 1 <= number <= MOST:
+        raise UserError(f"{text}: the number behind the colon must be from 1 to {MOST:,}")
     if name == "humaneval":
         raise UserError("humaneval: has no training conversations; it is there for evaluation")
     if name not in (*generated.TASKS, *hub.TASKS) and not Path(name).exists():

@@ -407,7 +407,10 @@ def test_what_an_import_knows(tokenizer, tmp_path):
     assert f"its tokenizer has {tokenizer.vocab_size} ids, the model 384" in found.notes[-1]
     to_run(found, tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert set(stored) == {"name", "model", "stored", "compute", "data"} and stored["data"] == {"path": "", "kind": "text"}
+    assert set(stored) == {"name", "model", "stored", "compute", "data"} and stored["data"] == {
+        "path": "",
+        "kind": "text",
+    }
     assert run_folder.imported(tmp_path / "run", 0) and run_folder.read_config(tmp_path / "run").model == config.model
 
 
