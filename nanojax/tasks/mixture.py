@@ -1,5 +1,6 @@
 """A mixture: a list of tasks, each with how often it comes in one pass, and its conversations for training and validation."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def parse(text: str) -> Entry:
         raise UserError(f"{text}: the number behind the colon must be from 1 to {MOST:,}")
     if name == "humaneval":
         raise UserError("humaneval: has no training conversations; it is there for evaluation")
-    if name not in (*generated.TASKS, *hub.TASKS) and not Path(name).exists():
+    if name not in (*generated.TASKS, *hub.TASKS) and not os.path.exists(name):
         known = ", ".join([*hub.TASKS, *(f"{task}:N" for task in generated.TASKS)])
         raise UserError(f"{name}: no such file of conversations, nor a task; tasks are {known}")
     return Entry(name, number)
