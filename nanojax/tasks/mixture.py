@@ -1,5 +1,6 @@
 """A mixture: a list of tasks, each with how often it comes in one pass, and its conversations for training and validation."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +96,13 @@ def _checked(row: rows.Row, messages: Callable[[object], Messages]) -> Messages:
     try:
         found = messages(row.value)
         turns(found)
+        json.dumps(found, ensure_ascii=False).encode()
         return found
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from None
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{row.place}: bytes that are not UTF-8, or half a surrogate pair; repair or remove it"
+        ) from None
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise UserError(f"{row.place}: not a row of this task ({type(error).__name__}: {error})") from None

@@ -196,3 +196,13 @@ def test_a_number_out_of_reach_is_refused(number: str) -> None:
     """None and more than a mixture can be are mistakes, at once; longer digits than that are no number."""
     with pytest.raises(UserError, match="from 1 to 10,000,000" if len(number) < 19 else "nor a task"):
         mixture.parse(f"spelling:{number}")
+
+
+@pytest.mark.parametrize("bad", [b"h\xe9i", b"h\\ud800i"])
+def test_text_that_is_none_is_named(tmp_path: Path, bad: bytes) -> None:
+    """A byte that is not UTF-8 and half a surrogate pair end it with file and line; nothing is trained on in its place."""
+    own = write(tmp_path / "own.jsonl", [{"messages": messages(i)} for i in range(3)])
+    own.write_bytes(own.read_bytes().replace(b"say 1", bad))
+    with pytest.raises(UserError, match=r"own\.jsonl line 2: bytes that are not UTF-8"):
+        make([str(own)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
