@@ -14,7 +14,7 @@ from nanojax import cli
 from nanojax.cli import Parser, UserError, duration, run_main, short
 from nanojax.plan.energy import DAY, PRICES
 from nanojax.run import exits, run_folder
-from nanojax.run.records import read
+from nanojax.run.records import FILE, read
 from nanojax.run.watch import REPORT
 
 WATCH_SECONDS = 10.0
@@ -208,6 +208,9 @@ def main() -> None:
     a = parser.parse_args()
     if not Path(a.run).is_dir():
         raise UserError(f"--run={a.run}: no such folder")
+    names = {path.name for path in Path(a.run).iterdir()}
+    if names and not names & {run_folder.CONFIG, run_folder.CHECKPOINTS, FILE, "lock"}:
+        raise UserError(f"--run={a.run}: not a run folder; it holds {', '.join(sorted(names)[:3])}")
     while True:
         found = status(Path(a.run))
         print(json.dumps(dataclasses.asdict(found)) if a.json else table(found, time.time()), flush=True)

@@ -136,6 +136,10 @@ def test_empty_missing_and_copied(tiny: Make, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("sys.argv", ["status", f"--run={tmp_path / 'nothing'}"])
     with pytest.raises(cli.UserError, match="no such folder"):
         status.main()
+    (tmp_path / "empty" / "train.tokens").touch()
+    monkeypatch.setattr("sys.argv", ["status", f"--run={tmp_path / 'empty'}"])
+    with pytest.raises(cli.UserError, match=r"not a run folder; it holds train\.tokens"):
+        status.main()
     run = write(tmp_path / "run", tiny(), START, trained(4))
     shutil.copytree(run, tmp_path / "copy")
     found, copy = status.status(run), status.status(tmp_path / "copy")
