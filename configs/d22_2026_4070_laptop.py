@@ -1,6 +1,6 @@
 """nanochat's recipe of July 2026 at d22, ratio 8, on an RTX 4070 Laptop (8 GB): the deepest that fits it as it is.
 
-4.6 B tokens, 1.7e19 FLOPs. CORE by the line through published runs (nanojax.plan --days): 0.24, from 0.22 to 0.26.
+4.6 B tokens, 1.7e19 FLOPs. CORE by the line through published runs (nanojax.plan --days): 0.24, from 0.23 to 0.26.
 
 plan (rtx4070_laptop): peak 6.5 GiB, 13.6k tok/s modelled, 3.9 days
 

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import errno
+import importlib
 import importlib.metadata
 import io
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +56,19 @@ def run_main(main: Callable[[], None]) -> None:
         _fail(f"{error.object}: is not UTF-8, which is needed here; rename it")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run_subcommand(package: str, names: Collection[str], help: str) -> None:
+    """Runs main(arguments) of the module `package`.NAME; NAME, one of `names`, comes first on the command line."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(help, end="")
+        return
+    name = sys.argv[1]
+    if name == "--version":
+        return print(version())
+    if name not in names:
+        raise UserError(f"no subcommand {name!r}; there are {', '.join(names)}")
+    importlib.import_module(f"{package}.{name}").main(sys.argv[2:])
 
 
 def _fail(message: str) -> NoReturn:

@@ -4,7 +4,7 @@ Two devices, so that nothing assumes that the first one is the only one. Process
 
 What compiles for 0.2 s or longer is kept in .pytest_cache/jax, keyed by the program and the versions of jax and XLA. A second
 run of the tests then takes a third to a seventh of the CPU time for each test that compiles a step. LLVM's expensive passes
-are left out, here and in the processes that tests start: without them the first run takes half the CPU time.
+are left out, here and in the processes that tests start: a first run of the gradient tests took 53 s of CPU instead of 101.
 """
 
 import os

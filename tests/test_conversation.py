@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from helpers.messages import assistant, part, user
 
 from nanojax.cli import UserError
 from nanojax.conversation import render, render_for_completion
@@ -12,19 +13,6 @@ from nanojax.tokenizer import Tokenizer
 TOKENIZER = Tokenizer([*(bytes([b]) for b in range(256)), b"ab", b"12"])
 AB, N12 = 256, 257
 BOS, USER, USER_END, ASSISTANT, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(258, 267)
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def part(kind: str, text: str) -> dict[str, str]:
-    return {"type": kind, "text": text}
-
 
 SYSTEM = {"role": "system", "content": "s"}
 

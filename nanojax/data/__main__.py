@@ -1,9 +1,6 @@
 """Dispatches `python -m nanojax.data <subcommand>`; each subcommand lives in the file of its name."""
 
-import importlib
-import sys
-
-from nanojax.cli import UserError, run_main, version
+from nanojax.cli import run_main, run_subcommand
 
 SUBCOMMANDS = {
     "download": "fetch text shards from the Hugging Face hub",
@@ -23,15 +20,7 @@ HELP = (
 
 def main() -> None:
     """Runs the subcommand named first on the command line."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(HELP, end="")
-        return
-    name = sys.argv[1]
-    if name == "--version":
-        return print(version())
-    if name not in SUBCOMMANDS:
-        raise UserError(f"no subcommand {name!r}; there are {', '.join(SUBCOMMANDS)}")
-    importlib.import_module(f"nanojax.data.{name}").main(sys.argv[2:])
+    run_subcommand("nanojax.data", SUBCOMMANDS, HELP)
 
 
 if __name__ == "__main__":

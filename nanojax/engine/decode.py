@@ -74,7 +74,7 @@ def begin(caches: Sequence[Any], prompts: Sequence[Sequence[int]], samples: int,
 
     Args:
       caches: of each prompt without its last token, as `prefill` makes them.
-      new: how many tokens a row of each prompt may write.
+      new: per prompt, the most tokens that each of its rows may write.
     """
     each = lambda values: np.repeat(np.asarray(values, np.int32), samples)
     position = each([len(prompt) - 1 for prompt in prompts])

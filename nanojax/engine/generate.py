@@ -124,7 +124,7 @@ def rows_of(
     """`samples` rows of each prompt, whose first token is still to be chosen. Each prompt is read once.
 
     Args:
-      new: how many tokens a row of each prompt may write.
+      new: per prompt, the most tokens that each of its rows may write.
     Raises UserError when a prompt and its new tokens exceed the model's sequence, or an id its vocabulary.
     """
     for prompt, count in zip(prompts, new, strict=True):

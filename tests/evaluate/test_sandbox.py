@@ -62,7 +62,7 @@ def test_endless_output() -> None:
 
 
 def test_ten_gigabytes() -> None:
-    """The allocation fails in the program, and nowhere else."""
+    """Only the program runs out of memory."""
     result = limited("x = bytearray(10 << 30)", seconds=20)
     assert result.outcome == "failed" and result.reason.startswith("MemoryError")
 

@@ -4,28 +4,15 @@ Needs `pip install transformers`, without torch; skipped where it is absent.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.messages import assistant, part, user
 
 from nanojax.conversation import render, render_for_completion
 from nanojax.interop import tokenizers
 from nanojax.tokenizer import train
 
 TEXT = "the people of this great nation have met in peace; the law will serve every state 1837 ünïté 你好 🌍\n\n x " * 9
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def part(kind: str, text: str) -> dict[str, str]:
-    return {"type": kind, "text": text}
-
 
 TOOL = [part("text", "By hand 2. "), part("python", "1+1"), part("python_output", "2"), part("text", "\n\n#### 2")]
 CONVERSATIONS = {
