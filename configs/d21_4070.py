@@ -5,7 +5,8 @@ plan (rtx4070): peak 3.9 GiB, 20.1k tok/s modelled, 7.9 days
 python -m nanojax.train --config=d21_4070
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

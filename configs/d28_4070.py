@@ -5,7 +5,8 @@ plan (rtx4070): peak 6.9 GiB, 11.3k tok/s modelled, 27 days
 python -m nanojax.train --config=d28_4070
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

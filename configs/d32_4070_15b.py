@@ -5,7 +5,8 @@ plan (rtx4070): peak 9.6 GiB, 8.3k tok/s modelled, 21 days
 python -m nanojax.train --config=d32_4070_15b
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

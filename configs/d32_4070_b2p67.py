@@ -7,7 +7,8 @@ plan (rtx4070): peak 9.4 GiB, 7.9k tok/s modelled, 55 days
 python -m nanojax.train --config=d32_4070_b2p67
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

@@ -7,7 +7,8 @@ python -m nanojax.train --config=d32_4070_bf16
 Gradients are summed into the momentum, which leaves room for four rows per microbatch but excludes Nesterov and clipping.
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

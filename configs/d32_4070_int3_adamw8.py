@@ -5,7 +5,8 @@ plan (rtx4070): peak 10.5 GiB, 8.1k tok/s modelled, 54 days
 python -m nanojax.train --config=d32_4070_int3_adamw8
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

@@ -8,7 +8,8 @@ Three choices save 3 GiB. Gradients are summed into the momentum (bf16), which e
 and head are int8 too. The backward pass recomputes qkv and the hidden layer. A laptop that sustains less than 115 W is slower.
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

@@ -5,7 +5,8 @@ plan (rtx4070): peak 9.3 GiB, 7.8k tok/s modelled, 56 days
 python -m nanojax.train --config=d32_4070_nf4
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

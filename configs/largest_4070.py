@@ -9,7 +9,8 @@ gradient buffer, no Nesterov and no clipping. Embedding and head are int8; the f
 d42 fits only without remainders; d40 does not fit with remainders of 4 bits.
 """
 
-from nanojax.config import Config, load_unresolved, override
+from nanojax.config import Config, override
+from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanojax import cli
+from nanojax import cli, config_files
 from nanojax import config as configs
 from nanojax import train as training
 from nanojax.cli import UserError, run_main
@@ -81,7 +81,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
     fixed |= {"train.init": wish.base, "train.run": wish.out, "data.path": wish.data, "data.kind": "conversations"}
     fixed["optim.steps_before"] = _steps_before(wish, base.optim.steps_before if begun else None, say)
-    overrides = configs.pairs(wish.overrides)
+    overrides = config_files.pairs(wish.overrides)
     with exits.restarting(bool(begun)):
         steps = overrides.get("train.steps") or _steps(configs.override(base, fixed | overrides), wish.epochs, say)
     config = configs.override(base, fixed | {"train.steps": steps} | overrides)
@@ -136,7 +136,7 @@ def parse(arguments: Sequence[str]) -> Wish:
     known, rest = parser.parse_known_args(arguments)
     if Path(known.run).resolve() == Path(known.out).resolve():
         raise UserError("--out: is the base run's folder; choose another")
-    configs.pairs(rest)  # a mistake shows before anything is read
+    config_files.pairs(rest)  # a mistake shows before anything is read
     run, data, out = (str(Path(folder)) for folder in (known.run, known.data, known.out))  # without a last slash
     return Wish(run, data, out, known.epochs, known.momenta, rest)
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 
 from nanojax import config as configs
-from nanojax import files, xla
+from nanojax import config_files, files, xla
 from nanojax import source as sources
 from nanojax import step as steps
 from nanojax.cli import Parser, UserError, run_main
@@ -253,13 +253,15 @@ def parse(arguments: Sequence[str]) -> Config | None:
     parser.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
     if known.help:
-        shown = configs.load_unresolved(known.config) if known.config else Config()
-        print(f"{USAGE}\nconfigs: {', '.join(configs.available())}; or the path of a file\n")
+        shown = config_files.load_unresolved(known.config) if known.config else Config()
+        print(f"{USAGE}\nconfigs: {', '.join(config_files.available())}; or the path of a file\n")
         print(f"keys, with their value in {known.config or 'an empty config'}:\n{configs.describe(shown)}")
         return None
     if not known.config:
-        raise UserError(f"--config=NAME is missing; there are {', '.join(configs.available())}; --help lists all keys")
-    return configs.load(known.config, rest)
+        raise UserError(
+            f"--config=NAME is missing; there are {', '.join(config_files.available())}; --help lists all keys"
+        )
+    return config_files.load(known.config, rest)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from nanojax import config as configs
-from nanojax import hardware, weights, xla
+from nanojax import config_files, hardware, weights, xla
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.hardware import GIB
@@ -97,7 +97,7 @@ def small(kind: str, tiny: bool) -> Config:
     """The config of a curve: a small model in d32_4070's formats, or in f32."""
     size = TINY if tiny else ["--model.depth=2", "--model.width=384", "--model.vocab=1024", "--model.seq=256"]
     size = [*size, "--train.tokens_per_step=1024", "--compute.loss_chunk=256"] if not tiny else size
-    config = configs.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
+    config = config_files.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
     plain = Config(name="f32", model=config.model, train=config.train)
     return config if kind == "int8" else configs.resolve(plain)
 
@@ -251,10 +251,10 @@ def arguments() -> argparse.Namespace:
 
 def load(a: argparse.Namespace, name: str) -> Config:
     """Config `name` with --depth, --quick, --device=cpu and the overrides applied."""
-    config = configs.load(name)
+    config = config_files.load(name)
     depth = a.depth if a.depth is not None else 4 if a.quick else None
     changes = TINY if a.tiny else [f"--model.depth={depth}", f"--model.width={config.model.D}"] if depth else []
-    return configs.load(name, [*changes, *a.overrides])
+    return config_files.load(name, [*changes, *a.overrides])
 
 
 def here(a: argparse.Namespace, part: str, name: str) -> dict[str, Any]:

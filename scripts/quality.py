@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
+from nanojax import config_files
 from nanojax import model, step
 from nanojax.cli import Bar, Parser, UserError, run_main
 from nanojax.config import Compute, Config, Data, Model, Train
@@ -54,7 +55,7 @@ BF16_EDGES = {"stored.embed": "bf16", "stored.head": "bf16"}
 
 def shipped(name: str) -> dict[str, Any]:
     """The keys of config `name` that say how parameters and state are stored, computed and updated, at any model size."""
-    given, usual = (configs.keys(c) for c in (configs.load_unresolved(name), Config()))
+    given, usual = (configs.keys(c) for c in (config_files.load_unresolved(name), Config()))
     sections = ("stored.", "accumulate.", "optim.", "compute.")
     sized = ("compute.residuals", "compute.loss_chunk")
     found = {key: value for key, (_, value, _) in given.items() if key.startswith(sections) and key not in sized}
@@ -355,7 +356,7 @@ def report(out: Path) -> None:
 def d32_state(arm: str) -> float:
     """GiB of d32's state, accumulators included, in this arm's formats, with everything else as in d32_4070."""
     changes = {k: v for k, v in ARMS[arm][1].items() if k.startswith(("stored.", "optim.", "accumulate."))}
-    config = configs.resolve(configs.override(configs.load_unresolved("d32_4070"), changes))
+    config = configs.resolve(configs.override(config_files.load_unresolved("d32_4070"), changes))
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(step.abstract_state(config))) / GIB
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
+from nanojax import config_files
 from nanojax import step, xla
 from nanojax.cli import Parser, UserError, run_main
 
@@ -28,10 +29,10 @@ SIZE = [
     *("--train.tokens_per_step=4096", "--train.steps=160", "--train.microbatch=4"),
 ]
 ARMS = {
-    "demo": configs.load("demo"),
-    "int8": configs.load("d32_4070", SIZE),
-    "b2.67": configs.load("d32_4070_b2p67", SIZE),
-    "momentum": configs.load("d32_4070_laptop", SIZE),
+    "demo": config_files.load("demo"),
+    "int8": config_files.load("d32_4070", SIZE),
+    "b2.67": config_files.load("d32_4070_b2p67", SIZE),
+    "momentum": config_files.load("d32_4070_laptop", SIZE),
 }
 
 

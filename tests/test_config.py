@@ -10,7 +10,7 @@ import jax
 import pytest
 from helpers import tiny_run
 
-from nanojax import cli, quant, step, train
+from nanojax import cli, config_files, quant, step, train
 from nanojax import config as configs
 from nanojax.cli import UserError
 from nanojax.config import Config
@@ -24,7 +24,7 @@ def test_parameter_counts() -> None:
         depth: configs.resolve(Config(model=configs.Model(depth=depth))).model.parameters for depth in (12, 20, 32)
     }
     assert counts == {12: 185_597_952, 20: 560_988_160, 32: 1_879_048_192}
-    assert _count(configs.load("d32_4070")) == 1_879_048_192
+    assert _count(config_files.load("d32_4070")) == 1_879_048_192
 
 
 def _count(config: Config) -> int:
@@ -33,11 +33,11 @@ def _count(config: Config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(floats))
 
 
-@pytest.mark.parametrize("name", configs.available())
+@pytest.mark.parametrize("name", config_files.available())
 def test_every_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found from another directory, resolves, survives JSON, and its state has the counted parameters."""
     monkeypatch.chdir(tmp_path)
-    config = configs.load(name)
+    config = config_files.load(name)
     assert config.name == name and config.train.run == f"runs/{name}" and config.train.steps > 0
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
     assert config.microbatches * config.train.microbatch * config.model.T == config.train.tokens_per_step
@@ -47,11 +47,11 @@ def test_every_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_overrides(home: Path) -> None:
     """Every key takes a value of its type from text, and a path works as well as a name."""
     name = str(home / "tiny.py")
-    base = configs.load(name)
+    base = config_files.load(name)
     for name_of_key, key in configs.keys(base).items():
         same = configs.keys(configs.override(base, {name_of_key: str(key.value)}))[name_of_key]
         assert same.value == key.value and type(same.value) is type(key.value), name_of_key
-    changed = configs.load(
+    changed = config_files.load(
         name, ["--model.depth=3", "--optim.matrix_lr=1e-3", "--train.steps=1_000", "--optim.nesterov=no"]
     )
     assert (changed.model.depth, changed.optim.matrix_lr, changed.train.steps) == (3, 0.001, 1000)
@@ -222,21 +222,21 @@ def test_200_broken_configs(
 @pytest.mark.parametrize("old, new", configs.RENAMED.items())
 def test_renamed_keys(old: str, new: str) -> None:
     """A run's old config.json is read under the new name; on a command line the old name is answered with the new one."""
-    config = configs.override(configs.load("demo"), {new: "bf16"})
+    config = configs.override(config_files.load("demo"), {new: "bf16"})
     stored = configs.to_dict(config)
     section, name = new.split(".")
     stored[section][old.split(".")[1]] = stored[section].pop(name)
     assert configs.from_dict(stored) == config
     with pytest.raises(UserError, match=rf"--{old}: no such key; it is called {new} now"):
-        configs.load("demo", [f"--{old}=bf16"])
+        config_files.load("demo", [f"--{old}=bf16"])
 
 
 def test_harmful_changes() -> None:
     """What a key does to a resumed run: nothing, other rounding, another schedule; all others change its results."""
-    earlier = configs.load("demo")
+    earlier = config_files.load("demo")
     harmless = ["--train.run=elsewhere", "--eval.every=3", "--checkpoint.every=7", "--profile.start=2", "--data.path=b"]
     other = ["--compute.residuals=inputs", "--optim.warmdown=0.5", "--train.seed=1", "--stored.blocks=bf16"]
-    now = configs.load("demo", [*harmless, "--train.log_every=5", *other])
+    now = config_files.load("demo", [*harmless, "--train.log_every=5", *other])
     changed = {effect: configs.changes(earlier, now, effect) for effect in ("rounding", "schedule", "results")}
     assert changed["rounding"] == {"compute.residuals": ("cheap", "inputs")}
     assert changed["schedule"] == {"optim.warmdown": (0.2, 0.5)}
@@ -255,11 +255,11 @@ def test_large_whole_numbers_are_exact() -> None:
 def test_nearest_names() -> None:
     """A mistyped key or config is answered with the nearest ones."""
     with pytest.raises(UserError, match=r"did you mean model\.depth"):
-        configs.load("demo", ["--model.dept=3"])
+        config_files.load("demo", ["--model.dept=3"])
     with pytest.raises(UserError, match=r"did you mean .*compute\.forward"):
-        configs.load("demo", ["--forward=int8"])
+        config_files.load("demo", ["--forward=int8"])
     with pytest.raises(UserError, match=r"did you mean .*d32_4070"):
-        configs.load("d32_407")
+        config_files.load("d32_407")
 
 
 @pytest.mark.parametrize(
@@ -277,13 +277,13 @@ def test_broken_config_files(tmp_path: Path, content: str) -> None:
     """A config file that does not work is named with the reason."""
     (tmp_path / "broken.py").write_text(content)
     with pytest.raises(UserError, match=r"broken\.py: "):
-        configs.load(str(tmp_path / "broken.py"))
+        config_files.load(str(tmp_path / "broken.py"))
 
 
 def test_values_behind_a_space() -> None:
     """`--key value` is `--key=value`, negative numbers too; in the files, wrong types are told as on the command line."""
-    spaced = configs.load("demo", ["--model.depth", "2", "--profile.start", "-1", "--train.steps=5"])
-    assert spaced == configs.load("demo", ["--model.depth=2", "--profile.start=-1", "--train.steps=5"])
+    spaced = config_files.load("demo", ["--model.depth", "2", "--profile.start", "-1", "--train.steps=5"])
+    assert spaced == config_files.load("demo", ["--model.depth=2", "--profile.start=-1", "--train.steps=5"])
     wrong = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, depth="two"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--model\.depth=two: expected int"):
         configs.resolve(wrong)
@@ -294,6 +294,6 @@ def test_home_folder_in_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/h")
     names = [name for name, _, field, _ in configs._fields(Config()) if field.metadata["path"]]
     assert names == ["data.path", "train.run", "train.init", "eval.core_bundle"]
-    config = configs.load("demo", [f"--{name}=~/x" for name in [*names, "eval.prompt"]])
+    config = config_files.load("demo", [f"--{name}=~/x" for name in [*names, "eval.prompt"]])
     found = configs.keys(config)
     assert {found[name].value for name in names} == {"/h/x"} and config.eval.prompt == "~/x"

@@ -13,7 +13,7 @@ import pytest
 from helpers.paths import ROOT
 
 from nanojax import config as configs
-from nanojax import step
+from nanojax import config_files, step
 
 PACKAGE = ROOT / "nanojax"
 SOURCES = sorted(p for folder in ("nanojax", "configs", "scripts", "tests") for p in (ROOT / folder).rglob("*.py"))
@@ -28,13 +28,13 @@ page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(RO
 def cells(text: str) -> Iterator[list[str]]:
     """The cells of every table row that begins with the name of a config."""
     for row, name in re.findall(r"^\| (`(\w+)`.*) \|$", text, re.M):
-        if name in configs.available():
+        if name in config_files.available():
             yield [cell.strip() for cell in row.split("|")]
 
 
 def plan_line(name: str) -> tuple[float, float, float]:
     """(peak in GiB, tokens/s, days) that the docstring of a config gives."""
-    found = PLAN.search(configs.find(name).read_text())
+    found = PLAN.search(config_files.find(name).read_text())
     assert found, name
     peak, rate, thousand, length, unit = found.groups()
     return float(peak), float(rate) * (1000 if thousand else 1), float(length) / (24 if unit == "hours" else 1)
@@ -76,7 +76,7 @@ def test_paths_and_commands(page: Path) -> None:
     for link in set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)):
         assert (page.parent / link).exists(), link
     for name in set(re.findall(r"--config[= ](\w+)", text)):
-        assert name in configs.available() or name.isupper(), name
+        assert name in config_files.available() or name.isupper(), name
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     commands = re.findall(r"`make (\w+)", text) + re.findall(r"^make (\w+)", text, re.M)
     assert set(commands) <= targets, set(commands) - targets
@@ -131,21 +131,21 @@ def test_the_ladder() -> None:
             continue
         name = first.strip("`")
         seen.append(name)
-        stored, rest_bits = step.block_bits(configs.load(name))
+        stored, rest_bits = step.block_bits(config_files.load(name))
         assert agree(bits[1], stored) and int(bits[2] or 0) == rest_bits, name
-        assert agree(rest[1], size(step.abstract_state(configs.load(name))) / 2**30), name
+        assert agree(rest[1], size(step.abstract_state(config_files.load(name))) / 2**30), name
     assert seen == ["d32_4070", "d32_4070_nf4", "d32_4070_int3_adamw8", "d32_4070_b2p67"]
 
 
-@pytest.mark.parametrize("name", configs.available())
+@pytest.mark.parametrize("name", config_files.available())
 def test_config_docstrings(name: str) -> None:
     """Each config's docstring has its command, a GPU's also its plan (tests/plan/test_bars.py), and its counts are right."""
-    docstring = ast.get_docstring(ast.parse(configs.find(name).read_text())) or ""
+    docstring = ast.get_docstring(ast.parse(config_files.find(name).read_text())) or ""
     assert f"python -m nanojax.train --config={name}" in docstring
     if re.search(r"_\d{4}", name):
         assert PLAN.search(docstring)
     for count in re.findall(r"(\d{1,3}(?:,\d{3})+) parameters", docstring):
-        assert int(count.replace(",", "")) == configs.load(name).model.parameters
+        assert int(count.replace(",", "")) == config_files.load(name).model.parameters
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

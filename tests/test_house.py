@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-ORDER = """cli files < hardware fields weights < config tokenizer recipe < conversation xla quant < ops < model < step engine
-    < run sample chat plan data tasks < interop evaluate status < source < train < sft"""
+ORDER = """cli files < hardware fields weights < config config_files tokenizer recipe < conversation xla quant < ops < model
+    < step engine < run sample chat plan data tasks < interop evaluate status < source < train < sft"""
 ONLY = {
     "data": {"cli", "files", "tokenizer"},
     "tasks": {"cli", "files", "tokenizer", "conversation", "data"},

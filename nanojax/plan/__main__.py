@@ -7,8 +7,7 @@ import time
 
 from rich.console import Console
 
-from nanojax import cli, files, hardware
-from nanojax import config as configs
+from nanojax import cli, config_files, files, hardware
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.plan import core_of_flops, days, energy, planner, report
 
@@ -59,7 +58,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     if known.table and given:
         raise UserError(f"--table: plans all shipped configs by itself; leave out {', '.join(given)}")
     if known.days is None and not known.table and not known.config:
-        names = ", ".join(configs.available())
+        names = ", ".join(config_files.available())
         raise UserError(f"--config: missing; there are {names}, or --table for all, or --days=7 for the best in a week")
     return known, rest
 
@@ -80,12 +79,12 @@ def _axes(texts: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) -> None:
-    names = configs.available()
+    names = config_files.available()
     plans = []
     for i, name in enumerate(names, 1):
         card = hardware.find_card(a.card) if a.card else hardware.card_of_config(name)
         _say(f"{i} of {len(names)}: {name}")
-        plans.append(planner.make(configs.load(name), card, cache=a.cache, watts=a.watts, prices=prices, say=_say))
+        plans.append(planner.make(config_files.load(name), card, cache=a.cache, watts=a.watts, prices=prices, say=_say))
     if a.json:
         print(json.dumps([p.as_json() for p in plans], indent=1))
     else:
@@ -111,7 +110,7 @@ def main() -> None:
         return _table(a, prices, out)
     if a.days is not None:
         return _days(a, prices, out)
-    config = configs.load(a.config, overrides)
+    config = config_files.load(a.config, overrides)
     reading = hardware.read_gpu()
     card = hardware.find_card(
         a.card or (reading.name if reading and a.measure else hardware.card_of_config(config.name).key)

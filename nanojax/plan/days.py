@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanojax import config as configs
-from nanojax import weights
+from nanojax import config_files, weights
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.hardware import Card
@@ -202,7 +202,7 @@ def _overrides(keys: dict[str, Any]) -> list[str]:
 
 
 def _config(keys: dict[str, Any]) -> Config:
-    return configs.load(BASE, _overrides(keys))
+    return config_files.load(BASE, _overrides(keys))
 
 
 @functools.cache

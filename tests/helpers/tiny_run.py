@@ -17,6 +17,7 @@ import pytest
 from helpers.paths import ROOT
 
 from nanojax import config as configs
+from nanojax import config_files
 from nanojax import step as steps
 from nanojax.data import prepare
 from nanojax.run import checkpoint, metrics, run_folder
@@ -90,7 +91,7 @@ def arguments(config: Path, run: Path, **overrides: Any) -> list[str]:
 
 def load(config: Path, run: Path, **overrides: Any) -> configs.Config:
     """The resolved config of `arguments`."""
-    return configs.load(str(config), arguments(config, run, **overrides)[1:])
+    return config_files.load(str(config), arguments(config, run, **overrides)[1:])
 
 
 def spawn(config: Path, run: Path, cache: Path, **overrides: Any) -> subprocess.Popen[str]:

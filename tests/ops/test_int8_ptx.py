@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanojax import config as configs
-from nanojax import hardware, step, weights, xla
+from nanojax import config_files, hardware, step, weights, xla
 from nanojax.plan import compile, hlo, roofline
 
 NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
@@ -25,7 +24,7 @@ ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\(")
 
 @pytest.fixture(scope="module")
 def config():
-    return compile.for_gpu(configs.load("d32_4070", CHANGES))
+    return compile.for_gpu(config_files.load("d32_4070", CHANGES))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax import hardware, step, xla
+from nanojax import config_files, hardware, step, xla
 from nanojax.config import Config
 from nanojax.hardware import GIB
 from nanojax.plan import compile, energy, planner, report
@@ -56,13 +56,13 @@ def each(names: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", params)
 
 
-FOR_A_CARD = [name for name in configs.available() if re.search(r"_(rtx)?\d{4}|_h\d00", name)]
+FOR_A_CARD = [name for name in config_files.available() if re.search(r"_(rtx)?\d{4}|_h\d00", name)]
 
 
 @functools.cache
 def plan_of(name: str) -> planner.Plan:
     """The plan of a shipped config; compiled once, then from the cache."""
-    return planner.make(configs.load(name), hardware.card_of_config(name))
+    return planner.make(config_files.load(name), hardware.card_of_config(name))
 
 
 @pytest.mark.timed  # make bars runs it alone: another compilation beside it would be measured too
@@ -123,7 +123,7 @@ def test_traffic(name: str) -> None:
 def test_fine_tuning_fits_where_pretraining_does(name: str) -> None:
     """A step of conversations, with a weight per target, needs at most 0.3 GiB more than the config's own step."""
     card = hardware.card_of_config(name)
-    plan = planner.make(configs.load(name, ["--data.kind=conversations"]), card)
+    plan = planner.make(config_files.load(name, ["--data.kind=conversations"]), card)
     assert plan.memory.peak <= plan_of(name).memory.peak + 0.3 * GIB, plan.summary
 
 
@@ -157,7 +157,7 @@ def test_no_parameter_sized_temporary(name: str) -> None:
 @each(FOR_A_CARD)
 def test_docstring_tells_the_plan(name: str) -> None:
     """The docstring's `plan (card): peak .. GiB, .. tok/s modelled, .. days` is the planner's, to 3 %."""
-    text = configs.find(name).read_text()
+    text = config_files.find(name).read_text()
     told = PLAN_LINE.search(text)
     plan = plan_of(name)
     assert told, f"{name}: its docstring lacks the line\n{plan.summary}"
@@ -180,7 +180,7 @@ def small() -> Config:
         "--train.tokens_per_step=4096",
     ]
     changes += ["--train.microbatch=1", "--compute.loss_chunk=512"]
-    return configs.load("d32_4070", changes)
+    return config_files.load("d32_4070", changes)
 
 
 @one_worker
@@ -238,8 +238,8 @@ def test_table_shows_every_config_whole(small: Config) -> None:
     plan, out = planner.make(small, hardware.CARDS["rtx4070"]), io.StringIO()
     plan = dataclasses.replace(plan, tokens_per_second=335_861)  # demo's, the widest
     plans = []
-    for name in configs.available():
-        config, card = configs.load(name), hardware.card_of_config(name)
+    for name in config_files.available():
+        config, card = config_files.load(name), hardware.card_of_config(name)
         bill = energy.bill(config.train.tokens, MODELLED / 2, card.watts)
         plans.append(dataclasses.replace(plan, config=config, card=card, bill=bill, block_bits=step.block_bits(config)))
     report.show_table(plans, Console(file=out, width=132), energy.PRICES)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nanojax import cli, hardware, weights, xla
-from nanojax import config as configs
+from nanojax import cli, config_files, hardware, weights, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.hardware import GIB, Card
@@ -80,7 +79,7 @@ def test_the_best_ratio_is_as_published(fake: Callable, budget: float) -> None:
     first = days.best(budget, CARD)[0]
     outside = {}
     for depth in range(8, 60, 2):
-        model = configs.load(days.BASE, [f"--model.depth={depth}"]).model
+        model = config_files.load(days.BASE, [f"--model.depth={depth}"]).model
         ratio = SPEED * budget * 86400 / model.flops_per_token / weights.scaling_parameters(model)
         outside[depth] = math.log(max(1, 8 / ratio, ratio / 12))
     assert outside[first.depth] == min(outside.values())
@@ -104,7 +103,7 @@ def test_a_first_guess_that_is_far_off_is_mended(fake: Callable) -> None:
     first = days.best(20, CARD)[0]
     ratios = {}
     for depth in range(8, 60, 2):
-        model = configs.load(days.BASE, [f"--model.depth={depth}"]).model
+        model = config_files.load(days.BASE, [f"--model.depth={depth}"]).model
         ratios[depth] = speed(depth) * 20 * 86400 / model.flops_per_token / weights.scaling_parameters(model)
     nearest = min(ratios, key=lambda depth: math.log(max(1, 8 / ratios[depth], ratios[depth] / 12)))
     assert first.depth == nearest and first.ratio == pytest.approx(ratios[nearest], abs=0.011)
@@ -162,7 +161,7 @@ def test_state_bytes_are_those_of_the_state(monkeypatch: pytest.MonkeyPatch) -> 
     """The bound on memory is the sum over the state's arrays, and residuals come on top."""
     from nanojax import step
 
-    config = configs.load("d12_2026_4070")
+    config = config_files.load("d12_2026_4070")
     monkeypatch.setattr(compile, "start_compiler", lambda: None)
     import jax
 
@@ -187,7 +186,7 @@ def test_the_command_gives_the_plan(fake: Callable, monkeypatch: Any, capsys: An
         again = json.loads(run(monkeypatch, capsys, *arguments, "--json", "--price=0.3", "--watts=180"))
         same = set(again) - {"would_fit"}
         assert {key: model[key] for key in same} == {key: again[key] for key in same}
-        assert configs.load(arguments[0].partition("=")[2], arguments[1:]).model.depth == model["depth"]
+        assert config_files.load(arguments[0].partition("=")[2], arguments[1:]).model.depth == model["depth"]
         assert model["days"] <= float(budget)
 
 
@@ -250,7 +249,7 @@ def test_mistakes_are_one_line_before_anything_compiles(
 def test_too_short_by_the_modelled_speed(fake: Callable) -> None:
     """A time that the peak allows but the modelled speed does not: the least time is named, and suffices."""
     fake()
-    smallest = configs.load(days.BASE, ["--model.depth=8", "--train.ratio=8"])
+    smallest = config_files.load(days.BASE, ["--model.depth=8", "--train.ratio=8"])
     need = smallest.train.tokens * smallest.model.flops_per_token / SPEED / 86400
     with pytest.raises(UserError, match="too short") as error:
         days.best(need * 0.9, CARD)
@@ -297,7 +296,7 @@ def test_every_run_names_its_source_and_plausible_flops() -> None:
         assert run.source.startswith("nanochat")
         named = re.fullmatch(r"d(\d+), ratio ([\d.]+)", run.model)
         if named:
-            config = configs.load(days.BASE, [f"--model.depth={named[1]}", f"--train.ratio={named[2]}"])
+            config = config_files.load(days.BASE, [f"--model.depth={named[1]}", f"--train.ratio={named[2]}"])
             assert config.train.tokens * config.model.flops_per_token == pytest.approx(run.flops, rel=0.1)
 
 
@@ -333,5 +332,5 @@ def test_the_smallest_model_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = days.best(0.03, CARD)
     assert first.plan.fits and first.plan.memory.peak >= compile.least_bytes(first.plan.config)
     assert 0.029 < first.plan.bill.days <= 0.03
-    again = planner.make(configs.load(days.BASE, first.arguments.split()[1:]), CARD)
+    again = planner.make(config_files.load(days.BASE, first.arguments.split()[1:]), CARD)
     assert (again.memory.peak, again.bill) == (first.plan.memory.peak, first.plan.bill)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanojax import cli, hardware, xla
+from nanojax import cli, config_files, hardware, xla
 from nanojax import config as configs
 from nanojax.cli import UserError
 from nanojax.hardware import GIB
@@ -188,7 +188,7 @@ def compiled(gib):
 
 def test_a_step_that_cannot_fit_is_refused_in_one_line():
     """10.4 GiB in a pool of 10.0: UserError with both numbers and what to do; in 10.5: the memory line."""
-    config = configs.load("demo")
+    config = config_files.load("demo")
     with pytest.raises(UserError, match=r"demo needs 10\.40 GiB .* XLA has 10\.00; .*nanojax\.plan"):
         planner.check(compiled(10.4), config, 10 * 2**30)
     assert planner.check(compiled(10.4), config, int(10.5 * 2**30)).endswith("peak 10.40 GiB of XLA's 10.50")
@@ -237,7 +237,7 @@ def test_auto_residuals_are_stored_and_kept(monkeypatch, tmp_path):
     from nanojax import train
     from nanojax.run import resume, run_folder
 
-    config = configs.load("demo", ["--compute.residuals=auto"])
+    config = config_files.load("demo", ["--compute.residuals=auto"])
     chosen = types.SimpleNamespace(config=configs.override(config, {"compute.residuals": "attn+mlp_in"}))
     monkeypatch.setattr(planner, "card_here", lambda limit: hardware.CARDS["rtx4070"])
     monkeypatch.setattr(planner, "best_residuals", lambda *_, **__: chosen)
@@ -286,7 +286,7 @@ def test_best_residuals_fit_and_are_fastest(monkeypatch, peaks, best):
     ladder = planner.residual_ladder()
     rates = dict(zip(ladder, (50.0, 45.0, 42.0, 40.0)))
     monkeypatch.setattr(planner, "make", fake_make(dict(zip(ladder, peaks)), rates))
-    assert planner.best_residuals(configs.load("demo"), CARD).config.compute.residuals == best
+    assert planner.best_residuals(config_files.load("demo"), CARD).config.compute.residuals == best
 
 
 def test_best_residuals_prefer_speed_to_what_is_kept(monkeypatch):
@@ -294,7 +294,7 @@ def test_best_residuals_prefer_speed_to_what_is_kept(monkeypatch):
     ladder = planner.residual_ladder()
     rates = dict(zip(ladder, (50.0, 55.0, 42.0, 40.0)))
     monkeypatch.setattr(planner, "make", fake_make(dict.fromkeys(ladder, 1), rates))
-    assert planner.best_residuals(configs.load("demo"), CARD).config.compute.residuals == "cheap"
+    assert planner.best_residuals(config_files.load("demo"), CARD).config.compute.residuals == "cheap"
 
 
 def test_no_residuals_fit(monkeypatch):
@@ -302,21 +302,23 @@ def test_no_residuals_fit(monkeypatch):
     ladder = planner.residual_ladder()
     monkeypatch.setattr(planner, "make", fake_make(dict.fromkeys(ladder, 20), dict.fromkeys(ladder, 1.0)))
     with pytest.raises(UserError, match="even with block inputs only"):
-        planner.best_residuals(configs.load("demo"), CARD)
+        planner.best_residuals(config_files.load("demo"), CARD)
 
 
 def test_ladder_is_what_the_config_accepts():
     """Every rung names residuals that the model knows, each rung a subset of the one before."""
     from nanojax.model.forward import residual_names
 
-    rungs = [set(residual_names(configs.override(configs.load("demo"), {"compute.residuals": r})))
+    rungs = [set(residual_names(configs.override(config_files.load("demo"), {"compute.residuals": r})))
              for r in planner.residual_ladder()]  # fmt: skip
     assert all(lower < upper for upper, lower in itertools.pairwise(rungs))
 
 
 def test_changes_only_save():
     """Fewer rows, fewer residuals, narrower formats; nothing that is already so."""
-    base = configs.load("demo", ["--train.microbatch=4", "--train.tokens_per_step=4096", "--compute.residuals=cheap"])
+    base = config_files.load(
+        "demo", ["--train.microbatch=4", "--train.tokens_per_step=4096", "--compute.residuals=cheap"]
+    )
     offered = [next(iter(c.items())) for c in planner.changes(base)]
     assert ("train.microbatch", "2") in offered and ("train.microbatch", "1") in offered
     assert ("compute.residuals", "inputs") in offered and ("compute.residuals", "all") not in offered
@@ -330,12 +332,12 @@ def test_changes_only_save():
     lean |= {"accumulate.embed_head": "bf16"}
     assert planner.changes(configs.resolve(configs.override(base, lean))) == []
     tables = {"stored.value": "int8"}
-    assert tables in planner.changes(configs.load("d24_2026_4070")) and tables not in planner.changes(base)
+    assert tables in planner.changes(config_files.load("d24_2026_4070")) and tables not in planner.changes(base)
 
 
 def test_attention_is_chosen_as_on_the_card():
     """cuDNN for bf16 with head_dim up to 128 although no GPU is here; the chunked form for f32; a choice stays."""
-    base = configs.load("demo")
+    base = config_files.load("demo")
     for dtype, choice, expected in (
         ("bf16", "auto", "cudnn"),
         ("f32", "auto", "chunked"),
@@ -364,7 +366,7 @@ def test_cache_gives_back_what_it_got_and_survives_damage(tmp_path):
 
 def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
     """The key ignores the prompt and the run folder, and depends on shape, format, schedule and card."""
-    card, base = hardware.CARDS["rtx4070"], configs.load("demo")
+    card, base = hardware.CARDS["rtx4070"], config_files.load("demo")
     key = compile._key(base, card)
     same = configs.override(base, {"eval.prompt": "other", "train.run": "elsewhere", "checkpoint.every": 7})
     assert compile._key(same, card) == key

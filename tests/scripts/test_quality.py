@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quality
 
-from nanojax import config as configs
+from nanojax import config_files
 from nanojax.cli import UserError
 from nanojax.config import Model
 from nanojax.data import loader
@@ -82,7 +82,7 @@ def test_arms_are_configs():
         quality.make_config(("d3", "adamw", rate, 0), "data", 300, 4096, 256, 2048).optim for rate in (1.0, 2.0)
     )
     for arm, name in {"nf4": "d32_4070_nf4", "int3-adamw8": "d32_4070_int3_adamw8", "largest": "largest_4070"}.items():
-        ours, theirs = quality.make_config(("d3", arm, 1.0, 0), "data", 300, 4096, 256, 2048), configs.load(name)
+        ours, theirs = quality.make_config(("d3", arm, 1.0, 0), "data", 300, 4096, 256, 2048), config_files.load(name)
         assert (ours.stored, ours.accumulate, ours.optim) == (theirs.stored, theirs.accumulate, theirs.optim), arm
         same = {"residuals": "all", "loss_chunk": ours.compute.loss_chunk}
         assert ours.compute == dataclasses.replace(theirs.compute, **same), arm
@@ -95,7 +95,7 @@ def test_arms_of_the_recipe():
     int8, f32, old = (
         quality.make_config(("d2", arm, 1.0, 0), "data", 300, 4096, 256, 2048) for arm in ("2026-int8", "2026", "f32")
     )
-    shipped = configs.load("d28_2026_4070")
+    shipped = config_files.load("d28_2026_4070")
     assert (int8.stored, int8.accumulate) == (shipped.stored, shipped.accumulate)
     assert (int8.compute.forward, int8.compute.dx, int8.compute.dw) == ("int8", "int8", "int8")
     rates = {key: quality.RATES * getattr(shipped.optim, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
