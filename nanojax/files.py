@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
       UserError: the file cannot be made or written (permissions, full disk).
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -62,7 +63,7 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     check_empty(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -74,6 +75,27 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
         if not isinstance(error, OSError):
             raise
         raise write_error(path, error) from None
+
+
+def _temporary(path: Path) -> Path:
+    """The name under which `path` is written. What a killed process left under such a name is removed."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            pid = left.name.split(".")[-2]
+            if pid.isdecimal() and not _runs(int(pid)):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _runs(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_empty(folder: str | os.PathLike) -> None:

@@ -45,7 +45,7 @@ def test_an_exception_in_the_block_leaves_the_old_file(tmp_path: Path, error: Ba
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    """SIGKILL after the content is written and before the rename."""
+    """SIGKILL after the content is written and before the rename; the next writer removes what it left."""
     path = tmp_path / "file"
     path.write_text("old")
     process = python(
@@ -55,7 +55,24 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     )
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / f"file.{os.getppid()}.tmp").write_text("of a process that runs")
+    with files.write_atomic(path) as file:
+        file.write(b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", f"file.{os.getppid()}.tmp"]
+
+
+def test_a_killed_writer_of_a_folder(tmp_path: Path) -> None:
+    """SIGKILL while files are written; the next writer removes what it left."""
+    process = python(
+        "import os, signal\nfrom nanojax import files\n"
+        f"with files.write_folder({str(tmp_path / 'out')!r}) as out: (out / 'a').touch(), os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process.communicate(timeout=60)
+    assert [p.name for p in tmp_path.iterdir()] == [f"out.{process.pid}.tmp"]
+    with files.write_folder(tmp_path / "out"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_refusing_disk_is_one_line(tmp_path: Path) -> None:
