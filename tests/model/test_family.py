@@ -130,7 +130,7 @@ def test_every_gradient_equals_whole_model_grad(tiny: Callable[..., Config], sec
             assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 1e-5, (name, i)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_trains_in_low_bits_and_donates_everything(tiny: Callable[..., Config], second: None) -> None:
     """int8 matrices and tables of this model: 20 steps on one batch halve the loss, and every byte of state is reused."""
     config = tiny(

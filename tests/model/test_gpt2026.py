@@ -54,7 +54,15 @@ def test_logits_equal_numpy(tiny: Make, depth: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("depth", "residuals"), [(3, "all"), (3, "inputs"), (4, "all"), (4, "cheap")])
+@pytest.mark.parametrize(
+    ("depth", "residuals"),
+    [
+        (3, "all"),
+        (4, "cheap"),
+        pytest.param(3, "inputs", marks=pytest.mark.slow),
+        pytest.param(4, "all", marks=pytest.mark.slow),
+    ],
+)
 def test_the_steps_gradients_equal_numpy(tiny: Make, depth: int, residuals: str) -> None:
     """Every weight's sum over two microbatches, and the loss, to 1e-5 relative in f32, whatever forward keeps."""
     config = made(tiny, depth, compute={"residuals": residuals, "loss_chunk": T})

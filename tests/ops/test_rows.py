@@ -140,7 +140,10 @@ def test_heads_that_kernels_cannot_halve(calls):
 
 @pytest.mark.long
 @pytest.mark.parametrize("op", ["linear", "norm_linear", "relu2_linear", "qkv_linear", "mixed qkv_linear"])
-@pytest.mark.parametrize("operands", [INT8, {}, {"forward": "int8", "dx": "int8"}, {"dw": "int8"}])
+@pytest.mark.parametrize(
+    "operands",
+    [INT8, *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"forward": "int8", "dx": "int8"}, {"dw": "int8"}))],
+)
 def test_ops_in_kernels(op, operands, calls):
     """Each linear op with row kernels, in int8, bf16 and mixed: y, dX and dW are within 3e-3 of XLA's form (values next to a
     rounding boundary of bf16 or of the codes may go to the other side)."""

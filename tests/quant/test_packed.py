@@ -246,7 +246,7 @@ def trained(config: Config, steps: int) -> tuple[step.State, list[float]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["nf4", "b2.67"])
+@pytest.mark.parametrize("form", ["nf4", pytest.param("b2.67", marks=pytest.mark.slow)])
 def test_trains(form: str):
     """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
     state, losses = trained(tiny(form), 40)
@@ -269,7 +269,7 @@ def test_products_see_the_stored_values() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, *(pytest.param(b, marks=pytest.mark.slow) for b in BITS if b != 2)])
 def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
     """opt's remainders are bits/8 bytes a weight, zeros at the start, none of them for 0 bits; steps move every matrix,
     and leaves remainders that are within their level's cell."""

@@ -118,7 +118,7 @@ def _endure(home: Path, cache: Path, faults: int, steps: int, seed: int) -> None
     tiny_run.assert_same_run(reference, run)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_five_faults(home: Path, compile_cache: Path) -> None:
     """Five random faults: parameters, optimizer state, data position and records are those of the undisturbed run."""
     _endure(home, compile_cache, faults=5, steps=600, seed=0)

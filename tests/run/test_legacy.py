@@ -67,7 +67,7 @@ def save_old(run: Path, config: Config, state: step.State, wrong: str = "") -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["int8", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS if f != "int8")])
 def test_old_checkpoints_restore(tiny: Callable[..., Config], name: str, tmp_path: Path) -> None:
     """Every array comes back bit for bit, in today's tree, with the data's position."""
     config = tiny(**FORMATS[name])

@@ -287,7 +287,7 @@ NEWEST = dict(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", [{}, NEWEST], ids=["2025", "2026"])
+@pytest.mark.parametrize("family", [NEWEST, pytest.param({}, marks=pytest.mark.slow)], ids=["2026", "2025"])
 def test_int8_resume(home: Path, tmp_path: Path, family: dict[str, Any]) -> None:
     """The same bit-exactness with everything stored in int8 and rounded stochastically: 4 + 4 steps equal 8."""
     low = family | dict(

@@ -84,7 +84,7 @@ def test_curve_that_leaves_the_cpus_fails(tmp_path, monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_parts_in_processes_of_their_own(tmp_path):
     """The command from another folder: rates and a step, each in a child; every key that readers need, values above 0."""
     out = tmp_path / "out.json"

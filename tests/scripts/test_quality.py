@@ -22,7 +22,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     quality.main()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_run_resume_report(tmp_path, monkeypatch, capsys):
     """Two seeds of two arms train; a second call trains nothing; the table follows from the files; arms share data."""
     runs = [("d1", arm, 1.0, seed) for seed in (0, 1) for arm in ("f32", "b2.67")]

@@ -58,8 +58,8 @@ class Recipe:
         return out
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("depth", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [3, 4])
 def test_fifty_steps_equal_numpy(depth: int) -> None:
     """In f32 with windows shorter than the rows, every loss is within 1e-4 nats of float64 numpy's.
 

@@ -15,8 +15,8 @@ from nanojax.config import Compute, Config, Model, Optim, Train, resolve
 STEPS = 50
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("depth", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [2, 4])
 def test_fifty_steps_equal_numpy(depth: int) -> None:
     """Same nanochat init, same batches, f32: losses and gradient norms within 1e-3, every parameter tensor within 1e-3.
 

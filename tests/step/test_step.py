@@ -92,7 +92,12 @@ def relative(a, b):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "policy,depth,microbatch",
-    [("inputs", 2, 4), ("cheap", 2, 2), ("all", 4, 1), ("attn+mlp_in", 3, 2)],
+    [
+        ("cheap", 2, 2),
+        ("attn+mlp_in", 3, 2),
+        pytest.param("inputs", 2, 4, marks=pytest.mark.slow),
+        pytest.param("all", 4, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_step_equals_whole_model_grad(tiny, policy, depth, microbatch):
     """Three f32 steps: loss, norm, parameters and momentum equal jax.grad + optax to 1e-6 relative (weights: 3e-6).
@@ -275,7 +280,14 @@ FORMATS |= {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize(
+    "formats",
+    [
+        "int8",
+        "2026 int8",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS if f not in ("int8", "2026 int8")),
+    ],
+)
 def test_donated_completely_and_learns(tiny, formats):
     """Every byte of the state is aliased by the compiled step; 20 steps on one batch bring the loss below a third."""
     config = tiny(**FORMATS[formats])
