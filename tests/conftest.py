@@ -3,8 +3,9 @@
 Two devices, so that nothing assumes that the first one is the only one. Processes that tests start see one.
 
 What compiles for 0.2 s or longer is kept in .pytest_cache/jax, keyed by the program and the versions of jax and XLA. A second
-run of the tests then takes a third to a seventh of the CPU time for each test that compiles a step. LLVM's expensive passes
-are left out, here and in the processes that tests start: a first run of the gradient tests took 53 s of CPU instead of 101.
+run of the tests then takes a third to a seventh of the CPU time for each test that compiles a step. LLVM does not
+optimise, here and in the processes that tests start: a first run of the oracles of the step took 123 s of CPU. Without LLVM's
+expensive passes only, it took 186; with them, about twice that.
 """
 
 import os
@@ -29,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not plan" not in config.option.markexpr and xla.cuda_compiler_installed():
         xla.start_cuda_compiler(hardware.CARDS["rtx4070"].target_config())
     if "not plan" in config.option.markexpr:  # what is compiled for an absent card is the program that would run
-        os.environ["XLA_FLAGS"] = f"--xla_llvm_disable_expensive_passes=true {os.environ.get('XLA_FLAGS', '')}".strip()
+        fast = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = f"{fast} {os.environ.get('XLA_FLAGS', '')}".strip()
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax"))

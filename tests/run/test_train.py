@@ -169,7 +169,7 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
 @pytest.mark.long
 def test_kill_9(home: Path, compile_cache: Path) -> None:
     """Two kill -9 at random moments: everything equals the uninterrupted run bit by bit."""
-    _kill_and_resume(home, compile_cache, kills=2, steps=80, seed=0)
+    _kill_and_resume(home, compile_cache, kills=2, steps=40, seed=0)
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_int8_resume(home: Path, tmp_path: Path, family: dict[str, Any]) -> None
     low = family | dict(
         stored__blocks="int8", stored__embed="bf16", stored__head="bf16", stored__momentum="int8", stored__adam="int8",
         accumulate__blocks="bf16", accumulate__embed_head="bf16", compute__dtype="bf16", compute__forward="int8",
-        compute__dx="int8", compute__dw="int8", train__steps=6, checkpoint__every=0, eval__every=0, model__width=256,
+        compute__dx="int8", compute__dw="int8", train__steps=6, checkpoint__every=0, eval__every=0, model__width=128,
         model__head_dim=64,
     )  # fmt: skip
     whole, run = tmp_path / "whole", tmp_path / "run"
