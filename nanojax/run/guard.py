@@ -14,7 +14,7 @@ from nanojax.run.metrics import Metrics
 from nanojax.run.watch import Watch
 
 PATIENCE = 600.0  # seconds for which missing data and the last save are tried again
-PATIENCE_STOPPING = 20.0  # the same after a signal: supervisors kill after 30 to 90 s
+PATIENCE_STOPPING = 5.0  # the same after a signal: whoever sent it waits, a supervisor 30 to 90 s
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 
 
