@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from nanojax import model
 from nanojax.config import Config
@@ -141,6 +142,8 @@ def _one(
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """One more token of each row that has not ended; -1 of one that has."""
     x_B1D, cache = model.hidden_cached(config, params, rows.token[:, None], rows.cache, rows.position, rows.before)
+    # On a GPU XLA would keep keys in another order inside the loop, and so transpose the whole cache before and after it.
+    cache = jax.tree.map(lambda a: with_layout_constraint(a, Layout((0, 1, 2, 3))), cache)
     logits_BV = model.head(config, params, x_B1D[:, 0])
     key_B = jax.vmap(jax.random.fold_in)(rows.key, rows.position)
     forced_B = rows.forced[:, 0]

@@ -113,10 +113,12 @@ def hidden_cached(
     windows, scale = weights.windows(config.model), attention_scale(config)
     B, S = tokens_BS.shape
     start_B = jnp.broadcast_to(start, (B,))
+    kinds = [(k.shape[2], window) for (k, _), window in zip(cache, windows, strict=True)]
+    seen = {kind: attention.seen(start_B, S, *kind) for kind in dict.fromkeys(kinds)}
 
     def attend(i: int, *qkv: jax.Array) -> tuple[jax.Array, Any]:
         q, k, v = (a.reshape(B, S, *a.shape[2:]) for a in qkv)
-        out, *kept = attention.cached(q, k, v, *cache[i], start_B, windows[i], scale)
+        out, *kept = attention.cached(q, k, v, *cache[i], start_B, seen[kinds[i]], windows[i], scale)
         return out.reshape(1, B * S, *out.shape[2:]), tuple(kept)
 
     first = jnp.full(B, -1) if before_B is None else before_B

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from nanojax.ops.rows import F32
@@ -88,6 +89,7 @@ def cached(
     old_k: Kept,
     old_v: Kept,
     start_B: jax.Array,
+    seen_BSK: jax.Array,
     window: int,
     scale: float,
 ) -> tuple[jax.Array, Kept, Kept]:
@@ -97,30 +99,45 @@ def cached(
     Position p has slot p % U, so that a cache that holds fewer than all positions keeps the last ones. The slots of a whole
     cache are read after the new tokens are written, and what lies beyond its end is dropped; those of a smaller one are read
     before, since new tokens take the slots of some that earlier new ones still see.
+
+    Args:
+      seen_BSK: what `seen` says for this window and U.
     """
-    (B, S), U = q_BSNH.shape[:2], old_k.shape[2]
+    S, U = q_BSNH.shape[1], old_k.shape[2]
     query_BS = start_B[:, None] + jnp.arange(S)[None]
     whole = window >= U
     k, v = (_written(old, new, query_BS, whole) for old, new in ((old_k, k_BSNH), (old_v, v_BSNH)))
-    slots = jnp.arange(U)[None]
-    if S == 1:  # slot u holds the last position that is u modulo U; below 0 it is empty
-        position, keys, values = query_BS - (query_BS - slots) % U, k, v
-    elif whole:
-        position, keys, values = jnp.broadcast_to(slots, (B, U)), k, v
+    if S == 1 or whole:
+        keys, values = k, v
     else:
-        before_B1 = start_B[:, None] - 1
-        position = jnp.concatenate([before_B1 - (before_B1 - slots) % U, query_BS], 1)
         keys, values = (_joined(old, new) for old, new in ((old_k, k_BSNH), (old_v, v_BSNH)))
-    distance = query_BS[:, :, None] - position[:, None]
-    allowed = (distance >= 0) & (distance <= window) & (position >= 0)[:, None]
     k_floats, k_scale = _parts(keys, q_BSNH.dtype)
     v_floats, v_scale = _parts(values, q_BSNH.dtype)
     s = jnp.einsum("bnqh,bnkh->bnqk", q_BSNH.swapaxes(1, 2), k_floats, preferred_element_type=F32)
     s = s * scale if k_scale is None else s * (scale * k_scale)
-    p = jax.nn.softmax(jnp.where(allowed[:, None], s, -jnp.inf), -1)
+    p = jax.nn.softmax(jnp.where(seen_BSK[:, None], s, -jnp.inf), -1)
     p = p if v_scale is None else p * v_scale
     out = jnp.einsum("bnqk,bnkh->bnqh", p.astype(v_floats.dtype), v_floats, preferred_element_type=F32)
     return out.swapaxes(1, 2).astype(q_BSNH.dtype), k, v
+
+
+def seen(start_B: jax.Array, S: int, U: int, window: int) -> jax.Array:
+    """Which keys each of S new tokens sees, bool [B,S,K]: the slots of a cache, and of a smaller one then the new tokens.
+
+    To be computed once for all layers of a window. Fused into each layer's softmax it would be computed for every head, and
+    on a GPU for every value of a head.
+    """
+    query_BS = start_B[:, None] + jnp.arange(S)[None]
+    places = jnp.arange(U)[None]
+    if S == 1:  # slot u holds the last position that is u modulo U; below 0 it is empty
+        position = query_BS - (query_BS - places) % U
+    elif window >= U:
+        position = jnp.broadcast_to(places, (len(start_B), U))
+    else:
+        before_B1 = start_B[:, None] - 1
+        position = jnp.concatenate([before_B1 - (before_B1 - places) % U, query_BS], 1)
+    distance = query_BS[:, :, None] - position[:, None]
+    return lax.optimization_barrier((distance >= 0) & (distance <= window) & (position >= 0)[:, None])
 
 
 def empty(B: int, N: int, U: int, H: int, dtype: Any) -> Kept:

@@ -33,6 +33,8 @@ from nanojax.ops.rows import F32, by_rows, inverse_rms, quantized
 from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
 from nanojax.quant.packed import Packed, int8_rows
 
+FEW = 64  # rows
+
 
 def _materialised(x: Any) -> Any:
     """x behind a barrier: XLA writes it to memory once instead of recomputing it inside each consumer."""
@@ -84,22 +86,28 @@ def _codes(w: Any) -> Quantized:
 def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None, parts: int = 1) -> tuple[jax.Array, ...]:
     """The forward matmul with a saved operand (Quantized if c.forward is int8), plus the residual, in the compute dtype.
 
-    Returns `parts` arrays [M,O/parts]. Each comes from a matmul of its own, so that no consumer has to copy its part out.
+    Returns `parts` arrays [M,O/parts]. Each comes from a matmul of its own, so that no consumer has to copy its part out. Of
+    a few rows they come from one matmul: reading its weights takes longer than copying its results.
     """
     w = _codes(w) if c.forward == "int8" else decode(w, float_dtype(c))
+
+    def product(rows: slice) -> jax.Array:
+        return matmul_t(saved.codes, w.codes[rows]) if c.forward == "int8" else matmul_t(saved, w[rows])
+
+    def finished(y: jax.Array, rows: slice) -> jax.Array:
+        y = y.astype(F32) * saved.scale * w.scale[rows].T if c.forward == "int8" else y
+        return (y if residual is None else y + residual.astype(F32)).astype(float_dtype(c))
+
+    parted = [slice(i * w.shape[0] // parts, (i + 1) * w.shape[0] // parts) for i in range(parts)]
+    if parts > 1 and saved.shape[0] <= FEW:
+        sums = jnp.split(_materialised(product(slice(None))), parts, 1)
+        return tuple(_materialised([finished(y, rows) for y, rows in zip(sums, parted)]))
     out = []
-    for i in range(parts):
+    for rows in parted:
         if out:
             # Orders the matmuls. Otherwise XLA merges them and splits the result in another pass.
             saved, out[-1] = _materialised((saved, out[-1]))
-        rows = slice(i * w.shape[0] // parts, (i + 1) * w.shape[0] // parts)
-        if c.forward == "int8":
-            y = matmul_t(saved.codes, w.codes[rows]).astype(F32) * saved.scale * w.scale[rows].T
-        else:
-            y = matmul_t(saved, w[rows])
-        if residual is not None:
-            y += residual.astype(F32)
-        out.append(_materialised(y.astype(float_dtype(c))))
+        out.append(_materialised(finished(product(rows), rows)))
     return tuple(out)
 
 

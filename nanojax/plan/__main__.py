@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
 from nanojax import cli, config_files, files, hardware
 from nanojax.cli import Parser, UserError, run_main
-from nanojax.plan import core_of_flops, days, energy, planner, report
+from nanojax.config import Config
+from nanojax.hardware import Card
+from nanojax.plan import core_of_flops, days, decoding, energy, planner, report
 
 DESCRIPTION = """What a config needs on a GPU that may be absent: memory, days, kilowatt hours, money.
 
@@ -22,11 +25,15 @@ EXAMPLES = """\
   python -m nanojax.plan --config=d12_4070 --measure          (needs the GPU: measures instead of modelling)
   python -m nanojax.plan --table                              (all shipped configs)
   python -m nanojax.plan --days=7 --card=rtx4070              (the best model for a week)
+  python -m nanojax.plan --config=d32_4070 --decode=1,16 --cache=int8     (answering: tokens/s of so many rows)
 
 Cards: """
 
 # Options of a plan of one config: attribute and flag.
 OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", "measure": "--measure", "axes": "--try", "top": "--top"}
+OF_ONE_CONFIG |= {"decode": "--decode", "context": "--context", "cache": "--cache"}
+OF_TRAINING = {"measure": "--measure", "axes": "--try", "top": "--top", "watts": "--watts", "price": "--price"}
+OF_DECODING = {"context": "--context", "cache": "--cache"}
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -39,17 +46,27 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--days", type=float, help="find the best model of the newest recipe for so many days")
     parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
     parser.add_argument("--try", dest="axes", metavar="KEY=A,B", action="append", default=[], help="compare values")
+    parser.add_argument(
+        "--decode", nargs="?", const="1,16", metavar="ROWS", help="plan the decoder of so many rows at a time (1,16)"
+    )
+    parser.add_argument("--context", type=int, help="--decode: tokens of a row (the model's whole sequence)")
+    parser.add_argument("--cache", choices=("float", "int8"), default="float", help="--decode: keys and values (float)")
     parser.add_argument("--top", type=int, default=10, help="slowest kernels shown (default 10)")
     parser.add_argument("--watts", type=float, help="power while training; default: the card's limit")
     parser.add_argument("--price", type=float, help="money per kWh; default: USD 0.17 and NT$ 3.5")
     parser.add_argument("--currency", default="USD", help="currency of --price (default USD)")
-    parser.add_argument("--no-cache", dest="cache", action="store_false", help="compile again, keep nothing")
+    parser.add_argument("--no-cache", dest="keep", action="store_false", help="compile again, keep nothing")
     known, rest = parser.parse_known_args()
     if known.watts is not None and not 0 < known.watts < 1e6:
         raise UserError(f"--watts={known.watts:g}: must be between 0 and a million")
     if known.price is not None and not 0 <= known.price < 1e9:
         raise UserError(f"--price={known.price:g}: must be a price per kWh, not negative")
-    given = [flag for name, flag in OF_ONE_CONFIG.items() if getattr(known, name) != parser.get_default(name)]
+    of = lambda flags: [flag for name, flag in flags.items() if getattr(known, name) != parser.get_default(name)]
+    if known.decode is None and (alone := of(OF_DECODING)):
+        raise UserError(f"{alone[0]}: describes a decoder; add --decode")
+    if known.decode is not None and (others := of(OF_TRAINING)):
+        raise UserError(f"--decode: plans no training; leave out {', '.join(others)}")
+    given = of(OF_ONE_CONFIG)
     given += [argument.partition("=")[0] for argument in rest]
     if known.days is not None and (given or known.table):
         raise UserError(
@@ -84,7 +101,7 @@ def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) ->
     for i, name in enumerate(names, 1):
         card = hardware.find_card(a.card) if a.card else hardware.card_of_config(name)
         _say(f"{i} of {len(names)}: {name}")
-        plans.append(planner.make(config_files.load(name), card, cache=a.cache, watts=a.watts, prices=prices, say=_say))
+        plans.append(planner.make(config_files.load(name), card, cache=a.keep, watts=a.watts, prices=prices, say=_say))
     if a.json:
         print(json.dumps([p.as_json() for p in plans], indent=1))
     else:
@@ -93,13 +110,39 @@ def _table(a: argparse.Namespace, prices: dict[str, float], console: Console) ->
 
 def _days(a: argparse.Namespace, prices: dict[str, float], console: Console) -> None:
     card = hardware.find_card(a.card or "rtx4070")
-    choices = days.best(a.days, card, cache=a.cache, watts=a.watts, prices=prices, say=_say)
+    choices = days.best(a.days, card, cache=a.keep, watts=a.watts, prices=prices, say=_say)
     if a.json:
         models = [choice.as_json() for choice in choices]
         told = {"days": a.days, "card": card.key, "core_published_flops": core_of_flops.published(), "models": models}
         print(json.dumps(told, indent=1))
     else:
         report.show_choices(choices, console, prices)
+
+
+def _decoders(a: argparse.Namespace, config: Config, card: Card, console: Console) -> None:
+    try:
+        rows = [int(text) for text in a.decode.split(",")]
+    except ValueError:
+        rows = [0]
+    if not all(0 < B <= 4096 for B in rows):
+        raise UserError(f"--decode={a.decode}: expected numbers of rows from 1 to 4096, for example --decode=1,16")
+    context = config.model.T if a.context is None else a.context
+    if not 2 <= context <= config.model.T:
+        raise UserError(f"--context={context}: must be from 2 to the model's sequence of {config.model.T}")
+    if a.hlo and len(rows) > 1:
+        raise UserError(f"--hlo: one program; ask for one number of rows, for example --decode={rows[0]}")
+    plans = [decoding.make(config, card, B, context, a.cache == "int8", cache=a.keep, say=_say) for B in rows]
+    if a.hlo:
+        _write_hlo(a.hlo, plans[0].program.hlo)
+    if a.json:
+        print(json.dumps([plan.as_json() for plan in plans], indent=1))
+    else:
+        report.show_decoding(plans, console)
+
+
+def _write_hlo(path: Path, text: str) -> None:
+    with files.write_atomic(path) as file:
+        file.write(text.encode())
 
 
 def main() -> None:
@@ -115,6 +158,8 @@ def main() -> None:
     card = hardware.find_card(
         a.card or (reading.name if reading and a.measure else hardware.card_of_config(config.name).key)
     )
+    if a.decode is not None:
+        return _decoders(a, config, card, out)
     if a.measure:
         from nanojax.plan import measure
 
@@ -128,21 +173,20 @@ def main() -> None:
     else:
         axes = _axes(a.axes)
         if axes:
-            trials = planner.sweep(config, card, axes, cache=a.cache, say=_say)
+            trials = planner.sweep(config, card, axes, cache=a.keep, say=_say)
             if a.json:
                 print(json.dumps([{"change": c} | p.as_json() for c, p in trials], indent=1))
             else:
                 report.show_sweep(trials, out)
             return
-        plan = planner.make(config, card, cache=a.cache, watts=a.watts, prices=prices, say=_say)
+        plan = planner.make(config, card, cache=a.keep, watts=a.watts, prices=prices, say=_say)
         lines = []
     if a.hlo:
-        with files.write_atomic(a.hlo) as file:
-            file.write(plan.program.hlo.encode())
+        _write_hlo(a.hlo, plan.program.hlo)
     found = []
     if not plan.fits:
         _say("it does not fit; trying what would")
-        found = planner.try_changes(plan, cache=a.cache, say=_say)
+        found = planner.try_changes(plan, cache=a.keep, say=_say)
     if a.json:
         changes = [
             {"change": c, "peak_bytes": p.memory.peak, "tokens_per_second": p.tokens_per_second} for c, p in found

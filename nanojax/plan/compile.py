@@ -83,18 +83,26 @@ def _named(sharding: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of their shapes."""
     import jax
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: Card, donate: int = 0) -> Program:
+def compile_for(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    card: Card,
+    donate: int = 0,
+    as_trained: bool = True,
+) -> Program:
     """Compiles `function(*arguments)` for `card`. UserError if XLA cannot.
 
     Args:
       arguments: pytrees of anything with a shape and a dtype. If the first is a State, its fields are the groups.
       donate: index of the donated argument.
+      as_trained: with xla.GPU_OPTIONS, as steps run; False: as jax.jit compiles.
     """
     start_compiler()
     import jax
@@ -103,19 +111,19 @@ def compile_for(function: Callable[..., Any], arguments: tuple[Any, ...], card: 
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, xla.no_remat_pass():
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
             with _named(sharding):
                 lowered = jitted.lower(*specs)
-            compiled = xla.compile_for_gpu(lowered, options)
+            compiled = xla.compile_for_gpu(lowered, dump) if as_trained else lowered.compile(dump)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"XLA cannot compile this step for {card.key}: {first_line(error)}") from None
+            raise UserError(f"XLA cannot compile this program for {card.key}: {first_line(error)}") from None
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)
         temporaries = read_temporaries(dumps[-1].read_text()) if dumps else ()
     stats: Any = compiled.memory_analysis()
     state = arguments[0]
-    groups = {name: _tree_bytes(getattr(state, name)) for name in ("params", "opt", "accum") if hasattr(state, name)}
+    groups = {name: tree_bytes(getattr(state, name)) for name in ("params", "opt", "accum") if hasattr(state, name)}
     groups["other"] = stats.argument_size_in_bytes - sum(groups.values())
     return Program(
         hlo=compiled.as_text() or "",
@@ -177,15 +185,8 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
     from nanojax import step
 
     config = for_gpu(config)
-    path = cache_folder() / f"{_key(config, card)}.json.gz"
-    if cache:
-        found = _load(path)
-        if found:
-            return found
-    program = compile_for(functools.partial(step.train_step, config), step_arguments(config), card)
-    if cache:
-        _store(path, program)
-    return program
+    build = lambda: compile_for(functools.partial(step.train_step, config), step_arguments(config), card)
+    return kept(key(config, card), build) if cache else build()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class Memory:
 
 def state_bytes(config: Config) -> int:
     """Bytes of the training state, accumulators included. No GPU can train `config` with less."""
-    return _tree_bytes(step_arguments(config)[0])
+    return tree_bytes(step_arguments(config)[0])
 
 
 def least_bytes(config: Config) -> int:
@@ -292,14 +293,25 @@ def cache_folder() -> Path:
     return xla.user_cache() / "plan"
 
 
-def _key(config: Config, card: Card) -> str:
-    """A hash of all that the step's memory and time depend on: shapes, formats, card, versions, the code of the step."""
-    kept = to_dict(config)
-    parts: list[Any] = [{name: kept[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
+def kept(key: str, build: Callable[[], Program]) -> Program:
+    """The program of this key: from the cache, or built and put there."""
+    path = cache_folder() / f"{key}.json.gz"
+    program = _load(path)
+    if program is None:
+        program = build()
+        _store(path, program)
+    return program
+
+
+def key(config: Config, card: Card, sources: tuple[str, ...] = STEP_SOURCES, others: list[Any] | None = None) -> str:
+    """A hash of all that a program's memory and time depend on: shapes, formats, card, versions, its code, and `others`."""
+    values = to_dict(config)
+    parts: list[Any] = [{name: values[name] for name in ("model", "stored", "accumulate", "compute", "optim")}]
     parts += [
         config.batch_shape,
         config.data.kind,
         card.target_config(),
+        *(others or []),
     ]  # not the number of steps, a constant in the schedules
     for package in _PACKAGES:
         try:
@@ -307,7 +319,7 @@ def _key(config: Config, card: Card) -> str:
         except importlib.metadata.PackageNotFoundError:
             parts.append(f"{package} absent")
     package = Path(__file__).parents[1]
-    for pattern in (*STEP_SOURCES, "plan/compile.py"):
+    for pattern in (*sources, "plan/compile.py"):
         parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(package.glob(pattern))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

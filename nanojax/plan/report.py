@@ -10,6 +10,7 @@ from nanojax.hardware import GIB, Card
 from nanojax.plan import core_of_flops, days, energy
 from nanojax.plan.compile import Memory
 from nanojax.plan.core_of_flops import Core
+from nanojax.plan.decoding import Decoding
 from nanojax.plan.planner import Plan
 
 _PARTS = (
@@ -182,6 +183,33 @@ def show_table(plans: Sequence[Plan], console: Console, prices: dict[str, float]
         )
         table.add_row(*row, f"{b.days:,.1f}", f"{b.kwh:,.0f}", *costs)
     console.print(table)
+
+
+def show_decoding(plans: Sequence[Decoding], console: Console) -> None:
+    """One row per number of rows, and what the figures are."""
+    first = plans[0]
+    kind = "int8" if first.int8_cache else first.config.compute.dtype
+    console.rule(
+        f"{first.config.name} on {first.card.name}: decoding over {first.context:,} tokens, cache in {kind}",
+        align="left",
+    )
+    head = ("rows", "tokens/s", "ms/step", "kernels", "weights\nMB", "cache\nMB", "moved\nMB", "limit\ntokens/s")
+    table = Table(*head, "share", "peak\nGiB", "fits", box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for p in plans:
+        sizes = (f"{size / 1e6:,.0f}" for size in (p.weight_bytes, p.cache_bytes, p.moved_bytes))
+        speed = (f"{p.tokens_per_second:,.0f}", f"{p.seconds * 1e3:.2f}", f"{sum(k.calls for k in p.step.kernels)}")
+        limit = (f"{p.limit_tokens_per_second:,.0f}", f"{p.share:.0%}")
+        peak = (f"{p.program.peak_bytes / GIB:.2f}", "yes" if p.fits else "NO")
+        table.add_row(f"{p.rows}", *speed, *sizes, *limit, *peak)
+    console.print(table)
+    console.print(
+        f"Peak is compiled, times are modelled. The limit: weights and cache once a step at {first.card.gb_per_s:g} GB/s. "
+        "Moved: what the compiled step reads and writes. Not modelled: the host waits once a token for the loop's condition."
+    )
+    if first.step.unknown:
+        console.print(f"not modelled beyond their traffic: {', '.join(first.step.unknown)}", style="yellow")
 
 
 def show_choices(choices: Sequence[days.Choice], console: Console, prices: dict[str, float]) -> None:

@@ -323,16 +323,20 @@ class _Program:
             if i.opcode in _FREE or i.opcode.endswith("-done"):
                 continue
             if i.opcode == "while":
-                trips = i.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+                trips = _trips(i)
                 if trips is None:
                     self.unknown[f"trip count of {i.name}"] = None
-                self.walk(i.called("body"), times * int(trips or 1))
+                self.walk(i.called("body"), times * (trips or 1))
             elif i.opcode == "conditional":
                 self.walk(self.slowest_branch(i), times)
             elif i.opcode == "call":
                 self.walk(i.called("to_apply"), times)
             else:
                 self.kernel(computation, i, times)
+
+    def estimate(self) -> Estimate:
+        """Of what was walked."""
+        return Estimate(sorted(self.kernels.values(), key=lambda k: -k.seconds), list(self.unknown))
 
     def slowest_branch(self, i: hlo.Instruction) -> str:
         text = i.attribute(r"branch_computations=\{([^}]*)\}")
@@ -359,5 +363,25 @@ def estimate(text: str, card: Card, efficiency: Efficiency | None = None) -> Est
     module = hlo.parse(text)
     program = _Program(module, card, efficiency or efficiency_of(card))
     program.walk(module.entry, 1)
-    kernels = sorted(program.kernels.values(), key=lambda k: -k.seconds)
-    return Estimate(kernels, list(program.unknown))
+    return program.estimate()
+
+
+def estimate_loop(text: str, card: Card, efficiency: Efficiency | None = None) -> tuple[Estimate, float]:
+    """(one pass through a program's only loop of unknown length, the seconds of everything outside it).
+
+    Not modelled is that the host waits at each pass for the loop's condition, and for that of each conditional in it.
+    """
+    module = hlo.parse(text)
+    loops = [i for i in module.computations[module.entry].instructions.values() if i.opcode == "while"]
+    (loop,) = [i for i in loops if _trips(i) is None]
+    program = _Program(module, card, efficiency or efficiency_of(card))
+    program.walk(loop.called("body"), 1)
+    outside = estimate(text, card, efficiency).seconds - sum(k.seconds for k in program.kernels.values())
+    program.walk(loop.called("condition"), 1)
+    return program.estimate(), outside
+
+
+def _trips(loop: hlo.Instruction) -> int | None:
+    """How often a loop runs, where XLA knows it."""
+    found = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+    return None if found is None else int(found)

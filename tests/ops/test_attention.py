@@ -65,7 +65,8 @@ def test_cached_equals_plain(window, slots):
     start = 0
     for size in (5, 1, 1, 9, 4):
         new, starts = slice(start, start + size), jnp.full(2, start)
-        got, keys, values = attention.cached(q[:, new], k[:, new], v[:, new], keys, values, starts, window, 0.25)
+        seen = attention.seen(starts, size, slots, window)
+        got, keys, values = attention.cached(q[:, new], k[:, new], v[:, new], keys, values, starts, seen, window, 0.25)
         chex.assert_trees_all_close(got, want[:, new], atol=2e-5)
         start += size
 
@@ -81,9 +82,9 @@ def test_cached_rows_have_positions_of_their_own(window, slots, int8):
     for first, size in ((0, 6), (6, 1), (7, 1)):
         at = ahead[:, None] + first + np.arange(size)
         take = lambda a, at=at: a[np.arange(2)[:, None], at]
-        got, *cache = attention.cached(
-            take(q), take(k), take(v), cache[0], cache[1], jnp.asarray(at[:, 0]), window, 0.25
-        )
+        starts = jnp.asarray(at[:, 0])
+        seen = attention.seen(starts, size, slots, window)
+        got, *cache = attention.cached(take(q), take(k), take(v), cache[0], cache[1], starts, seen, window, 0.25)
         chex.assert_trees_all_close(got, take(want), atol=0.02 * float(jnp.abs(v).max()) if int8 else 2e-5)
 
 
@@ -93,6 +94,7 @@ def _ahead(cache, q, k, v, ahead, window):
         for t in range(n):
             q1, k1, v1 = (a[row : row + 1, t : t + 1] for a in (q, k, v))
             own = jax.tree.map(lambda a, row=row: a[row : row + 1], cache)
-            _, *own = attention.cached(q1, k1, v1, own[0], own[1], jnp.array([t]), window, 0.25)
+            seen = attention.seen(jnp.array([t]), 1, own[0].shape[2], window)
+            _, *own = attention.cached(q1, k1, v1, own[0], own[1], jnp.array([t]), seen, window, 0.25)
             cache = jax.tree.map(lambda a, b, row=row: a.at[row].set(b[0]), cache, own)
     return cache

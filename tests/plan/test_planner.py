@@ -367,12 +367,12 @@ def test_cache_gives_back_what_it_got_and_survives_damage(tmp_path):
 def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
     """The key ignores the prompt and the run folder, and depends on shape, format, schedule and card."""
     card, base = hardware.CARDS["rtx4070"], config_files.load("demo")
-    key = compile._key(base, card)
+    key = compile.key(base, card)
     same = configs.override(base, {"eval.prompt": "other", "train.run": "elsewhere", "checkpoint.every": 7})
-    assert compile._key(same, card) == key
+    assert compile.key(same, card) == key
     for change in ({"model.depth": 2}, {"stored.blocks": "int8"}, {"optim.matrix_lr": 0.1}, {"train.microbatch": 1}):
-        assert compile._key(configs.resolve(configs.override(base, change)), card) != key
-    assert compile._key(base, hardware.CARDS["h100"]) != key
+        assert compile.key(configs.resolve(configs.override(base, change)), card) != key
+    assert compile.key(base, hardware.CARDS["h100"]) != key
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
