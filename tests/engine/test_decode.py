@@ -12,7 +12,7 @@ from nanojax import model, weights
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.engine import decode
-from nanojax.engine.choose import Choice, choose
+from nanojax.engine.choose import Choice, _bound, _order, choose
 from nanojax.engine.generate import Calculator, Decoder, rows_of
 from nanojax.quant import encode
 from nanojax.tokenizer import Tokenizer
@@ -179,6 +179,16 @@ def test_top_k_and_top_p_keep_what_they_should() -> None:
         shares = np.bincount(drawn, minlength=count) / 4000
         assert np.abs(shares - p[:count] / p[:count].sum()).max() < 0.04  # five standard deviations
     assert (np.asarray(draw(1, logits, keys, Choice(np.float32(5), np.int32(0), np.float32(1)))) == 0).all()
+
+
+def test_bounds_are_the_same_in_digits_of_one_and_of_four_bits() -> None:
+    """A CPU's and a GPU's search find the k-th largest value, with ties, infinities and both zeros among the values."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.append(rng.normal(size=200).round(1), [np.inf, -np.inf, 0.0, -0.0]), jnp.float32)[None]
+    for k in (1, 7, 100, 203):
+        enough = lambda kept, k=k: jnp.sum(kept, -1) >= k
+        found = [_bound(bits, enough, _order(x))[0] for bits in (1, 4)]
+        assert found[0] == found[1] == jnp.sort(_order(x)[0])[-k]
 
 
 def test_an_expression_that_is_none_is_not_answered() -> None:

@@ -237,6 +237,17 @@ def test_three_parts_are_one(compute, dtype):
             np.testing.assert_allclose(a, b, rtol=1e-6 if dtype == "f32" else 2**-7, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("compute", ["float", "int8"])
+def test_few_rows_are_rows_of_many(compute):
+    """Up to FEW rows take one product instead of one per part: the same values as the first rows of a larger batch."""
+    w, x, _, _ = inputs(NARROW)
+    c = Compute(dtype="f32") if compute == "float" else INT8
+    many, few = (ops.norm_linear(c, "name", w, None, a, 3)[0] for a in (x, x[: ops.FEW]))
+    assert len(few) == 3 and len(x) > ops.FEW
+    for a, b in zip(many, few, strict=True):
+        np.testing.assert_allclose(a[: ops.FEW], b, rtol=RTOL, atol=ATOL)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_bf16_rounds_once(op):
     """With bf16 activations the same integers, y rounded once: within 2^-8 of the oracle; dX (rounded, for the norm twice)

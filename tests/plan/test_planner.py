@@ -392,6 +392,13 @@ def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
         (["--table", "--config=demo"], "--table"),
         (["--config=demo", "extra"], "expected --section.key=value"),
         (["--config=demo", "--measure"], "no NVIDIA GPU"),
+        (["--config=demo", "--decode=1,0"], "numbers of rows from 1"),
+        (["--config=demo", "--decode=two"], "--decode=two"),
+        (["--config=demo", "--decode", "--context=9999"], "--context=9999"),
+        (["--config=demo", "--decode", "--hlo=x"], "--hlo: one program"),
+        (["--config=demo", "--cache=int8"], "add --decode"),
+        (["--config=demo", "--decode", "--try=train.microbatch=1,2"], "leave out --try"),
+        (["--days=7", "--decode"], "leave out --decode"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, message, monkeypatch, capsys):

@@ -117,6 +117,18 @@ def test_unknown_trip_count_is_told():
     assert estimate.unknown == ["trip count of loop"]
 
 
+def test_one_pass_of_a_loop_and_what_stands_around_it():
+    """An unknown length: a pass is the body's time once, whatever else the program does; the rest is told apart."""
+    text = LOOP.replace("known_trip_count", "other").replace(
+        "  ROOT %loop", "  %x.2 = bf16[1024,2048]{1,0} get-tuple-element(%a), index=1\n"
+        "  %copied = bf16[1024,2048]{1,0} copy(%x.2)\n  ROOT %loop"
+    )  # fmt: skip
+    step, outside = roofline.estimate_loop(text, CARD, IDEAL)
+    assert step.seconds == pytest.approx(roofline.estimate(LOOP, CARD, IDEAL).seconds / 32, rel=1e-6)
+    assert outside == pytest.approx(2 * 1024 * 2048 * 2 / 504e9, rel=1e-6)
+    assert step.unknown == []
+
+
 ATTENTION = """HloModule jit_f
 
 ENTRY %main (q: bf16[2,2048,16,128], k: bf16[2,2048,16,128], v: bf16[2,2048,16,128]) -> bf16[2,2048,16,128] {
