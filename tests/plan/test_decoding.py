@@ -2,8 +2,7 @@
 
 import pytest
 
-from nanojax import config as configs
-from nanojax import hardware, xla
+from nanojax import config_files, hardware, xla
 from nanojax.plan import decoding
 
 NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
@@ -18,7 +17,7 @@ SHALLOW = ["--model.depth=2", "--model.width=1536"]
 def test_a_step_reads_what_is_stored_once(rows: int, int8_cache: bool) -> None:
     """Codes are decoded inside the products: a float copy of the weights or the cache would at least double what is moved,
     and a copy of the cache would be a temporary, or be made at each call."""
-    config = configs.load("d24_2026_4070", SHALLOW)
+    config = config_files.load("d24_2026_4070", SHALLOW)
     plan = decoding.make(config, CARD, rows, 2048, int8_cache, cache=True, say=lambda _: None)
     V, D, N, H = config.model.V, config.model.D, config.model.N, config.model.H
     blocks = 2 * (12 * D * D + 4 * (3 * D + D + 4 * D + D)) + N * 12 * 4 + 24 * 4 + 4 + 4 + 16
