@@ -120,16 +120,18 @@ def rows_of(
     samples: int = 1,
     seed: int = 0,
     int8_cache: bool = False,
+    length: int = 0,
 ) -> Rows:
     """`samples` rows of each prompt, whose first token is still to be chosen. Each prompt is read once.
 
     Args:
       new: per prompt, the most tokens that each of its rows may write.
+      length: tokens that the caches hold at least, so that calls with shorter prompts need no other program.
     Raises UserError when a prompt and its new tokens exceed the model's sequence, or an id its vocabulary.
     """
     for prompt, count in zip(prompts, new, strict=True):
         check(config, prompt, count)
-    length = max(len(prompt) + count for prompt, count in zip(prompts, new))
+    length = max(length, *(len(prompt) + count for prompt, count in zip(prompts, new)))
     caches = []
     for prompt in prompts:
         empty = decode.empty_cache(config, length, int8_cache)

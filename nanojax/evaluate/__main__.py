@@ -1,6 +1,7 @@
-"""Evaluates a trained or imported model: bits per byte, CORE, sample texts.        python -m nanojax.evaluate"""
+"""Evaluates a trained or imported model: bits per byte, CORE, ChatCORE, samples.        python -m nanojax.evaluate"""
 
 import argparse
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from rich.table import Table
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
-from nanojax.evaluate import bpb, core, likelihood
+from nanojax.evaluate import bpb, chat, core, likelihood, problems
 from nanojax.evaluate.subject import Subject, add_arguments, load
 from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
 
-KINDS = ("bpb", "core", "sample")
+KINDS = ("bpb", "core", "chat", "sample")
+SAMPLE_TOKENS, ANSWER_TOKENS = 16, 512
 NO_DATA = "nothing says which data this model was validated on"
 PROMPTS = (  # their greedy continuations show within a second what a model has learnt
     "The capital of France is",
@@ -33,6 +35,8 @@ EXAMPLES = """\
   python -m nanojax.evaluate --run=runs/d32 --eval=core --bundle=eval_bundle    CORE; the same command resumes it
   python -m nanojax.evaluate --run=runs/d32 --eval=core --bundle=eval_bundle --max-per-task=500
   python -m nanojax.evaluate --run=runs/demo --eval=bpb --text=book.txt --text='more/*.jsonl.zst' --by=source
+  python -m nanojax.evaluate --run=runs/d24-chat --eval=chat --source=texts/chat                      ChatCORE
+  python -m nanojax.evaluate --run=runs/d24-chat --eval=chat --tasks=gsm8k,spelling,sums --max-per-task=100
   python -m nanojax.evaluate --hf=nanochat-d32 --eval=core,sample --bundle=eval_bundle --out=runs/nanochat-d32
 Results go to <run>/evals and to TensorBoard; those of --hf are only printed unless there is --out. --hf takes a folder
 with config.json and *.safetensors (transformers' NanoChat) or with model_NNNNNN.pt and meta_NNNNNN.json (nanochat); neither
@@ -139,7 +143,8 @@ def _data_folder(subject: Subject, given: str | None) -> str:
 def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
     prompts = a.prompt or PROMPTS
     config, params, tokenizer = subject.config, subject.params, subject.tokenizer
-    texts = [sample.text(config, params, tokenizer, p, a.tokens, temperature=0.0)[0] for p in prompts]
+    tokens = a.tokens or SAMPLE_TOKENS
+    texts = [sample.text(config, params, tokenizer, p, tokens, temperature=0.0)[0] for p in prompts]
     for text in texts:
         console.print(f"· {text}")
     if subject.out:
@@ -149,6 +154,12 @@ def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board
         board.text("evaluate/sample", "\n\n".join(texts), subject.step)
 
 
+def _run_chat(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
+    tokens = a.tokens or ANSWER_TOKENS
+    options = chat.Options(Path(a.source), a.words, a.max_per_task, tokens, a.rows, a.batch_tokens)
+    chat.run(subject, chat.names_of(a.tasks), options, console, board)
+
+
 def _about(subject: Subject) -> dict[str, Any]:
     return {"model": subject.name, "step": subject.step, "parameters": subject.config.model.parameters}
 
@@ -156,7 +167,9 @@ def _about(subject: Subject) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(
-        "python -m nanojax.evaluate", "Evaluates a model: bits per byte, CORE (22 tasks), sample texts.", EXAMPLES
+        "python -m nanojax.evaluate",
+        "Evaluates a model: bits per byte, CORE (22 tasks), ChatCORE (of a fine-tuned model), sample texts.",
+        EXAMPLES,
     )
     add_arguments(parser)
     add = parser.add_argument
@@ -166,14 +179,38 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=cli.path, help="results go to OUT/evals; default: the run folder, nowhere with --hf")
     add("--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)")
     add(
+        "--max-per-task",
+        type=int,
+        default=0,
+        metavar="N",
+        help="core, chat: examples of each task, the first N; 0 = all (0)",
+    )
+    add(
+        "--tokens",
+        type=int,
+        help=f"sample, chat: new tokens at most ({SAMPLE_TOKENS} of a sample, {ANSWER_TOKENS} of an answer)",
+    )
+    add(
         "--bundle",
         type=cli.path,
         default="eval_bundle",
         help="core: folder of nanochat's unpacked eval_bundle.zip (eval_bundle)",
     )
+    add("--tasks", help=f"chat: joined by commas, of {', '.join(problems.TASKS)} ({','.join(chat.DEFAULT)})")
     add(
-        "--max-per-task", type=int, default=0, metavar="N", help="core: examples of each task, the first N; 0 = all (0)"
+        "--source",
+        type=cli.path,
+        default="texts/chat",
+        metavar="DIR",
+        help="chat: folder that `python -m nanojax.tasks download` wrote (texts/chat)",
     )
+    add(
+        "--words",
+        type=cli.path,
+        metavar="FILE",
+        help="chat: text with the words to spell and count, the same as in `tasks prepare`; default: the tokenizer's",
+    )
+    add("--rows", type=int, default=16, help="chat: answers that are written together (16)")
     add("--data", type=cli.path, help="bpb: data folder whose validation shards are used; default: the run's")
     add(
         "--text",
@@ -190,20 +227,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="bpb: bytes of a part of a character: its own (raw), or U+FFFD's 3 (decoded), as in nanochat till July 2026",
     )
     add("--prompt", action="append", help="sample: text to continue greedily; may be repeated")
-    add("--tokens", type=int, default=16, help="sample: new tokens (16)")
     a = parser.parse_args(arguments)
     a.default = a.eval is None
     a.eval = ["bpb", "sample"] if a.default else [kind for kind in a.eval.split(",") if kind]
     for kind in a.eval:
         if kind not in KINDS:
             raise UserError(f"--eval={kind}: choose from {', '.join(KINDS)}")
-    for name, least in (("batch_tokens", 1), ("max_per_task", 0), ("tokens", 1)):
+    for name, least in (("batch_tokens", 1), ("max_per_task", 0), ("tokens", 1), ("rows", 1)):
         if getattr(a, name) is not None and getattr(a, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(a, name)}: must be at least {least}")
     if not a.eval:
         raise UserError(f"--eval: empty; choose from {', '.join(KINDS)}")
     if "core" in a.eval:
         core.load_tasks(Path(a.bundle))  # reports a bad bundle before the model is read
+    if "chat" in a.eval:
+        problems.check(chat.names_of(a.tasks), Path(a.source))
     return a
 
 
@@ -224,17 +262,19 @@ def main() -> None:
     if subject.out:
         board = Board(cli.output_folder(subject.out).parent / "tensorboard")
     try:
-        run = {"bpb": _run_bpb, "core": _run_core, "sample": _run_sample}
+        run = {"bpb": _run_bpb, "core": _run_core, "chat": _run_chat, "sample": _run_sample}
         for kind in a.eval:
             run[kind](subject, a, console, board)
     except jax.errors.JaxRuntimeError as error:
         if not xla.is_out_of_memory(error):
             raise
-        raise UserError(f"out of device memory: lower --batch-tokens={a.batch_tokens}") from None
+        lower = f"--batch-tokens={a.batch_tokens}" + (f" or --rows={a.rows}" if "chat" in a.eval else "")
+        raise UserError(f"out of device memory: lower {lower}") from None
     finally:
         if board:
             board.close()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: no folder of the sandbox is left
     run_main(main)

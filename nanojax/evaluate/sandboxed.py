@@ -1,7 +1,7 @@
 """The far side of sandbox.py: takes away what a program must not have, runs it, and reports. Only the standard library.
 
-Two processes: the outer one waits and reports, the inner one is the program. The inner one dies with the outer one, and as the
-first process of its own namespace takes all that it started with it.
+Two processes: the outer one waits and reports, the inner one is the program. The outer one dies with the process that wants to
+know, the inner one with the outer one, and as the first process of its own namespace takes all that it started with it.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ def main() -> None:
     program = sys.stdin.buffer.read().decode()
     libc = ctypes.CDLL(None, use_errno=True)
     missing = _separate(libc)
+    _die_with_parent(libc)
     told, inner_tells = os.pipe()
     child = os.fork()
     if child == 0:
@@ -42,6 +43,10 @@ def main() -> None:
     with os.fdopen(told, "rb") as file:
         said = _merged(missing, file.read(1 << 15), status)
     os.write(tell, json.dumps(said).encode())
+
+
+def _die_with_parent(libc: ctypes.CDLL) -> None:
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _merged(missing: list[str], lines: bytes, status: int) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _inside(
     libc: ctypes.CDLL, folder: str, memory: int, seconds: int, missing: list[str], tell: int, program: str
 ) -> None:
     """Runs the program in this process, which then ends. It tells a line before and one after."""
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    _die_with_parent(libc)
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(tell, False)
@@ -83,7 +88,7 @@ def _inside(
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # a change of user clears it
+        _die_with_parent(libc)  # a change of user clears it, and so does a namespace of users
     if not _only_own_files(libc, folder, [*sys.path, *libraries]):
         missing = [*missing, "files apart"]
     limits = {

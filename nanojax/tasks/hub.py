@@ -30,7 +30,7 @@ def messages(row: Any) -> Messages:
 
 def mmlu(row: Any) -> Messages:
     """Four choices; the answer is a letter."""
-    return multiple_choice(row["question"], row["choices"], "ABCD", "ABCD"[row["answer"]])
+    return multiple_choice(row["question"], row["choices"], "ABCD", dict(enumerate("ABCD"))[row["answer"]])
 
 
 def arc(row: Any) -> Messages:

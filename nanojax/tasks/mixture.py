@@ -71,10 +71,10 @@ def conversations(entry: Entry, source: Path, words: Callable[[], Sequence[str]]
         task = hub.TASKS[entry.name]
         for split, valid in ((task.train, False), (task.test, True)):
             for row in rows.read(place(source, entry.name, split)):
-                yield Conversation(row.place, _checked(row, task.messages), valid)
+                yield Conversation(row.place, checked(row, task.messages), valid)
     else:
         for i, row in enumerate(rows.read(Path(entry.name))):
-            yield Conversation(row.place, _checked(row, hub.messages), i % HELD_OUT == 0)
+            yield Conversation(row.place, checked(row, hub.messages), i % HELD_OUT == 0)
 
 
 def place(source: Path, task: str, split: str) -> Path:
@@ -92,17 +92,10 @@ def place(source: Path, task: str, split: str) -> Path:
     return own[0]
 
 
-def _checked(row: rows.Row, messages: Callable[[object], Messages]) -> Messages:
-    try:
+def checked(row: rows.Row, messages: Callable[[object], Messages]) -> Messages:
+    """The conversation that `messages` makes of a row. UserError names the row that is none."""
+    with rows.named(row):
         found = messages(row.value)
         turns(found)
         json.dumps(found, ensure_ascii=False).encode()
         return found
-    except UserError as error:
-        raise UserError(f"{row.place}: {error}") from None
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{row.place}: bytes that are not UTF-8, or half a surrogate pair; repair or remove it"
-        ) from None
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise UserError(f"{row.place}: not a row of this task ({type(error).__name__}: {error})") from None

@@ -1,5 +1,6 @@
 """The rows of local files, parquet or JSON lines, one after the other; an error names the file and the row."""
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -32,6 +33,21 @@ def read(path: Path) -> Iterator[Row]:
             raise UserError(
                 f"{source.path}: damaged or unreadable ({first_line(error)}); fetch it again or leave it out"
             ) from None
+
+
+@contextlib.contextmanager
+def named(row: Row) -> Iterator[None]:
+    """What goes wrong with the row's value in the block becomes a UserError that names the row."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{row.place}: {error}") from None
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{row.place}: bytes that are not UTF-8, or half a surrogate pair; repair or remove it"
+        ) from None
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise UserError(f"{row.place}: not a row of this task ({type(error).__name__}: {error})") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -1,0 +1,166 @@
+"""The chat evaluation: ChatCORE's tasks and generated ones, asked, scored, printed, and written into the run folder.
+
+Multiple choice is scored by the row's own labels (choices.py), other tasks by what the model writes greedily (answers.py,
+grade.py), both as in nanochat. scores.py has the figures.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from nanojax import cli, conversation, files
+from nanojax.cli import UserError
+from nanojax.evaluate import answers, choices, grade, problems, scores
+from nanojax.evaluate.problems import Choice, Open, Problem
+from nanojax.evaluate.scores import Score
+from nanojax.evaluate.subject import Subject
+from nanojax.run.tensorboard import Board
+from nanojax.tasks import words
+
+DEFAULT = scores.MEANS["ChatCORE+counting"]
+SHOWN = 5  # answers of each task that are kept to be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is asked, and how.
+
+    Attributes:
+      words: file with the words to spell; None = those that the tokenizer learnt.
+      limit: problems of each task, the first N; 0 = all.
+      tokens: of an answer at most.
+      rows: answers that are written together.
+      batch_tokens: of multiple choice, tokens that go through the model together.
+    """
+
+    source: Path
+    words: str | None = None
+    limit: int = 0
+    tokens: int = 512
+    rows: int = 16
+    batch_tokens: int = 2048
+
+
+class Asked(NamedTuple):
+    """A problem and the tokens of its prompt."""
+
+    problem: Problem
+    prompt: list[int]
+
+
+class Outcome(NamedTuple):
+    """Whether a problem was answered rightly; of a written answer also what a reader wants to see."""
+
+    right: bool
+    prompt: str = ""
+    answer: str = ""
+    ended: str = ""
+    remark: str = ""
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """The tasks that --tasks names, in the table's order. UserError for one that is none."""
+    given = DEFAULT if text is None else [name for name in text.split(",") if name]
+    for name in given:
+        if name not in problems.TASKS:
+            raise UserError(f"--tasks={name}: no such task to evaluate; there are {', '.join(problems.TASKS)}")
+    if not given:
+        raise UserError(f"--tasks: empty; choose from {', '.join(problems.TASKS)}")
+    return tuple(name for name in problems.TASKS if name in given)
+
+
+def run(subject: Subject, names: Sequence[str], options: Options, console: Console, board: Board | None) -> None:
+    """Asks all tasks, prints a table, and writes chat_STEP.json and .csv."""
+    asked = {name: ask(subject, name, options) for name in names}  # every row is read before anything is computed
+    lacks = problems.sandbox_lacks() if "humaneval" in names else ()
+    if lacks:
+        console.print(f"humaneval: the kernel refused the sandbox {', '.join(lacks)}; programs run without")
+    found = []
+    for number, name in enumerate(names, 1):
+        with cli.Bar(f"{name}, task {number} of {len(names)}", len(asked[name]), "problems") as bar:
+            found.append(score(subject, name, asked[name], options, bar))
+        console.print(scores.line(found[-1]))
+    console.print(scores.table(found, options.limit))
+    if board:
+        for s in found:
+            board.scalar(f"chat/{s.task}", s.centred.value, subject.step)
+        for name, mean in scores.means_of(found).items():
+            board.scalar(f"chat/{name}", mean.value, subject.step)
+    if subject.out:
+        record = {
+            **scores.as_json(found),
+            "model": subject.name,
+            "step": subject.step,
+            "parameters": subject.config.model.parameters,
+            "options": {**dataclasses.asdict(options), "source": str(options.source)},
+            "sandbox_lacks": list(lacks),
+            "identity": subject.identity(),
+        }
+        suffix = "" if tuple(names) == DEFAULT else "_" + "_".join(names)
+        stem = subject.out / f"chat_{subject.step:06d}{suffix}{f'_max{options.limit}' if options.limit else ''}"
+        scores.write_csv(stem.with_suffix(".csv"), found)
+        files.write_json(stem.with_suffix(".json"), record)
+        console.print(f"written: {stem}.csv, {stem}.json")
+
+
+def ask(subject: Subject, name: str, options: Options) -> list[Asked]:
+    """A task's problems with their prompts. UserError names a row that cannot be asked."""
+    tokenizer, V = subject.tokenizer, subject.config.model.V
+    if tokenizer.vocab_size > V:
+        raise UserError(f"{subject.name}: the model has {V} ids, and its tokenizer's special tokens are behind them")
+    of_tokenizer = functools.partial(words.of_tokenizer, tokenizer)
+    to_spell = functools.partial(words.of_file, options.words) if options.words else of_tokenizer
+    found = problems.load(name, options.source, to_spell, options.limit)
+    labels = {label for problem in found if isinstance(problem, Choice) for label in problem.labels}
+    for label in sorted(labels):
+        if len(tokenizer.encode(label)) != 1:
+            raise UserError(f"{name}: the label {label!r} of a choice is not one token; use letters or digits")
+    return [Asked(problem, conversation.render_for_completion(tokenizer, problem.messages)) for problem in found]
+
+
+def score(subject: Subject, name: str, asked: Sequence[Asked], options: Options, bar: cli.Bar) -> Score:
+    """A task's outcome."""
+    began = time.monotonic()
+    is_choice = isinstance(asked[0].problem, Choice)
+    outcomes: list[Outcome] = []
+    for batch in (_chosen if is_choice else _written)(subject, asked, options):
+        outcomes += batch
+        bar.reach(len(outcomes))
+    written = {
+        "tokens": options.tokens,
+        "cut": sum(o.ended == "cut" for o in outcomes),
+        "no_room": sum(o.ended == "no_room" for o in outcomes),
+        "samples": [o._asdict() for o in outcomes[:SHOWN]],
+    }
+    right, seconds = sum(o.right for o in outcomes), time.monotonic() - began
+    return Score(name, len(asked), right, problems.TASKS[name].baseline, seconds, {} if is_choice else written)
+
+
+def _chosen(subject: Subject, asked: Sequence[Asked], options: Options) -> Iterator[list[Outcome]]:
+    """Of questions with choices, in any order."""
+    questions, right = [], []
+    for problem, prompt in asked:
+        assert isinstance(problem, Choice)
+        questions.append(choices.Question(prompt, [subject.tokenizer.encode(label)[0] for label in problem.labels]))
+        right.append(problem.right)
+    for batch in choices.choose(subject.config, subject.params, questions, options.batch_tokens):
+        yield [Outcome(right[number] == place) for number, place in batch]
+
+
+def _written(subject: Subject, asked: Sequence[Asked], options: Options) -> Iterator[list[Outcome]]:
+    """Of questions that are answered in words, in their order."""
+    model, prompts = (subject.config, subject.params, subject.tokenizer), [prompt for _, prompt in asked]
+    left = iter(asked)
+    for batch in answers.write(*model, prompts, options.tokens, options.rows):
+        outcomes = []
+        for answer, (problem, _) in zip(batch, left):
+            assert isinstance(problem, Open)
+            reply = grade.reply(subject.tokenizer, answer.tokens)
+            right, remark = problem.grade(reply)
+            outcomes.append(Outcome(right, problem.messages[0]["content"], reply.whole, answer.ended, remark))
+        yield outcomes
