@@ -13,7 +13,7 @@ from rich.table import Table
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
-from nanojax.evaluate import bpb, chat, core, likelihood, problems
+from nanojax.evaluate import bpb, chat, core, figures, likelihood, problems
 from nanojax.evaluate.subject import Subject, add_arguments, load
 from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
@@ -155,9 +155,27 @@ def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board
 
 
 def _run_chat(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
-    tokens = a.tokens or ANSWER_TOKENS
+    names, tokens = chat.names_of(a.tasks), a.tokens or ANSWER_TOKENS
     options = chat.Options(Path(a.source), a.words, a.max_per_task, tokens, a.rows, a.batch_tokens)
-    chat.run(subject, chat.names_of(a.tasks), options, console, board)
+    began = time.monotonic()
+    found = chat.run(subject, names, options, console)
+    given = {"source": a.source, "words": a.words, "max_per_task": a.max_per_task, "rows": a.rows}
+    seconds = time.monotonic() - began
+    record = {**figures.as_json(found), **_about(subject), "seconds": seconds, **given, **subject.identity()}
+    suffix = "" if names == chat.DEFAULT else "_" + "_".join(names)
+    suffix += f"_max{a.max_per_task}" if a.max_per_task else ""
+    stem = subject.out / f"chat_{subject.step:06d}{suffix}" if subject.out else None
+    if stem:
+        figures.write_csv(stem.with_suffix(".csv"), found)
+        files.write_json(stem.with_suffix(".json"), record)
+    if board:
+        for s in found:
+            board.scalar(f"chat/{s.task}", s.centred.value, subject.step)
+        for name, mean in figures.means_of(found).items():
+            board.scalar(f"chat/{name}", mean.value, subject.step)
+    console.print(figures.table(found, a.max_per_task))
+    if stem:
+        console.print(f"written: {stem}.csv, {stem}.json")
 
 
 def _about(subject: Subject) -> dict[str, Any]:

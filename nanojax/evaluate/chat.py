@@ -1,7 +1,7 @@
-"""The chat evaluation: ChatCORE's tasks and generated ones, asked, scored, printed, and written into the run folder.
+"""The chat evaluation: ChatCORE's tasks and generated ones, asked and scored.
 
 Multiple choice is scored by the row's own labels (choices.py), other tasks by what the model writes greedily (answers.py,
-grade.py), both as in nanochat. scores.py has the figures.
+grade.py), both as in nanochat. figures.py has the figures.
 """
 
 import dataclasses
@@ -13,16 +13,15 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from nanojax import cli, conversation, files
+from nanojax import cli, conversation
 from nanojax.cli import UserError
-from nanojax.evaluate import answers, choices, grade, problems, scores
+from nanojax.evaluate import answers, choices, figures, grade, problems
+from nanojax.evaluate.figures import Score
 from nanojax.evaluate.problems import Choice, Open, Problem
-from nanojax.evaluate.scores import Score
 from nanojax.evaluate.subject import Subject
-from nanojax.run.tensorboard import Board
 from nanojax.tasks import words
 
-DEFAULT = scores.MEANS["ChatCORE+counting"]
+DEFAULT = figures.MEANS["ChatCORE+counting"]
 SHOWN = 5  # answers of each task that are kept to be read
 
 
@@ -74,38 +73,21 @@ def names_of(text: str | None) -> tuple[str, ...]:
     return tuple(name for name in problems.TASKS if name in given)
 
 
-def run(subject: Subject, names: Sequence[str], options: Options, console: Console, board: Board | None) -> None:
-    """Asks all tasks, prints a table, and writes chat_STEP.json and .csv."""
-    asked = {name: ask(subject, name, options) for name in names}  # every row is read before anything is computed
+def run(subject: Subject, names: Sequence[str], options: Options, console: Console) -> list[Score]:
+    """The outcomes of all tasks; each is printed when it is there. Every row is read before anything is computed."""
+    asked = {name: ask(subject, name, options) for name in names}
     lacks = problems.sandbox_lacks() if "humaneval" in names else ()
     if lacks:
-        console.print(f"humaneval: the kernel refused the sandbox {', '.join(lacks)}; programs run without")
+        console.print(f"humaneval runs the model's programs without: {', '.join(lacks)} (the kernel refuses it)")
     found = []
     for number, name in enumerate(names, 1):
         with cli.Bar(f"{name}, task {number} of {len(names)}", len(asked[name]), "problems") as bar:
-            found.append(score(subject, name, asked[name], options, bar))
-        console.print(scores.line(found[-1]))
-    console.print(scores.table(found, options.limit))
-    if board:
-        for s in found:
-            board.scalar(f"chat/{s.task}", s.centred.value, subject.step)
-        for name, mean in scores.means_of(found).items():
-            board.scalar(f"chat/{name}", mean.value, subject.step)
-    if subject.out:
-        record = {
-            **scores.as_json(found),
-            "model": subject.name,
-            "step": subject.step,
-            "parameters": subject.config.model.parameters,
-            "options": {**dataclasses.asdict(options), "source": str(options.source)},
-            "sandbox_lacks": list(lacks),
-            "identity": subject.identity(),
-        }
-        suffix = "" if tuple(names) == DEFAULT else "_" + "_".join(names)
-        stem = subject.out / f"chat_{subject.step:06d}{suffix}{f'_max{options.limit}' if options.limit else ''}"
-        scores.write_csv(stem.with_suffix(".csv"), found)
-        files.write_json(stem.with_suffix(".json"), record)
-        console.print(f"written: {stem}.csv, {stem}.json")
+            s = score(subject, name, asked[name], options, bar)
+        if name == "humaneval":
+            s = dataclasses.replace(s, answers={**s.answers, "sandbox_lacks": list(lacks)})
+        console.print(figures.line(s))
+        found.append(s)
+    return found
 
 
 def ask(subject: Subject, name: str, options: Options) -> list[Asked]:

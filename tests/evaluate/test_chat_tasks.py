@@ -208,7 +208,7 @@ def test_the_command_writes_everything(run, source, tmp_path, monkeypatch, capsy
     five = [centred[name] for name in ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")]
     assert found["means"]["ChatCORE"]["value"] == pytest.approx(sum(five) / 5)
     assert found["means"]["ChatCORE+counting"]["value"] == pytest.approx(sum(five) / 6)
-    assert tasks["gsm8k"]["accuracy"] == interval.share(3, 4)._asdict()
+    assert tuple(tasks["gsm8k"][key] for key in ("accuracy", "low", "high")) == interval.share(3, 4)
     table = list(csv.reader((tmp_path / "evals" / "chat_000007.csv").read_text().splitlines()))
     assert [row[0] for row in table] == ["Task", *tasks, *found["means"]]
     assert table[4][1:4] == ["4", "3", "0.750000"] and float(table[7][7]) == pytest.approx(sum(five) / 5, abs=1e-6)
@@ -230,8 +230,8 @@ def test_some_tasks_of_a_limited_number(run, source, tmp_path, monkeypatch, caps
     found = json.loads((tmp_path / "evals" / "chat_000007_gsm8k_sums_max3.json").read_text())
     assert found["means"] == {} and list(found["tasks"]) == ["gsm8k", "sums"]
     for task in found["tasks"].values():
-        assert task["n"] == task["cut"] == 3 and len(task["samples"]) == 3
-    assert found["options"] | {"limit": 3, "tokens": 4, "rows": 2} == found["options"]
+        assert task["n"] == task["cut"] == 3 and len(task["samples"]) == 3 and task["tokens"] == 4
+    assert found | {"max_per_task": 3, "rows": 2, "source": str(source), "step": STEP} == found
 
 
 @pytest.mark.parametrize(

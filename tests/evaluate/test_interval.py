@@ -2,9 +2,9 @@
 
 import pytest
 
-from nanojax.evaluate import interval, scores
+from nanojax.evaluate import figures, interval
+from nanojax.evaluate.figures import Score
 from nanojax.evaluate.interval import Estimate
-from nanojax.evaluate.scores import Score
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_chatcore_is_nanochats() -> None:
     """d20 of October 2025: its README's five accuracies give its .0884, and a mean is there only with all its tasks."""
     accuracy = {"arc_easy": 0.3876, "arc_challenge": 0.2807, "mmlu": 0.3151, "gsm8k": 0.0455, "humaneval": 0.0854}
     found = [Score(task, 10_000, round(1e4 * p), 0.25 * (p > 0.1), 1.0, {}) for task, p in accuracy.items()]
-    means = scores.means_of(found)
+    means = figures.means_of(found)
     assert means["ChatCORE"].value == pytest.approx(0.0884, abs=5e-5)
     assert means["ChatCORE categorical"].value == pytest.approx((0.1376 + 0.0307 + 0.0651) / 0.75 / 3)
     assert set(means) == {"ChatCORE", "ChatCORE categorical"}
-    with_counting = scores.means_of([*found, Score("counting", 100, 100, 0.0, 1.0, {})])
+    with_counting = figures.means_of([*found, Score("counting", 100, 100, 0.0, 1.0, {})])
     assert with_counting["ChatCORE+counting"].value == pytest.approx((5 * means["ChatCORE"].value + 1) / 6)
-    assert scores.means_of(found[:2]) == {}
+    assert figures.means_of(found[:2]) == {}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from nanojax.evaluate import sandbox
 
@@ -152,3 +153,17 @@ def test_signals_reach_nobody_else(target: str) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_nothing_outlives_the_process_that_asked() -> None:
+    """Killed with SIGKILL while a program waits: it and its guard are gone, too."""
+    before = _processes()
+    code = "from nanojax.evaluate import sandbox; sandbox.run('import time; time.sleep(60)', 60)"
+    asking = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    end = time.monotonic() + 20
+    while len(_processes() - before) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(_processes() - before) == 2
+    asking.kill()
+    asking.wait()
+    _gone(before)

@@ -91,20 +91,24 @@ def table(scores: Sequence[Score], limit: int) -> Table:
 
 
 def as_json(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means and tasks; `low` and `high` are the bounds of 95% intervals."""
+    """Means of centred accuracies, and tasks. low and high are the bounds of 95% intervals."""
     means = {name: {**mean._asdict(), "tasks": list(MEANS[name])} for name, mean in means_of(scores).items()}
-    tasks = {
-        s.task: {
+    tasks = {}
+    for s in scores:
+        (accuracy, low, high), (centred, centred_low, centred_high) = s.accuracy, s.centred
+        tasks[s.task] = {
             "n": s.n,
             "right": s.right,
-            "accuracy": s.accuracy._asdict(),
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
             "baseline": s.baseline,
-            "centred": s.centred._asdict(),
+            "centred": centred,
+            "centred_low": centred_low,
+            "centred_high": centred_high,
             "seconds": s.seconds,
             **s.answers,
         }
-        for s in scores
-    }
     return {"means": means, "tasks": tasks}
 
 
