@@ -12,7 +12,7 @@ COMMANDS = {
     "status": "where a run is, from its folder alone",
     "sample": "text from a trained model",
     "chat": "a conversation with a trained model",
-    "evaluate": "bits per byte, CORE, sample texts",
+    "evaluate": "bits per byte, CORE, ChatCORE, sample texts",
     "plan": "what a run needs on a GPU that may be absent",
     "interop": "checkpoints of nanochat and Hugging Face, both ways",
 }

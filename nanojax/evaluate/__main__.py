@@ -184,6 +184,25 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
+    a = _parser().parse_args(arguments)
+    a.default = a.eval is None
+    a.eval = ["bpb", "sample"] if a.default else [kind for kind in a.eval.split(",") if kind]
+    for kind in a.eval:
+        if kind not in KINDS:
+            raise UserError(f"--eval={kind}: choose from {', '.join(KINDS)}")
+    for name, least in (("batch_tokens", 1), ("max_per_task", 0), ("tokens", 1), ("rows", 1)):
+        if getattr(a, name) is not None and getattr(a, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(a, name)}: must be at least {least}")
+    if not a.eval:
+        raise UserError(f"--eval: empty; choose from {', '.join(KINDS)}")
+    if "core" in a.eval:
+        core.load_tasks(Path(a.bundle))  # reports a bad bundle before the model is read
+    if "chat" in a.eval:
+        problems.check(chat.names_of(a.tasks), Path(a.source))
+    return a
+
+
+def _parser() -> cli.Parser:
     parser = cli.Parser(
         "python -m nanojax.evaluate",
         "Evaluates a model: bits per byte, CORE (22 tasks), ChatCORE (of a fine-tuned model), sample texts.",
@@ -214,21 +233,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="eval_bundle",
         help="core: folder of nanochat's unpacked eval_bundle.zip (eval_bundle)",
     )
-    add("--tasks", help=f"chat: joined by commas, of {', '.join(problems.TASKS)} ({','.join(chat.DEFAULT)})")
-    add(
-        "--source",
-        type=cli.path,
-        default="texts/chat",
-        metavar="DIR",
-        help="chat: folder that `python -m nanojax.tasks download` wrote (texts/chat)",
-    )
-    add(
-        "--words",
-        type=cli.path,
-        metavar="FILE",
-        help="chat: text with the words to spell and count, the same as in `tasks prepare`; default: the tokenizer's",
-    )
-    add("--rows", type=int, default=16, help="chat: answers that are written together (16)")
+    chat.add_arguments(parser)
     add("--data", type=cli.path, help="bpb: data folder whose validation shards are used; default: the run's")
     add(
         "--text",
@@ -245,22 +250,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="bpb: bytes of a part of a character: its own (raw), or U+FFFD's 3 (decoded), as in nanochat till July 2026",
     )
     add("--prompt", action="append", help="sample: text to continue greedily; may be repeated")
-    a = parser.parse_args(arguments)
-    a.default = a.eval is None
-    a.eval = ["bpb", "sample"] if a.default else [kind for kind in a.eval.split(",") if kind]
-    for kind in a.eval:
-        if kind not in KINDS:
-            raise UserError(f"--eval={kind}: choose from {', '.join(KINDS)}")
-    for name, least in (("batch_tokens", 1), ("max_per_task", 0), ("tokens", 1), ("rows", 1)):
-        if getattr(a, name) is not None and getattr(a, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(a, name)}: must be at least {least}")
-    if not a.eval:
-        raise UserError(f"--eval: empty; choose from {', '.join(KINDS)}")
-    if "core" in a.eval:
-        core.load_tasks(Path(a.bundle))  # reports a bad bundle before the model is read
-    if "chat" in a.eval:
-        problems.check(chat.names_of(a.tasks), Path(a.source))
-    return a
+    return parser
 
 
 def main() -> None:

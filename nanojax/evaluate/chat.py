@@ -4,6 +4,7 @@ Multiple choice is scored by the row's own labels (choices.py), other tasks by w
 grade.py), both as in nanochat. figures.py has the figures.
 """
 
+import argparse
 import dataclasses
 import functools
 import time
@@ -60,6 +61,18 @@ class Outcome(NamedTuple):
     answer: str = ""
     ended: str = ""
     remark: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this evaluation alone."""
+    add = parser.add_argument
+    known, asked = ", ".join(problems.TASKS), ",".join(DEFAULT)
+    add("--tasks", help=f"chat: which, joined by commas; there are {known} ({asked})")
+    add("--source", type=cli.path, default="texts/chat", metavar="DIR",
+        help="chat: folder with the tasks, from `python -m nanojax.tasks download` (%(default)s)")  # fmt: skip
+    add("--words", type=cli.path, metavar="FILE",
+        help="chat: text with the words to spell and count, as in `tasks prepare`; default: the tokenizer's")  # fmt: skip
+    add("--rows", type=int, default=16, help="chat: answers that are written together (%(default)s)")
 
 
 def names_of(text: str | None) -> tuple[str, ...]:
