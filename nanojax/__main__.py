@@ -10,6 +10,7 @@ COMMANDS = {
     "tasks": "conversations to tokens for fine-tuning",
     "sft": "fine-tune a model on conversations; the same command again resumes",
     "status": "where a run is, from its folder alone",
+    "report": "one page about a run: curves, scores, texts, time, energy, money, commands",
     "sample": "text from a trained model",
     "chat": "a conversation with a trained model",
     "evaluate": "bits per byte, CORE, ChatCORE, sample texts",

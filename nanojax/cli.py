@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -132,6 +133,11 @@ def version() -> str:
         return f"nanojax {importlib.metadata.version('nanojax')}"
     except importlib.metadata.PackageNotFoundError:
         return "nanojax, not installed as a package"
+
+
+def command() -> str:
+    """The command line of this process as it is typed again, for records: python -m nanojax.train --config=demo."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def path(text: str) -> str:

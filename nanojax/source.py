@@ -1,5 +1,6 @@
 """What a run learns from, token shards or prepared conversations: its batches, and a sample of its text."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from nanojax import sample
+from nanojax import files, sample
 from nanojax import step as steps
+from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.conversation import render_for_completion
 from nanojax.data import loader
-from nanojax.tasks import stream
+from nanojax.data.tokenizer import TRAINED
+from nanojax.tasks import prepared, stream
 from nanojax.tokenizer import Tokenizer
 
 
@@ -36,6 +39,21 @@ def of(config: Config) -> Source:
     A, B, _ = config.batch_shape
     where = config.data.path, A * B, config.model.T, config.train.seed, config.model.V
     return (_conversations if config.data.kind == "conversations" else _text)(config, *where)
+
+
+def described(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run keeps of its data folder, which may be gone later: its counts, its command, the tokenizer's training."""
+    path = Path(config.data.path)
+    found: dict[str, Any] = {"path": config.data.path, "kind": config.data.kind, "tokenizer": {
+        "ids": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}}  # fmt: skip
+    names = prepared.FILE if config.data.kind == "conversations" else "manifest.json"
+    with contextlib.suppress(UserError):
+        of_data = files.read_table(path / names, "missing")
+        kept = ("command", "entries", "totals", "documents", "dropped", "options")
+        found |= {key: of_data[key] for key in kept if key in of_data}
+    with contextlib.suppress(UserError):
+        found["tokenizer"] |= files.read_table(path / "tokenizer" / TRAINED, "missing")
+    return found
 
 
 def supervised_batch(rows: np.ndarray, shape: tuple[int, int, int]) -> steps.Batch:

@@ -14,12 +14,12 @@ from nanojax import cli
 from nanojax.cli import Parser, UserError, duration, run_main, short
 from nanojax.plan.energy import DAY, PRICES
 from nanojax.run import exits, run_folder
-from nanojax.run.records import FILE, read
+from nanojax.run.records import number, read
 from nanojax.run.watch import REPORT
 
 WATCH_SECONDS = 10.0
 Records = list[dict[str, Any]]
-ENDINGS = {
+ENDINGS: dict[float | None, str] = {
     exits.DONE: "done",
     exits.DIVERGED: "diverged",
     exits.STOPPED: "stopped",
@@ -66,23 +66,23 @@ def status(run: Path) -> Status:
     saved = available[-1] if available else None
     step = max(newest.get("step", 0), saved or 0)
     day = _speed_of_last_day(train)
-    rate = _number(newest, "tokens_per_s")
+    rate = number(newest, "tokens_per_s")
     pace = day or rate
     eta = (steps - step) * per_step / pace if pace and steps and per_step and step <= steps else None
-    kwh = next((r["kwh"] for r in reversed(train) if _number(r, "kwh") is not None), None)
+    kwh = next((r["kwh"] for r in reversed(train) if number(r, "kwh") is not None), None)
     state = _state(run, records, saved or 0, steps)
     return Status(
         run=str(run),
         state=state,
         step=step,
         steps=steps,
-        loss=_number(newest, "loss"),
-        bpb=next((r["bpb"] for r in reversed(records) if r["kind"] == "eval" and _number(r, "bpb") is not None), None),
-        tokens=_number(newest, "tokens"),
+        loss=number(newest, "loss"),
+        bpb=next((r["bpb"] for r in reversed(records) if r["kind"] == "eval" and number(r, "bpb") is not None), None),
+        tokens=number(newest, "tokens"),
         tokens_per_s=rate,
         tokens_per_s_day=day,
         eta=0.0 if state == "done" else eta,
-        last_record=_number(records[-1], "time") if records else None,
+        last_record=number(records[-1], "time") if records else None,
         saved=saved,
         last_save=_saved_at(run, saved),
         kwh=kwh,
@@ -111,7 +111,7 @@ def _state(run: Path, records: Records, saved: int, steps: int | None) -> str:
     end = next((r for r in records[since:] if r["kind"] == "end"), None)
     if steps is not None and saved >= steps:
         return "done"
-    return ENDINGS.get(end.get("code", -1), "ended") if end else "killed, or running elsewhere"
+    return ENDINGS.get(number(end, "code"), "ended") if end else "killed, or running elsewhere"
 
 
 def _held(lock: Path) -> bool:
@@ -125,7 +125,7 @@ def _held(lock: Path) -> bool:
 
 def _speed_of_last_day(train: Records) -> float | None:
     """Tokens per second from the first record of the 24 hours before the newest one to that one."""
-    timed = [r for r in train if _number(r, "time") is not None and _number(r, "tokens") is not None]
+    timed = [r for r in train if number(r, "time") is not None and number(r, "tokens") is not None]
     if not timed:
         return None
     last = timed[-1]
@@ -157,7 +157,7 @@ def _warnings(run: Path, records: Records, newest: dict[str, Any]) -> list[str]:
     """Each kind's last text, how often it came since the last start, and a watch's report."""
     counted = newest.get("warnings")
     counts = counted if isinstance(counted, dict) else {}
-    texts = {r.get("about"): r for r in records if r["kind"] == "warning"}
+    texts = {str(r.get("about")): r for r in records if r["kind"] == "warning"}
     out = [
         f"step {r['step']}: {r.get('text')}" + (f" ({counts[about]} times)" if counts.get(about, 1) != 1 else "")
         for about, r in texts.items()
@@ -165,11 +165,6 @@ def _warnings(run: Path, records: Records, newest: dict[str, Any]) -> list[str]:
     with contextlib.suppress(OSError, IndexError):
         out.append((run / REPORT).read_text(errors="replace").splitlines()[0] + f" ({REPORT})")
     return out
-
-
-def _number(record: dict[str, Any], key: str) -> float | None:
-    value = record.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def table(s: Status, now: float) -> str:
@@ -206,11 +201,7 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} s, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON object; with --watch one per line")
     a = parser.parse_args()
-    if not Path(a.run).is_dir():
-        raise UserError(f"--run={a.run}: no such folder")
-    names = {path.name for path in Path(a.run).iterdir()}
-    if names and not names & {run_folder.CONFIG, run_folder.CHECKPOINTS, FILE, "lock"}:
-        raise UserError(f"--run={a.run}: not a run folder; it holds {', '.join(sorted(names)[:3])}")
+    run_folder.check(a.run)
     while True:
         found = status(Path(a.run))
         print(json.dumps(dataclasses.asdict(found)) if a.json else table(found, time.time()), flush=True)

@@ -87,6 +87,7 @@ def train(config: Config) -> int:
         watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         tokenizer.save(run / "tokenizer")
         run_folder.write_config(run, config)
+        files.write_json(run / run_folder.DATA, sources.described(config, tokenizer))
 
         # the step, compiled before the state exists: autotuning on a GPU wants scratch memory
         begin = time.monotonic()

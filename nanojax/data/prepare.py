@@ -6,7 +6,7 @@ from nanojax import cli
 from nanojax.cli import UserError
 from nanojax.data import text
 from nanojax.data.tokenize import Options, add_arguments, place_tokenizer, report, tokenize
-from nanojax.data.tokenizer import CHARS, train_on
+from nanojax.data.tokenizer import CHARS, train_on, write_trained
 from nanojax.tokenizer import FILE_NAME, Tokenizer
 
 
@@ -22,6 +22,7 @@ def prepare(
             raise UserError(f"{out}/tokenizer: has {tokenizer.vocab_size} ids, not {vocab}; use a new --out folder")
     else:
         tokenizer = train_on(inputs, vocab, options.valid, CHARS, 0, options.key, quiet)
+        write_trained(out / "tokenizer", inputs, options.valid, CHARS, 0)
     place_tokenizer(tokenizer, out)
     return tokenize(inputs, out, options, workers, quiet)
 

@@ -28,7 +28,7 @@ SUFFIXES = tuple(k + c for k in KINDS for c in ("", *(decompress.SUFFIXES if k !
 KNOWN = ".txt, .jsonl, .ndjson, .json (each also .gz, .bz2, .xz, .zst), .parquet"  # SUFFIXES for people
 # JSON that datasets, downloads and data folders keep beside their text.
 _METADATA = re.compile(
-    r"(download|dataset_info|dataset_infos|dataset_dict|state|config|manifest|tokenizer)\.json|(train|valid)_\d{5}\.json"
+    r"(download|dataset_info|dataset_infos|dataset_dict|state|config|manifest|tokenizer|trained)\.json|(train|valid)_\d{5}\.json"
 )
 MAX_ODD = 10  # oddities (kinds.ODDITIES) that are dropped in any case
 MAX_ODD_SHARE = 0.05  # of the text: more is a mistake, in the file or in the command

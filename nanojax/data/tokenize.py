@@ -18,6 +18,7 @@ from nanojax.data.clean import RULES, HashSet, Split
 from nanojax.data.encode import Encoded, Task, open_pool, results
 from nanojax.data.kinds import ODDITIES
 from nanojax.data.shards import Shard, Writer, find_shards
+from nanojax.data.tokenizer import TRAINED
 from nanojax.tokenizer import Tokenizer
 
 
@@ -255,6 +256,7 @@ class _Job:
         manifest = {
             "tokenizer": self.tokenizer.fingerprint, "options": dataclasses.asdict(self.options),
             "totals": {split: dict(counts) for split, counts in totals.items()},
+            "command": cli.command(),
             "documents": read.pop("read", 0),
             "dropped": {name: count for name, count in read.items() if count and name not in _NOT_DROPPED},
             "left_out": self.left_out | self.split.left_out,
@@ -373,6 +375,10 @@ def main(arguments: list[str]) -> None:
     out = Path(args.out)
     if args.tokenizer:
         place_tokenizer(Tokenizer.load(args.tokenizer), out)
+        if (Path(args.tokenizer) / TRAINED).is_file():
+            content = (Path(args.tokenizer) / TRAINED).read_bytes()
+            with files.write_atomic(out / "tokenizer" / TRAINED) as file:
+                file.write(content)
     options = Options(args.valid, args.shard_tokens, args.dedup, args.key)
     report(tokenize(args.input, out, options, args.workers), args.out)
 

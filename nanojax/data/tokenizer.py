@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojax import cli
+from nanojax import cli, files
 from nanojax.cli import UserError
 from nanojax.data import text
 from nanojax.data.clean import Split, clean, document_hash
@@ -17,6 +17,7 @@ from nanojax.tokenizer import FILE_NAME, Tokenizer, train
 CHARS = 2_000_000_000  # nanochat's budget and cap of characters per document
 DOCUMENT_CHARS = 10_000
 PIECE_CHARS = 100_000
+TRAINED = "trained.json"  # beside a tokenizer: what it was trained on
 
 
 def training_text(split: Split, chars: int, document_chars: int, key: str, bar: cli.Bar) -> Iterator[str]:
@@ -58,6 +59,12 @@ def train_on(
         return train(texts, vocab)
 
 
+def write_trained(folder: Path, inputs: list[str], valid: str, chars: int, document_chars: int) -> None:
+    """TRAINED: on which text, held out by which rule, at most how many characters together and of one document, 0 = all."""
+    on = {"inputs": inputs, "valid": valid, "characters": chars, "document_characters": document_chars}
+    files.write_json(folder / TRAINED, {**on, "command": cli.command()})
+
+
 def main(arguments: list[str]) -> None:
     """`python -m nanojax.data tokenizer`."""
     parser = cli.Parser(
@@ -82,6 +89,7 @@ def main(arguments: list[str]) -> None:
     folder = cli.output_folder(args.out)
     tokenizer = train_on(args.input, args.vocab, args.valid, args.chars, args.document_chars, args.key)
     path = tokenizer.save(folder)
+    write_trained(folder, args.input, args.valid, args.chars, args.document_chars)
     print(f"{path}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")
     print_comparison(tokenizer, _prose(args.input, args.key))
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
-from nanojax.evaluate import bpb, chat, core, figures, likelihood, problems
+from nanojax.evaluate import bpb, chat, core, figures, likelihood, problems, published
 from nanojax.evaluate.subject import Subject, add_arguments, load
 from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
     table = Table(title="CORE" + (f", first {a.max_per_task} examples per task" if suffix else ""))
     table.add_column("model")
     table.add_column("CORE", justify="right")
-    ranked = {**core.BASELINES, f"> {subject.name}": value}
+    ranked = {**{f.model: f.value for f in published.CORE}, f"> {subject.name}": value}
     for name, of_model in sorted(ranked.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{of_model:.4f}")
     console.print(table)
@@ -179,7 +179,12 @@ def _run_chat(subject: Subject, a: argparse.Namespace, console: Console, board: 
 
 
 def _about(subject: Subject) -> dict[str, Any]:
-    return {"model": subject.name, "step": subject.step, "parameters": subject.config.model.parameters}
+    return {
+        "model": subject.name,
+        "step": subject.step,
+        "parameters": subject.config.model.parameters,
+        "command": cli.command(),
+    }
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

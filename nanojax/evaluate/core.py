@@ -40,12 +40,6 @@ FIELDS = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
-BASELINES = {  # CORE of well-known models, printed beside ours
-    "GPT-2 1.5B": 0.256525,
-    "nanochat d20": 0.2219,
-    "nanochat d32": 0.3168,
-    "nanochat d12 on an RTX 4070 (8.5 B tokens)": 0.1916,
-}
 WINDOW = 512  # examples scored and recorded together; an interruption loses at most these
 DECIMALS = 6  # of a number in the CSV
 

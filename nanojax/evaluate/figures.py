@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from nanojax import files
-from nanojax.evaluate import interval
+from nanojax.evaluate import interval, published
 from nanojax.evaluate.interval import Estimate
 
 CHOICES = ("arc_easy", "arc_challenge", "mmlu")
@@ -18,14 +18,6 @@ MEANS = {  # of centred accuracies; each is there where all of its tasks are
     "ChatCORE": (*CHOICES, "gsm8k", "humaneval"),  # nanochat's of October 2025, and again since July 2026
     "ChatCORE+counting": (*CHOICES, "gsm8k", "humaneval", "counting"),  # as in between
     "ChatCORE categorical": CHOICES,
-}
-PUBLISHED = {  # nanochat's d20 of 561 M parameters after fine-tuning, October 2025
-    "arc_easy": 0.3876,
-    "arc_challenge": 0.2807,
-    "mmlu": 0.3151,
-    "gsm8k": 0.0455,
-    "humaneval": 0.0854,
-    "ChatCORE": 0.0884,
 }
 DECIMALS = 6  # of a number in the CSV
 
@@ -80,13 +72,13 @@ def table(scores: Sequence[Score], limit: int) -> Table:
     for name in ("task", "n", "accuracy", "95%", "centred", "d20"):
         out.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     between = lambda e: f"{e.low:.3f} to {e.high:.3f}"
-    published = lambda name: f"{PUBLISHED[name]:.4f}" if name in PUBLISHED else ""
+    theirs = {f.model: f"{f.value:.4f}" for f in published.CHAT}
     for s in scores:
         accuracy, centred = s.accuracy, s.centred.value
         figures = f"{accuracy.value:.4f}", between(accuracy), f"{centred:+.4f}"
-        out.add_row(s.task, f"{s.n:,}", *figures, published(s.task))
+        out.add_row(s.task, f"{s.n:,}", *figures, theirs.get(s.task, ""))
     for name, mean in means_of(scores).items():
-        out.add_row(name, "", "", between(mean), f"{mean.value:+.4f}", published(name), style="bold")
+        out.add_row(name, "", "", between(mean), f"{mean.value:+.4f}", theirs.get(name, ""), style="bold")
     return out
 
 

@@ -1,7 +1,7 @@
 """The logs of a run: metrics.jsonl, TensorBoard events, and a progress bar or plain lines. None of them can end the run.
 
 Each line of metrics.jsonl is one record with a `kind`:
-  start    {step, device, jax, time}                       written at every (re)start
+  start    {step, device, jax, command, time}              written at every (re)start
   train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
   eval     {step, nll (nats per token), bpb (bits per byte), tokens, bytes, time}
   core     {step, core, tasks {label: centred accuracy}, examples, time}
@@ -82,7 +82,8 @@ class Metrics:
         self.bar.start()
         self.bpb: float | None = None
         self.line_time = -math.inf
-        self._write({"kind": "start", "step": step, "device": device.device_kind, "jax": jax.__version__})
+        started = {"device": device.device_kind, "jax": jax.__version__, "command": cli.command()}
+        self._write({"kind": "start", "step": step, **started})
         if config.train.tensorboard:
             try:
                 self.board = Board(run / "tensorboard", purge_step=step + 1)

@@ -22,23 +22,40 @@ def read(run: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]
     Lines that are no records are left out: one that a crash cut off, what a damaged disk returns. UserError when the file
     is there and cannot be read.
     """
+    found = (_record(line) for line in _lines(run))
+    return [record for record in found if record is not None and kind in (None, record["kind"])]
+
+
+def damaged(run: str | os.PathLike) -> int:
+    """How many lines of a run folder's metrics.jsonl `read` leaves out."""
+    return sum(_record(line) is None for line in _lines(run) if line.strip())
+
+
+def number(record: dict[str, Any], key: str) -> float | None:
+    """The finite number under `key`; None where there is none."""
+    value = record.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 1e300 else None  # math.isfinite raises for a larger integer
+
+
+def _lines(run: str | os.PathLike) -> list[str]:
     path = Path(run) / FILE
-    records = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-        if whole and kind in (None, record["kind"]):
-            records.append(record)
-    return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
+    return record if whole else None
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """A run folder's own files: which checkpoints it has, the config that each keeps, and what is set aside.
 
-RUN/config.json, RUN/tokenizer/, RUN/checkpoints/STEP/ (checkpoint.py), RUN/metrics.jsonl and RUN/tensorboard/ (metrics.py).
+RUN/config.json, RUN/data.json (what its data folder says of itself, see source.py), RUN/tokenizer/, RUN/checkpoints/STEP/
+(checkpoint.py), RUN/metrics.jsonl and RUN/tensorboard/ (metrics.py).
 Each checkpoint has its own copy of the config it was trained with, and that one counts; config.json shows the newest.
 """
 
@@ -19,6 +20,7 @@ from nanojax.run import records
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+DATA = "data.json"
 COMPLETE = "commit_success.txt"
 
 
@@ -38,6 +40,15 @@ def read_config(run: str | os.PathLike) -> Config:
         except UserError:
             continue  # whether that checkpoint is whole is checked where it is loaded
     return _shown_config(run)
+
+
+def check(run: str) -> None:
+    """UserError unless --run is a folder that a run wrote, or an empty one."""
+    if not Path(run).is_dir():
+        raise UserError(f"--run={run}: no such folder")
+    names = {path.name for path in Path(run).iterdir()}
+    if names and not names & {CONFIG, CHECKPOINTS, records.FILE, "lock"}:
+        raise UserError(f"--run={run}: not a run folder; it holds {', '.join(sorted(names)[:3])}")
 
 
 def _shown_config(run: str | os.PathLike) -> Config:

