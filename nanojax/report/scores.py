@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nanojax.evaluate import published
+from nanojax.evaluate import interval, published
 from nanojax.plan import core_of_flops
 from nanojax.report.blocks import Block, Sample, Table, Text
 from nanojax.report.read import Stage
@@ -33,7 +33,7 @@ def core(stages: Sequence[Stage]) -> list[Block]:
     if not ours:
         return [Text("Not measured: python -m nanojax.evaluate --run=RUN --eval=core --bundle=eval_bundle")]
     theirs = [(f.model, f"{f.value:.4f}", f"published: {f.source}") for f in published.CORE]
-    ranked = sorted([*ours, *theirs], key=lambda row: -float(row[1]))
+    ranked = sorted([*ours, *theirs], key=lambda row: -float(row[1].split()[0]))
     return [Table(("model", "CORE", "of"), ranked), *(Text(said) for stage in stages if (said := _expected(stage)))]
 
 
@@ -43,11 +43,29 @@ def core_of(stage: Stage) -> tuple[str, str] | None:
     whole = [each for each in found if not each.get("max_per_task")]
     for each in reversed(whole or found):
         some = f"the first {each['max_per_task']} of each task" if each.get("max_per_task") else "all examples"
-        return f"{number(each, 'core'):.4f}", f"{_step(each)}, {some}"
+        return _estimate({"value": number(each, "core"), **_core_bounds(each)}, "value"), f"{_step(each)}, {some}"
     for record in reversed(stage.of_kind("core")):
         if (value := number(record, "core")) is not None:
             return f"{value:.4f}", f"{_step(record)}, {number(record, 'examples') or 0:,.0f} examples, in training"
     return None
+
+
+def _core_bounds(found: dict[str, Any]) -> dict[str, float]:
+    """The 95% interval of an evaluation's CORE, from each task's count; empty where a task does not give it."""
+    estimates = []
+    tasks = found.get("tasks")
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        figures = task if isinstance(task, dict) else {}
+        right, n, centred = (number(figures, key) for key in ("correct", "total", "centred"))
+        if right is None or centred is None or not n or not 0 <= right <= n or centred >= 1:
+            return {}
+        share = interval.share(int(right), int(n))
+        baseline = (share.value - centred) / (1 - centred)  # as centred is (share - baseline) / (1 - baseline)
+        if not 0 <= baseline < 1:
+            return {}
+        estimates.append(interval.centred(share, baseline))
+    bounds = interval.mean(estimates)._asdict() if estimates else {}
+    return {key: bounds[key] for key in ("low", "high") if key in bounds}
 
 
 def _expected(stage: Stage) -> str:
