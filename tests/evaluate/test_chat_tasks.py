@@ -244,7 +244,7 @@ def test_some_tasks_of_a_limited_number(run, source, tmp_path, monkeypatch, caps
         (("--max-per-task=-1",), "must be at least 0"),
         (("--tokens=0",), "--tokens=0: must be at least 1"),
         (("--source=none", "--tasks=mmlu,gsm8k,sums"), "none: has no mmlu, gsm8k; fetch with `python -m nanojax.tasks download"),
-        (("--tasks=counting", "--words=none"), "--words=none: cannot be read"),
+        (("--tasks=counting", "--words=none"), "--words=none: no such file"),
         (("--tasks=spelling",), "the tokenizer: has 0 words of 3 to 20 English letters"),
     ],
 )  # fmt: skip

@@ -242,7 +242,8 @@ def test_few_rows_are_rows_of_many(compute):
     """Up to FEW rows take one product instead of one per part: the same values as the first rows of a larger batch."""
     w, x, _, _ = inputs(NARROW)
     c = Compute(dtype="f32") if compute == "float" else INT8
-    many, few = (ops.norm_linear(c, "name", w, None, a, 3)[0] for a in (x, x[: ops.FEW]))
+    results: list[Any] = [ops.norm_linear(c, "name", w, None, a, 3) for a in (x, x[: ops.FEW])]
+    (many, *_), (few, *_) = results
     assert len(few) == 3 and len(x) > ops.FEW
     for a, b in zip(many, few, strict=True):
         np.testing.assert_allclose(a[: ops.FEW], b, rtol=RTOL, atol=ATOL)
