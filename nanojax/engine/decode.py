@@ -7,7 +7,7 @@ computed on, and nothing of it is read.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,18 +70,19 @@ def _prefill(
     return model.hidden_cached(config, params, tokens_1S, cache, start, before_1)[1]
 
 
-def begin(caches: Sequence[Any], prompts: Sequence[Sequence[int]], samples: int, new: Sequence[int], seed: int) -> Rows:
+def begin(caches: Iterable[Any], prompts: Sequence[Sequence[int]], samples: int, new: Sequence[int], seed: int) -> Rows:
     """`samples` rows of each prompt, those of one prompt behind each other.
 
     Args:
-      caches: of each prompt without its last token, as `prefill` makes them.
+      caches: of each prompt without its last token, as `prefill` makes them. Each is read when those before it lie in their
+        rows: made one by one, only one of them exists beside the rows.
       new: per prompt, the most tokens that each of its rows may write.
     """
     each = lambda values: np.repeat(np.asarray(values, np.int32), samples)
     position = each([len(prompt) - 1 for prompt in prompts])
     B = len(position)
     return Rows(
-        cache=caches[0] if B == 1 else _spread(tuple(caches), samples),
+        cache=_side_by_side(iter(caches), samples, B),
         token=jnp.asarray(each([prompt[-1] for prompt in prompts])),
         before=jnp.asarray(each([prompt[-2] if len(prompt) > 1 else -1 for prompt in prompts])),
         position=jnp.asarray(position),
@@ -92,9 +93,23 @@ def begin(caches: Sequence[Any], prompts: Sequence[Sequence[int]], samples: int,
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _spread(caches: tuple[Any, ...], samples: int) -> Any:
-    return jax.tree.map(lambda *a: jnp.repeat(jnp.concatenate(a), samples, 0), *caches)
+def _side_by_side(caches: Iterator[Any], samples: int, B: int) -> Any:
+    cache = next(caches)
+    if B == 1:
+        return cache
+    rows = jax.tree.map(lambda a: jnp.zeros((B, *a.shape[1:]), a.dtype), cache)
+    rows = _placed(rows, cache, np.int32(0), samples)
+    del cache
+    for row in range(samples, B, samples):
+        rows = _placed(rows, next(caches), np.int32(row), samples)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _placed(rows: Any, cache: Any, row: jax.Array, samples: int) -> Any:
+    """The rows (donated) with `samples` copies of one row's cache from `row` on."""
+    place = lambda all, one: lax.dynamic_update_slice_in_dim(all, jnp.repeat(one, samples, 0), row, 0)
+    return jax.tree.map(place, rows, cache)
 
 
 @functools.partial(jax.jit, static_argnums=1)

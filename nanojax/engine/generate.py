@@ -132,10 +132,8 @@ def rows_of(
     for prompt, count in zip(prompts, new, strict=True):
         check(config, prompt, count)
     length = max(length, *(len(prompt) + count for prompt, count in zip(prompts, new)))
-    caches = []
-    for prompt in prompts:
-        empty = decode.empty_cache(config, length, int8_cache)
-        caches.append(decode.prefill(config, params, empty, prompt[:-1]))
+    empty = lambda: decode.empty_cache(config, length, int8_cache)
+    caches = (decode.prefill(config, params, empty(), prompt[:-1]) for prompt in prompts)
     return decode.begin(caches, prompts, samples, new, seed)
 
 

@@ -10,6 +10,8 @@ from nanojax.engine.choose import Choice
 from nanojax.engine.generate import Calculator, Decoder, rows_of
 from nanojax.tokenizer import Tokenizer
 
+ROUND = 256  # a cache's length is a multiple of it, so that most tasks share a program
+
 
 class Answer(NamedTuple):
     """The tokens of an answer without its end, and how it ended: "end", "cut" at the limit, "no_room" for any token."""
@@ -28,7 +30,7 @@ def write(
     T = config.model.T
     rows = min(rows, len(prompts))
     fit = [len(prompt) for prompt in prompts if len(prompt) < T]
-    length = min(T, max(fit, default=1) + tokens)  # of every batch's caches: one shape is compiled
+    length = min(T, -(-(max(fit, default=1) + tokens) // ROUND) * ROUND)  # of every batch's cache
     for start in range(0, len(prompts), rows):
         group = prompts[start : start + rows]
         padded = [*group, *[()] * (rows - len(group))]
