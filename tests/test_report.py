@@ -176,11 +176,12 @@ def test_a_run_that_began_from_itself_ends(tiny: Make, tmp_path: Path) -> None:
 
 
 def test_a_partial_run(tiny: Make, tmp_path: Path) -> None:
-    """What is not there is said: scores, texts, energy, data, commands; an empty folder has a report as well."""
+    """What is not there is said: scores, texts, energy, data, commands; a run that was killed before its first record, too."""
     run = write(tmp_path / "run", tiny(), {"kind": "start", "step": 0}, {"kind": "train", "step": 1, "loss": 2.0})
     (run / "evals").rmdir()
-    (tmp_path / "empty").mkdir()
-    for folder in (run, tmp_path / "empty"):
+    begun = tmp_path / "begun"
+    run_folder.write_config(begun, tiny())
+    for folder in (run, begun):
         html, markdown = both(folder)
         for said in (
             "Not measured",
@@ -273,10 +274,12 @@ def test_command(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         parsed((folder / "report.html").read_text())
         assert (folder / "report.md").read_text().startswith("# Report on run")
     assert "written:" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.tokens").touch()
     for wrong, says in (
         (f"--run={tmp_path / 'none'}", "no such folder"), (f"--run={tmp_path / 'other'}", "not a run folder"),
+        (f"--run={tmp_path / 'empty'}", "nothing to report"),
     ):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["report", wrong])
         with pytest.raises(UserError, match=says):

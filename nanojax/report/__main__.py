@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from nanojax import cli, files
-from nanojax.cli import Parser, run_main
+from nanojax.cli import Parser, UserError, run_main
 from nanojax.report.as_html import document
 from nanojax.report.as_markdown import markdown
 from nanojax.report.page import page
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=cli.path, metavar="FOLDER", help="where to write; default: the run folder")
     a = parser.parse_args()
     run_folder.check(a.run)
+    if not any(Path(a.run).iterdir()):
+        raise UserError(f"--run={a.run}: is empty; there is nothing to report yet")
     out = cli.output_folder(a.out or a.run)
     found = page(*stages(Path(a.run)), time.time())
     for name, text in (("report.html", document(found)), ("report.md", markdown(found))):
