@@ -152,6 +152,7 @@ def pick(rng: np.random.Generator, among: Any) -> Any:
     return among[int(rng.integers(len(among)))]
 
 
+@pytest.mark.long
 @seeds
 def test_command_lines(home: Path, whole: Path, tmp_path: Path, outcome: Callable, seed: int, monkeypatch: Any) -> None:
     """200 command lines of train, plan, sample, evaluate and interop with one to three odd options."""
@@ -199,6 +200,7 @@ def test_command_lines(home: Path, whole: Path, tmp_path: Path, outcome: Callabl
     assert 0 < worked < 150
 
 
+@pytest.mark.long
 @seeds
 def test_config_files(tmp_path: Path, outcome: Callable, seed: int, home: Path, monkeypatch: Any) -> None:
     """150 config files: any key with a value of any type, things that are no config, and text that is no Python."""

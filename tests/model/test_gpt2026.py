@@ -103,6 +103,7 @@ def test_a_window_and_causality_by_gradient(tiny: Make) -> None:
     assert (reads == ((distance >= 0) & (distance <= WINDOW + 1))).all()
 
 
+@pytest.mark.long
 def test_cached_decoding_equals_the_whole_pass(tiny: Make) -> None:
     """A prompt of 9 tokens with 3 of padding behind, then one at a time: logits to 1e-4, and windowed layers keep less."""
     config = made(tiny, 4)

@@ -157,6 +157,7 @@ def test_a_card_for_no_model(fake: Callable, monkeypatch: pytest.MonkeyPatch, kn
         days.best(7, CARD)
 
 
+@pytest.mark.long
 def test_state_bytes_are_those_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound on memory is the sum over the state's arrays, and residuals come on top."""
     from nanojax import step

@@ -159,6 +159,7 @@ def test_damage(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture, kinds
     assert fallbacks >= 4 * kinds  # the data, the trees, the meta data and the marks of completeness
 
 
+@pytest.mark.long
 def test_a_flipped_bit_in_meta_is_seen(tiny: Make, tmp_path: Path) -> None:
     """Each of 2,000 flipped bits of meta is refused or changes nothing; a flipped data position falls back to the older one."""
     config = tiny()
