@@ -72,7 +72,7 @@ def table(scores: Sequence[Score], limit: int) -> Table:
     for name in ("task", "n", "accuracy", "95%", "centred", "d20"):
         out.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     between = lambda e: f"{e.low:.3f} to {e.high:.3f}"
-    theirs = {f.model: f"{f.value:.4f}" for f in published.CHAT}
+    theirs = {name: f"{value:.4f}" for name, value in published.CHAT.items()}
     for s in scores:
         accuracy, centred = s.accuracy, s.centred.value
         figures = f"{accuracy.value:.4f}", between(accuracy), f"{centred:+.4f}"

@@ -81,7 +81,7 @@ def _expected(stage: Stage) -> str:
 def chat(stages: Sequence[Stage]) -> list[Block]:
     """Each task's accuracy, a column for each stage, and the means over tasks."""
     outcomes, means = [_tasks(stage) for stage in stages], [means_of(stage) for stage in stages]
-    theirs = {f.model: f"{f.value:.4f}" for f in published.CHAT}
+    theirs = {name: f"{value:.4f}" for name, value in published.CHAT.items()}
     rows = []
     for name in sorted({name for of in outcomes for name in of}):
         found = [of.get(name, {}) for of in outcomes]
