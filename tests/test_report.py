@@ -11,7 +11,7 @@ import pytest
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.report import __main__ as report
-from nanojax.report import as_html, as_markdown, curves, page, read, text
+from nanojax.report import as_html, as_markdown, curves, page, read, scores, text
 from nanojax.report.blocks import Chart, Page, Sample, Section
 from nanojax.run import records, run_folder
 
@@ -132,6 +132,15 @@ def test_a_whole_run(tiny: Make, tmp_path: Path) -> None:
     assert "\n".join(commands) in html and "\n".join(commands) in markdown
     rows = [line for line in markdown.splitlines() if line.startswith(("| nanochat d32", "| run", "| GPT"))]
     assert [row.split("|")[1].split()[0] for row in rows if "0." in row][:3] == ["nanochat", "run", "GPT-2"]
+
+
+def test_all_problems_count_before_the_first_few(tiny: Make, tmp_path: Path) -> None:
+    """At one step, ChatCORE of all problems stands, whatever the files are called; at a later step, the newest."""
+    few = {**CHAT, "max_per_task": 100, "means": {"ChatCORE": {"value": 0.9}}}
+    run = write(tmp_path / "run", tiny(), START, chat_000020=CHAT, chat_000020_max100=few)
+    assert scores.means_of(read.stage(run)) == {"ChatCORE": "0.1250 (0.1000 to 0.1500)"}
+    (run / "evals" / "chat_000030_max100.json").write_text(json.dumps({**few, "step": 30}))
+    assert scores.means_of(read.stage(run)) == {"ChatCORE": "0.9000"}
 
 
 def test_curves_show_every_value(tiny: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A page as Markdown: tables, and each curve as a line of characters."""
 
 import re
+from collections.abc import Sequence
 
 from nanojax.report.blocks import Block, Chart, Commands, Page, Points, Prose, Sample, Table, Text
 from nanojax.report.text import figure, thinned, visible
@@ -32,31 +33,29 @@ def _block(block: Block) -> str:
     return _chart(block)
 
 
-def _table(head: tuple[str, ...], rows: list, alignment: str) -> str:
-    lines = [head, ("---", *[alignment] * (len(head) - 1))]
-    lines = [tuple(map(_escaped, head)), lines[1], *(tuple(map(_escaped, row)) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    cells = [list(map(_escaped, row)) for row in rows]
+    return _lines(head, ["---", *[alignment] * (len(head) - 1)], cells)
+
+
+def _lines(head: Sequence[str], alignments: list[str], cells: list[list[str]]) -> str:
+    """A table; `cells` are Markdown already."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (list(map(_escaped, head)), alignments, *cells))
 
 
 def _chart(chart: Chart) -> str:
-    rows = [
-        (name, f"`{sparkline(points)}`", *(figure(value) for value in (points[0][1], points[-1][1], *_ends(points))))
-        for name, points in chart.curves.items()
-    ]
+    cells = []
+    for name, points in chart.curves.items():
+        values = [value for _, value in points]
+        shown = map(figure, (values[0], values[-1], min(values), max(values)))
+        cells.append([_escaped(name), f"`{sparkline(points)}`", *shown])
     head = (chart.title, f"step {_steps(chart)}", "first", "last", "least", "most")
-    lines = [tuple(map(_escaped, head)), ("---", "---", *["---:"] * 4)]
-    lines += [(_escaped(name), *rest) for name, *rest in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _lines(head, ["---", "---", *["---:"] * 4], cells)
 
 
 def _steps(chart: Chart) -> str:
     steps = [step for points in chart.curves.values() for step, _ in points]
     return f"{min(steps):,.0f} to {max(steps):,.0f}"
-
-
-def _ends(points: Points) -> tuple[float, float]:
-    values = [value for _, value in points]
-    return min(values), max(values)
 
 
 def sparkline(points: Points) -> str:

@@ -34,7 +34,10 @@ def core(stages: Sequence[Stage]) -> list[Block]:
         return [Text("Not measured: python -m nanojax.evaluate --run=RUN --eval=core --bundle=eval_bundle")]
     theirs = [(f.model, f"{f.value:.4f}", f"published: {f.source}") for f in published.CORE]
     ranked = sorted([*ours, *theirs], key=lambda row: -float(row[1].split()[0]))
-    return [Table(("model", "CORE", "of"), ranked), *(Text(said) for stage in stages if (said := _expected(stage)))]
+    return [
+        Table(("model", "CORE (95% interval)", "of"), ranked),
+        *(Text(said) for stage in stages if (said := _expected(stage))),
+    ]
 
 
 def core_of(stage: Stage) -> tuple[str, str] | None:
@@ -89,8 +92,10 @@ def chat(stages: Sequence[Stage]) -> list[Block]:
         guessing = next((b for each in found if (b := number(each, "baseline")) is not None), None)
         shares = [_estimate(each, "accuracy") for each in found]
         rows.append((name, " / ".join(asked), *shares, or_none(guessing, "{:.2f}".format), theirs.get(name, NONE)))
-    for name in sorted({name for of in means for name in of}):
-        rows.append((name, "", *(of.get(name, NONE) for of in means), "0.00", theirs.get(name, NONE)))  # noqa: PERF401
+    rows += [
+        (name, "", *(of.get(name, NONE) for of in means), "0.00", theirs.get(name, NONE))
+        for name in sorted({name for of in means for name in of})
+    ]
     if not rows:
         return [Text("Not measured: python -m nanojax.evaluate --run=RUN --eval=chat")]
     note = (
@@ -131,9 +136,9 @@ def written(stages: Sequence[Stage]) -> list[Block]:
 
 
 def _evals(stage: Stage, kind: str) -> list[dict[str, Any]]:
-    """The stage's evaluations of a kind, by step and then by file; later ones count."""
+    """The stage's evaluations of a kind by step, those of the first examples before those of all; later ones count."""
     found = [content for name, content in stage.evals.items() if name.startswith(f"{kind}_")]
-    return sorted(found, key=lambda content: number(content, "step") or 0)
+    return sorted(found, key=lambda content: (number(content, "step") or 0, not content.get("max_per_task")))
 
 
 def _tasks(stage: Stage) -> dict[str, Outcome]:
