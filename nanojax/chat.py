@@ -81,7 +81,7 @@ class Chat:
         try:
             check(self.config, prompt, 1)
         except UserError as error:
-            raise UserError(f"{error}; /new begins another conversation") from None
+            raise UserError(f"{error}; /new begins another conversation" if self.turns else str(error)) from None
         self.turns.append(Turn(text, len(self.tokens)))
         decoder, written = self._read(prompt), []
         self.tokens = prompt
@@ -210,6 +210,8 @@ def converse(chat: Chat) -> None:
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
+            if terminal:
+                print()  # the shell's prompt begins a line
             return
         except KeyboardInterrupt:
             note("/quit or Ctrl-D leaves")

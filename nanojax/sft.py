@@ -44,6 +44,7 @@ HARMLESS: dict[str, Any] = {
     "checkpoint.every": 200,
     "profile.start": -1,
 }
+TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--data"}  # the keys that this command sets
 DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.
 
 Rates, batch and formats are the base run's; the schedule is nanochat's. The same command again resumes. Any key of
@@ -148,13 +149,16 @@ def _positive(text: str) -> float:
             raise ValueError
         return value
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1,000,000") from None
 
 
 def main() -> None:
     """The command."""
     wish = parse(sys.argv[1:])
-    training.end_process(functools.partial(config_of, wish))
+    try:
+        training.end_process(functools.partial(config_of, wish))
+    except UserError as error:
+        raise UserError(functools.reduce(lambda text, key: text.replace(*key), TYPED_AS.items(), str(error))) from None
 
 
 if __name__ == "__main__":

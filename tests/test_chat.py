@@ -63,6 +63,14 @@ def test_the_cache_changes_no_answer(tiny: Make, family: str) -> None:
 
 
 @pytest.mark.long
+def test_a_first_message_without_room(tiny: Make) -> None:
+    """Where nothing was said yet, another conversation would not help."""
+    talk = chat.Chat(*made(tiny), TOKENIZER, chat.Options(Choice(0.0), tokens=5))
+    with pytest.raises(UserError, match=r"shorten it$"):
+        answered(talk, "long " * 100)
+
+
+@pytest.mark.long
 def test_turns_are_rendered_as_in_training(tiny: Make) -> None:
     """The tokens of a conversation are those of conversation.render, an answer's as it was written; cut ones are closed."""
     config, params = made(tiny)

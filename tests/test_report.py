@@ -222,6 +222,7 @@ def test_a_damaged_run(tiny: Make, tmp_path: Path) -> None:
     (run / "data.json").write_text('{"tokenizer": 3, "totals": [], "entries": [7, {}], "path": null}')
     html, _ = both(run)
     assert "4 damaged lines" in html and "core_2.json: unreadable" in html
+    assert "chat_1.json: names no tasks" in html and "data.json: does not say what the data is" in html
     (run / "data.json").write_text("")
     (run / run_folder.CONFIG).write_text("{")
     html, _ = both(run)

@@ -227,8 +227,21 @@ def test_mistakes_are_told_before_anything_compiles(base: Path, tmp_path: Path) 
                                  "--compute.loss_chunk=4"))  # fmt: skip
     with pytest.raises(UserError, match="is the base run's folder"):
         sft.parse([f"--run={base}", "--data=x", f"--out={base}/"])
-    with pytest.raises(UserError, match="not a positive number"):
-        sft.parse([f"--run={base}", "--data=x", "--out=y", "--epochs=0"])
+    for epochs in ("0", "1e300"):
+        with pytest.raises(UserError, match="not a number above 0"):
+            sft.parse([f"--run={base}", "--data=x", "--out=y", f"--epochs={epochs}"])
+
+
+def test_mistakes_are_told_in_the_words_of_the_command_line(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A message that names a key of training which this command sets names the option instead."""
+    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
+    options = ["--data", str(conversations(tmp_path, Tokenizer.load(base / "tokenizer"), 40)), "--train.steps=1"]
+    for change, said in (
+        {"--model.depth=3": f"--run={base}: a model of another shape", "--out=/proc/x": "choose another --out"}
+    ).items():
+        monkeypatch.setattr("sys.argv", ["sft", f"--run={base}", f"--out={tmp_path / 'out'}", *options, change])
+        with pytest.raises(UserError, match=said):
+            sft.main()
 
 
 @pytest.mark.long

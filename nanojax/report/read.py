@@ -117,10 +117,15 @@ def stage(folder: Path) -> Stage:
     if (folder / run_folder.DATA).exists():
         with _told(unreadable):
             data = files.read_table(folder / run_folder.DATA, "")
+            if not isinstance(data.get("path"), str) or not isinstance(data.get("tokenizer", {}), dict):
+                raise UserError(f"{folder / run_folder.DATA}: does not say what the data is")
     evals, texts = {}, {}
     for path in sorted((folder / "evals").glob("*.json")):
         with _told(unreadable):
-            evals[path.stem] = files.read_table(path, f"{path}: has just gone")
+            content = files.read_table(path, f"{path}: has just gone")
+            if path.stem.startswith(("chat_", "core_")) and not isinstance(content.get("tasks"), dict):
+                raise UserError(f"{path}: names no tasks; evaluate again")
+            evals[path.stem] = content
     for path in sorted((folder / "evals").glob("sample_*.txt")):
         with contextlib.suppress(OSError):
             texts[path.stem] = path.read_text(encoding="utf-8", errors="replace")

@@ -15,7 +15,7 @@ from nanojax.tasks.hub import Messages
 HELD_OUT = 50  # of a file of conversations, the first and every 50th from there on is held out
 MOST = 10_000_000  # conversations of a generated task, or times that a task comes; nanochat's largest is 200,000
 VALID = 256  # conversations of a generated task that are held out
-_NUMBERED = re.compile(r"(.+):(\d{1,18})")
+_NUMBERED = re.compile(r"(.+):(-?\d{1,99})")
 
 
 class Entry(NamedTuple):
