@@ -188,6 +188,9 @@ def test_a_partial_run(tiny: Make, tmp_path: Path) -> None:
     """What is not there is said: scores, texts, energy, data, commands; a run that was killed before its first record, too."""
     run = write(tmp_path / "run", tiny(), {"kind": "start", "step": 0}, {"kind": "train", "step": 1, "loss": 2.0})
     (run / "evals").rmdir()
+    with open(run / records.FILE, "a") as file:  # as runs wrote it before momenta could be taken over
+        file.write('{"kind": "init", "step": 0, "from": "runs/base", "from_step": 6}\n')
+    assert "| began from | runs/base, step 6 |" in both(run)[1].replace("\\", "")
     begun = tmp_path / "begun"
     run_folder.write_config(begun, tiny())
     for folder in (run, begun):

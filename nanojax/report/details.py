@@ -4,7 +4,7 @@ from typing import Any
 
 from nanojax.report.blocks import Block, Chart, Commands, Prose, Section, Text
 from nanojax.report.read import Stage
-from nanojax.report.text import or_none
+from nanojax.report.text import NONE, or_none
 from nanojax.run.records import number
 
 CURVES = (  # title, and each curve's kind of record and key
@@ -60,9 +60,9 @@ def _facts(stage: Stage) -> list[tuple[str, str]]:
             ("a step", f"{train.tokens_per_step:,} tokens; seed {train.seed}"),
         ]
     for begun in stage.of_kind("init")[:1]:
-        rows.append(
-            ("began from", f"{begun.get('from')}, step {begun.get('from_step')}; {begun.get('momenta')} momenta")
-        )
+        told = (("", "from"), ("step ", "from_step"), ("momenta ", "momenta"))  # the last one only of newer runs
+        said = ", ".join(f"{name}{begun[key]}" for name, key in told if begun.get(key) is not None)
+        rows.append(("began from", said or NONE))
     starts = stage.of_kind("start")
     for key in ("device", "jax"):
         values = dict.fromkeys(str(start[key]) for start in starts if start.get(key))
@@ -90,7 +90,7 @@ def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict):
             train, repeats, valid = (entry.get(key) for key in ("train", "repeats", "valid"))
-            rows.append((str(entry.get("name")), f"{train} conversations, {repeats} times in a pass; {valid} held out"))
+            rows.append((str(entry.get("name")), f"{train} conversations × {repeats} in a pass; {valid} held out"))
     return rows
 
 
