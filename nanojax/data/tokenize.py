@@ -240,7 +240,7 @@ class _Job:
         self.write_manifest()
 
     def write_manifest(self) -> dict[str, Any]:
-        """Writes manifest.json: options, shards with counts and checksums, counts by input. It is never read back."""
+        """Writes manifest.json: options, shards with counts and checksums, counts by input. A run copies some."""
         inputs: dict[str, dict[str, collections.Counter[str]]] = {}
         totals: dict[str, collections.Counter[str]] = {"valid": collections.Counter(), "train": collections.Counter()}
         read: collections.Counter[str] = collections.Counter()

@@ -29,19 +29,19 @@ EXAMPLES = """\
 
 Cards: """
 
-# Options of a plan of one config: attribute and flag.
-OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", "measure": "--measure", "axes": "--try", "top": "--top"}
-OF_ONE_CONFIG |= {"decode": "--decode", "context": "--context", "cache": "--cache"}
-OF_TRAINING = {"measure": "--measure", "axes": "--try", "top": "--top", "watts": "--watts", "price": "--price"}
+# Options that belong to some plans only: attribute and flag.
+OF_STEP = {"measure": "--measure", "axes": "--try", "top": "--top"}
 OF_DECODING = {"context": "--context", "cache": "--cache"}
+OF_TRAINING = {**OF_STEP, "watts": "--watts", "price": "--price"}
+OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", **OF_STEP, "decode": "--decode", **OF_DECODING}
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("python -m nanojax.plan", DESCRIPTION, EXAMPLES + ", ".join(hardware.CARDS))
     parser.add_argument("--config", help="name or path of a config; any --section.key=value overrides it")
     parser.add_argument("--card", help="the GPU to plan for; default: the one in the config's name, or rtx4070")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--hlo", metavar="FILE", type=cli.path, help="also write the optimised HLO of the step to FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--hlo", metavar="FILE", type=cli.path, help="also write the optimised HLO to FILE")
     parser.add_argument("--table", action="store_true", help="plan every shipped config")
     parser.add_argument("--days", type=float, help="find the best model of the newest recipe for so many days")
     parser.add_argument("--measure", action="store_true", help="calibrate and time the step on the GPU in this machine")
@@ -55,7 +55,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--watts", type=float, help="power while training; default: the card's limit")
     parser.add_argument("--price", type=float, help="money per kWh; default: USD 0.17 and NT$ 3.5")
     parser.add_argument("--currency", default="USD", help="currency of --price (default USD)")
-    parser.add_argument("--no-cache", dest="keep", action="store_false", help="compile again, keep nothing")
+    parser.add_argument("--no-cache", dest="keep", action="store_false", help="compile again, keep no compiled program")
     known, rest = parser.parse_known_args()
     if known.watts is not None and not 0 < known.watts < 1e6:
         raise UserError(f"--watts={known.watts:g}: must be between 0 and a million")
