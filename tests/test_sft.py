@@ -28,6 +28,7 @@ from nanojax.tokenizer import Tokenizer
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
+pytestmark = pytest.mark.long  # each begins with a base run of 12 steps, or compiles a step
 
 
 def conversations(folder: Path, tokenizer: Tokenizer, count: int = 60) -> Path:
@@ -64,7 +65,6 @@ def of_kind(tiny, microbatch: int, rows: int) -> Config:
     )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("seed, row", [(0, 64), (1, 40)])
 def test_loss_is_the_oracles(tiny, tmp_path: Path, seed: int, row: int) -> None:
     """A step's loss is the mean over the step's supervised tokens of float64 numpy's, to 1e-6, for any microbatch.
@@ -107,7 +107,6 @@ def test_loss_is_the_oracles(tiny, tmp_path: Path, seed: int, row: int) -> None:
         assert float(found["loss"]) == pytest.approx(nats / supervised, rel=1e-6)
 
 
-@pytest.mark.long
 def test_a_microbatch_without_supervision_changes_nothing(tiny, tmp_path: Path) -> None:
     """A step with a microbatch that has no supervised token is finite, and is the step without that microbatch."""
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
@@ -127,7 +126,6 @@ def test_a_microbatch_without_supervision_changes_nothing(tiny, tmp_path: Path) 
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)
 
 
-@pytest.mark.long
 def test_resume_is_bit_exact(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Stopped by SIGTERM after a few steps and begun again: parameters, optimizer, data position and records are the same.
 
@@ -151,7 +149,6 @@ def test_resume_is_bit_exact(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sampled["text"].startswith("What is the capital of France?\n")
 
 
-@pytest.mark.long
 def test_the_recipe_and_the_momenta(base: Path, tmp_path: Path) -> None:
     """Rates are 0.8 of the base's, then linear to 0 over the last half; momenta are the base's bits, or zeros by choice."""
     config = sft.config_of(wish(base, tmp_path / "a", epochs=3.0))
@@ -244,7 +241,6 @@ def test_mistakes_are_told_in_the_words_of_the_command_line(base: Path, tmp_path
             sft.main()
 
 
-@pytest.mark.long
 def test_a_run_that_has_begun_keeps_its_settings(base: Path, tmp_path: Path) -> None:
     """Another base, rate or length is refused by name; missing data ends with exit code 5, as in pretraining."""
     keys = ("--train.steps=2",)

@@ -166,7 +166,7 @@ def check_folder(case: int, whole: Path, folder: Path, monkeypatch, capsys) -> N
     assert error and (victim.name in error or f"{victim.stem}.bin" in error), (note, error)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 5))])
 def test_broken_text_is_one_line_or_counted(whole: Path, tmp_path: Path, part: int, monkeypatch, capsys) -> None:
     """40 random damages (in each of 5 parts) of text in every kind and compression, through tokenize, prepare, tokenizer
     and evaluation's reader."""

@@ -293,6 +293,7 @@ def test_a_shard_gone_at_a_pass_border_stops_the_run_by_name(folder: Path) -> No
         take(iterator, 2 * loader_total)
 
 
+@pytest.mark.long
 def test_restore_at_step_one_million_is_fast(folder: Path, tokenizer: Tokenizer) -> None:
     """With 300 shards, set_state at step 1,000,000 and the next batch take under a second (folder of known plans)."""
     for number in range(3, 300):

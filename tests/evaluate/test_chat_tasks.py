@@ -55,7 +55,7 @@ def _chosen(config: Config, params: Any, questions: Sequence[Question], tokens: 
     return [place for _, place in sorted(found)]
 
 
-@pytest.mark.parametrize("family", ["2025", "2026"])
+@pytest.mark.parametrize("family", [pytest.param("2025", marks=pytest.mark.long), "2026"])
 def test_choices_equal_numpy(tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The likeliest of each question's own labels behind the unpadded prompt, also of one longer than the model's rows.
 

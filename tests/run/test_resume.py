@@ -20,7 +20,7 @@ from nanojax.tokenizer import Tokenizer
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.long]  # each begins with a run of 12 steps
 PLANNED = dict(optim__warmdown=0.25, checkpoint__keep_last=9)  # of 12 steps, those from 9 on have a lower rate
 
 
@@ -50,7 +50,6 @@ def without(run: Path, newest: int) -> None:
             shutil.rmtree(run / run_folder.CHECKPOINTS / str(step))
 
 
-@pytest.mark.long
 def test_what_only_rounds_otherwise_may_change(
     home: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -78,7 +77,6 @@ def test_what_only_rounds_otherwise_may_change(
     assert "bit for bit" not in capsys.readouterr().out
 
 
-@pytest.mark.long
 def test_an_extended_run_equals_a_longer_one(home: Path, run: Path, capsys: pytest.CaptureFixture) -> None:
     """Extended from the last checkpoint before warm-down, 12 steps become 18 that equal 18 steps from the start bit for bit.
 
@@ -113,7 +111,6 @@ def test_an_extended_run_equals_a_longer_one(home: Path, run: Path, capsys: pyte
     )
 
 
-@pytest.mark.long
 def test_extending_after_warm_down_is_said(home: Path, run: Path, capsys: pytest.CaptureFixture) -> None:
     """From the end of a finished run: it goes on, and the line and the record say that no run is planned so."""
     go_on(home, run, train__steps=14, train__extend=12)
@@ -133,7 +130,6 @@ def test_what_changes_results_is_refused(home: Path, run: Path) -> None:
         go_on(home, run.parent / "new", train__extend=9)
 
 
-@pytest.mark.long
 def test_weights_of_another_run(home: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """train.init: step 0 has the other run's weights in this config's formats and a fresh optimizer; said and kept.
 
@@ -191,7 +187,6 @@ def test_weights_that_do_not_fit_are_refused_before_compiling(home: Path, whole:
     assert not (tmp_path / "new" / "config.json").exists()
 
 
-@pytest.mark.long
 def test_an_imported_run_is_a_beginning(home: Path, whole: Path, tmp_path: Path) -> None:
     """Training in it is refused with the way to go; train.init takes it. Its config claims nothing about its training."""
     config, params, tokenizer, _ = checkpoint.load(whole)

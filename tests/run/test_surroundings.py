@@ -420,6 +420,7 @@ def test_a_hang_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monkey
         assert reported.wait(5)
 
 
+@pytest.mark.long
 def test_the_watch_waits_for_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats keep it quiet for many times its limit, 0 minutes turn it off."""
     monkeypatch.setattr(watch, "TICK", 0.01)

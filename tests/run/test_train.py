@@ -131,6 +131,7 @@ def test_bpb_is_the_losses(whole: Path, home: Path) -> None:
     assert metrics.read(whole, "eval")[-1]["bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+@pytest.mark.long
 def test_resume_in_process(whole: Path, home: Path, tmp_path: Path) -> None:
     """A run stopped by SIGTERM in mid-flight and resumed equals the uninterrupted run bit by bit, records included."""
     run = tmp_path / "run"

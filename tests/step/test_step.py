@@ -315,6 +315,7 @@ def test_residual_bytes_are_what_the_names_say(tiny):
     assert step.residual_bytes(inputs) == pytest.approx(tokens * 2 * m.D, rel=0.01)
 
 
+@pytest.mark.long
 def test_abstract_state_is_the_state(tiny):
     """abstract_state has the tree, shapes and dtypes of init_state, for the format with most leaves."""
     config = tiny(**FORMATS["int8"])
