@@ -367,6 +367,7 @@ def _with(config: Config, key: str, value: Any) -> Config:
 
 
 def unknown(key: str, known: dict[str, Key]) -> UserError:
+    """The error of a key that is not there: what it is called now, or which ones are near."""
     if key in RENAMED:
         return UserError(f"--{key}: no such key; it is called {RENAMED[key]} now")
     tails = {name.split(".")[1]: name for name in known}
