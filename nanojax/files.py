@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from nanojax.cli import UserError
+
+IDLE = 60.0  # seconds without a write after which a temporary file of no process is left over
 
 
 @contextlib.contextmanager
@@ -82,7 +85,8 @@ def _temporary(path: Path) -> Path:
     with contextlib.suppress(OSError):
         for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             pid = left.name.split(".")[-2]
-            if pid.isdecimal() and not _runs(int(pid)):
+            idle = time.time() - left.stat().st_mtime  # on a shared disk the process may be another machine's
+            if pid.isdecimal() and not _runs(int(pid)) and idle > IDLE:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
