@@ -81,7 +81,7 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """The name under which `path` is written. What a killed process left under such a name, a minute ago or earlier, is removed."""
+    """The name under which `path` is written. What a killed process left under such a name a minute ago is removed."""
     with contextlib.suppress(OSError):
         for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             pid = left.name.split(".")[-2]
