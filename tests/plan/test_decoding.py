@@ -16,7 +16,8 @@ SHALLOW = ["--model.depth=2", "--model.width=1536"]
 @pytest.mark.parametrize(("rows", "int8_cache"), [(1, False), (16, True)])
 def test_a_step_reads_what_is_stored_once(rows: int, int8_cache: bool) -> None:
     """Codes are decoded inside the products: a float copy of the weights or the cache would at least double what is moved,
-    and a copy of the cache would be a temporary, or be made at each call."""
+    and a copy of the cache would be a temporary, or be made at each call. The draw's passes over the logits stand apart: of two
+    layers at 16 rows they are a fifth, of d24 a fortieth."""
     config = config_files.load("d24_2026_4070", SHALLOW)
     plan = decoding.make(config, CARD, rows, 2048, int8_cache, cache=True, say=lambda _: None)
     V, D, N, H = config.model.V, config.model.D, config.model.N, config.model.H
@@ -26,7 +27,9 @@ def test_a_step_reads_what_is_stored_once(rows: int, int8_cache: bool) -> None:
     )  # codes and a scale a row; gates, smear, backout, mix; the head in bf16
     value = 1 + 4 / H if int8_cache else 2
     assert plan.cache_bytes == rows * 2 * N * H * (513 + 2048) * value
-    assert plan.moved_bytes < 1.15 * (plan.weight_bytes + plan.cache_bytes)
+    draw = sum(kernel.bytes * kernel.calls for kernel in plan.step.kernels if "/cond/" in kernel.op_name)
+    assert plan.moved_bytes - draw < 1.15 * (plan.weight_bytes + plan.cache_bytes)
+    assert draw < 40 * rows * V * 4  # both bounds by digits of four bits, then the choice
     assert plan.program.temp_bytes < 2**20 * (1 + rows)
     assert plan.call_seconds < 20e-6
     assert plan.step.unknown == []

@@ -288,7 +288,7 @@ def test_step_keeps_remainders(bits: Literal[0, 2, 4]):
             assert float(jnp.max(off)) < 0.5 * 2 / 7 and np.any(after.opt[name]["remainder"]), name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_adamw_for_matrices():
     """optim.matrix=adamw with int8 moments learns a repeated batch; its state is two int8 trees for the blocks."""
     config = dataclasses.replace(tiny("int3", adam="int8"), optim=Optim(matrix="adamw", matrix_lr=0.003))

@@ -68,7 +68,7 @@ def test_difference_sees_nan_and_shape():
     assert verify.difference((x, 1.5 * x), (x, x)) == pytest.approx(0.5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_curve_that_leaves_the_cpus_fails(tmp_path, monkeypatch, capsys):
     """Real losses of three f32 steps fall; curves 0.05 nats apart make exit code 1 and are in the JSON."""
     falling = bench_gpu.losses(bench_gpu.small("f32", True), CPU, 3)
