@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -235,6 +236,19 @@ def no_remat_pass() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_compiler_enable_remat_pass", before)
+
+
+@contextlib.contextmanager
+def unkept_programs() -> Iterator[None]:
+    """Programs for an absent card stay out of jax's cache on disk, which cannot read them back and warns of it."""
+    import jax
+
+    before: Any = getattr(jax.config, "jax_persistent_cache_min_compile_time_secs")  # noqa: B009
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def compile_for(
     sharding = _sharding(card)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, xla.no_remat_pass():
+    with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, xla.no_remat_pass(), xla.unkept_programs():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         jitted = jax.jit(function, donate_argnums=donate)
         try:
