@@ -113,7 +113,7 @@ def floats(config: Config) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("residuals", ["inputs", "all"])
+@pytest.mark.parametrize("residuals", [pytest.param("inputs", marks=pytest.mark.slow), "all"])
 def test_every_gradient_equals_whole_model_grad(tiny: Callable[..., Config], second: None, residuals: str) -> None:
     """Of all ten weights, those shared by layers included, 1e-5 relative in f32; sums over two microbatches."""
     config = tiny(model={"depth": 3}, compute={"residuals": residuals})

@@ -245,8 +245,8 @@ def trained(config: Config, steps: int) -> tuple[step.State, list[float]]:
     return state, losses
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("form", ["nf4", pytest.param("b2.67", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nf4", "b2.67"])
 def test_trains(form: str):
     """A repeated batch is learnt: the loss falls by more than 1.5 nats in 40 steps; the stored matrices stay packed."""
     state, losses = trained(tiny(form), 40)
