@@ -292,14 +292,14 @@ def change_json(path: Path, rng: np.random.Generator) -> None:
 @pytest.mark.long
 @seeds
 def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable, seed: int) -> None:
-    """80 run folders in which one to three files are damaged, or config.json says something else.
+    """80 run folders, 30 of seed 0, in which one to three files are damaged, or config.json says something else.
 
     Unless both checkpoints or the tokenizer are hit, sample, evaluate, export, train.init and train work; nothing that is
     whole is lost, and an export is whole or not there.
     """
     rng = np.random.default_rng(seed)
-    worked = 0
-    for case in range(80):
+    worked, cases = 0, 80 if seed else 30
+    for case in range(cases):
         run, out = tmp_path / f"r{case}", tmp_path / f"x{case}"
         shutil.copytree(whole, run)
         order = lambda p: (p.parent, p.stat().st_size, p)  # orbax names many files at random
@@ -330,7 +330,7 @@ def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable,
         assert out.exists() == (good and case % 5 == 2) and not list(tmp_path.glob("*.tmp"))
         assert 9 in run_folder.available(run)
         shutil.rmtree(run)
-    assert worked > 50
+    assert worked > cases * 5 // 8
 
 
 @pytest.mark.long

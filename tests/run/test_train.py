@@ -322,7 +322,7 @@ def test_help(subcommand: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.long
 def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """The real command: one line on stderr, exit 2, nothing on stdout, nothing written."""
-    for extra in ({"model__dept": 3}, {"model__vocab": 299}, {"compute__residuals": "auto"}):
+    for extra in ({"model__vocab": 299}, {"compute__residuals": "auto"}):
         process = tiny_run.spawn(home / "tiny.py", tmp_path / "run", compile_cache, **extra)
         output, _ = process.communicate()
         assert process.returncode == 2, output
