@@ -222,33 +222,30 @@ def compile_for_gpu(lowered: Any, options: dict[str, Any] | None = None) -> Any:
         return lowered.compile(compiler_options=options)
 
 
-@contextlib.contextmanager
-def no_remat_pass() -> Iterator[None]:
+def no_remat_pass() -> contextlib.AbstractContextManager[None]:
     """Turns XLA's rematerialisation off: it recomputes matmuls when it expects memory to be short.
 
     What is recomputed is decided by compute.residuals instead.
     """
-    import jax
+    return _setting("jax_compiler_enable_remat_pass", False)
 
-    before: Any = getattr(jax.config, "jax_compiler_enable_remat_pass")  # noqa: B009  unknown to type checkers
-    jax.config.update("jax_compiler_enable_remat_pass", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compiler_enable_remat_pass", before)
+
+def unkept_programs() -> contextlib.AbstractContextManager[None]:
+    """Keeps programs for an absent card out of jax's cache on disk, which cannot read them back and warns of it."""
+    return _setting("jax_persistent_cache_min_compile_time_secs", math.inf)
 
 
 @contextlib.contextmanager
-def unkept_programs() -> Iterator[None]:
-    """Programs for an absent card stay out of jax's cache on disk, which cannot read them back and warns of it."""
+def _setting(name: str, value: Any) -> Iterator[None]:
+    """One of jax's settings, until the block ends."""
     import jax
 
-    before: Any = getattr(jax.config, "jax_persistent_cache_min_compile_time_secs")  # noqa: B009
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        jax.config.update(name, before)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -290,15 +290,15 @@ def change_json(path: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.long
-@seeds
-def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable, seed: int) -> None:
-    """80 run folders, 30 of seed 0, in which one to three files are damaged, or config.json says something else.
+@pytest.mark.parametrize(("seed", "cases"), [(0, 30), *(pytest.param(i, 80, marks=pytest.mark.slow) for i in range(4))])
+def test_run_folders(home: Path, whole: Path, tmp_path: Path, outcome: Callable, seed: int, cases: int) -> None:
+    """80 run folders, of which make test has 30, in which one to three files are damaged, or config.json says something else.
 
     Unless both checkpoints or the tokenizer are hit, sample, evaluate, export, train.init and train work; nothing that is
     whole is lost, and an export is whole or not there.
     """
     rng = np.random.default_rng(seed)
-    worked, cases = 0, 80 if seed else 30
+    worked = 0
     for case in range(cases):
         run, out = tmp_path / f"r{case}", tmp_path / f"x{case}"
         shutil.copytree(whole, run)

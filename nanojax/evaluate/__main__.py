@@ -268,8 +268,8 @@ def main() -> None:
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")
     where = subject.config.data.path
     if a.default and not (a.text or a.data or (where and (Path(where) / "tokenizer").is_dir())):
-        missing = f"there is no data folder at {where}" if where else NO_DATA
-        console.print(f"bits per byte left out: {missing}; give --data=FOLDER or --text=FILE")
+        missing = f"no data folder at {where}" if where else NO_DATA
+        console.print(f"bits per byte skipped: {missing}; give --data=FOLDER or --text=FILE")
         a.eval.remove("bpb")
     board = None
     if subject.out:

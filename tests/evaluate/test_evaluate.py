@@ -170,7 +170,7 @@ def test_another_programs_folder_stays_as_it_is(run, tmp_path, monkeypatch, caps
     before = sorted(tmp_path.rglob("*"))
     _command(monkeypatch, f"--hf={tmp_path / 'hf'}", "--tokens=2", "--prompt=the")
     said = capsys.readouterr().out
-    assert "bits per byte left out: nothing says which data this model was validated on" in said and "· the" in said
+    assert "bits per byte skipped: nothing says which data this model was validated on" in said and "· the" in said
     for rule in ("raw", "decoded"):
         text = ("--eval=bpb,core", f"--text={tmp_path / 't.txt'}", f"--bundle={run.parent / 'bundle'}")
         _command(monkeypatch, f"--hf={tmp_path / 'hf'}", *text, f"--token-bytes={rule}")

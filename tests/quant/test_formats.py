@@ -72,7 +72,7 @@ def test_nearest_is_within_half_a_step():
 
 
 @pytest.mark.long
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=40))
 def test_any_finite_row_encodes(values):
     """Zeros, tiny and the largest floats: codes stay within 127, decoding is finite and within one step."""

@@ -170,7 +170,7 @@ def _kill_and_resume(home: Path, cache: Path, kills: int, steps: int, seed: int)
 @pytest.mark.long
 def test_kill_9(home: Path, compile_cache: Path) -> None:
     """Two kill -9 at random moments: everything equals the uninterrupted run bit by bit."""
-    _kill_and_resume(home, compile_cache, kills=2, steps=40, seed=0)
+    _kill_and_resume(home, compile_cache, kills=2, steps=80, seed=0)
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_help(subcommand: list[str], monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.long
 def test_mistakes_as_processes(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """The real command: one line on stderr, exit 2, nothing on stdout, nothing written."""
-    for extra in ({"model__vocab": 299}, {"compute__residuals": "auto"}):
+    for extra in ({"model__dept": 3}, {"model__vocab": 299}, {"compute__residuals": "auto"}):
         process = tiny_run.spawn(home / "tiny.py", tmp_path / "run", compile_cache, **extra)
         output, _ = process.communicate()
         assert process.returncode == 2, output
