@@ -271,7 +271,7 @@ def test_figures_are_short() -> None:
         "1.235",
         "71,680",
         "4.54e20",
-        "1.00e-05",
+        "1.00e-5",
     ]
     chart = Section(2, "", [Chart("a", {"b": [(1.0, 2.0)]}), Sample("c", "d")])
     assert "▁" in as_markdown.markdown(Page("t", [chart])) and "<circle" in as_html.document(Page("t", [chart]))
@@ -300,3 +300,16 @@ def test_command(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("sys.argv", ["report", f"--run={run}", f"--out={run / 'config.json'}"])
     with pytest.raises(UserError, match="--out"):
         report.main()
+
+
+def test_cores_interval_is_that_of_its_tasks(tiny: Make, tmp_path: Path) -> None:
+    """10 of 10 above a baseline of 0.25, and 5 of 10: Wilson's bounds 0.7225 and 0.2366 to 0.7634, centred, by hand.
+
+    A file without baselines, as written before they were kept, has no interval.
+    """
+    tasks = {"a": {"correct": 10, "total": 10, "baseline": 0.25}, "b": {"correct": 5, "total": 10, "baseline": 0.0}}
+    run = write(tmp_path / "run", tiny(), *TRAINED, core_000020={"step": 20, "core": 0.75, "tasks": tasks})
+    assert scores.core_of(read.stage(run)) == ("0.7500 (0.5229 to 0.8817)", "step 20, all examples")
+    del tasks["a"]["baseline"]
+    (run / "evals" / "core_000020.json").write_text(json.dumps({"step": 20, "core": 0.75, "tasks": tasks}))
+    assert scores.core_of(read.stage(run)) == ("0.7500", "step 20, all examples")

@@ -70,7 +70,13 @@ def _run_core(subject: Subject, a: argparse.Namespace, console: Console, board: 
                 )
     value = core.core_of(scores)
     kept = {
-        s.task.label: {"accuracy": s.accuracy, "centred": s.centred, "correct": s.correct, "total": s.total}
+        s.task.label: {
+            "accuracy": s.accuracy,
+            "baseline": s.task.baseline,
+            "centred": s.centred,
+            "correct": s.correct,
+            "total": s.total,
+        }
         for s in scores
     }
     record = {"core": value, "tasks": kept, **_about(subject), "seconds": time.monotonic() - began, **identity}

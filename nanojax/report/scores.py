@@ -29,7 +29,7 @@ def bpb(stages: Sequence[Stage]) -> list[Block]:
 
 def core(stages: Sequence[Stage]) -> list[Block]:
     """CORE among published ones, and what published runs reached at these FLOPs."""
-    ours = [(f"{stage.name} (this run)", *found) for stage in stages if (found := core_of(stage))]
+    ours = [(stage.name, *found) for stage in stages if (found := core_of(stage))]
     if not ours:
         return [Text("Not measured: python -m nanojax.evaluate --run=RUN --eval=core --bundle=eval_bundle")]
     theirs = [(f.model, f"{f.value:.4f}", f"published: {f.source}") for f in published.CORE]
@@ -54,19 +54,15 @@ def core_of(stage: Stage) -> tuple[str, str] | None:
 
 
 def _core_bounds(found: dict[str, Any]) -> dict[str, float]:
-    """The 95% interval of an evaluation's CORE, from each task's count; empty where a task does not give it."""
+    """The 95% interval of an evaluation's CORE, from each task's count and baseline; empty where a task lacks one."""
     estimates = []
     tasks = found.get("tasks")
     for task in tasks.values() if isinstance(tasks, dict) else ():
         figures = task if isinstance(task, dict) else {}
-        right, n, centred = (number(figures, key) for key in ("correct", "total", "centred"))
-        if right is None or centred is None or not n or not 0 <= right <= n or centred >= 1:
+        right, n, baseline = (number(figures, key) for key in ("correct", "total", "baseline"))
+        if right is None or baseline is None or not n or not 0 <= right <= n or not 0 <= baseline < 1:
             return {}
-        share = interval.share(int(right), int(n))
-        baseline = (share.value - centred) / (1 - centred)  # as centred is (share - baseline) / (1 - baseline)
-        if not 0 <= baseline < 1:
-            return {}
-        estimates.append(interval.centred(share, baseline))
+        estimates.append(interval.centred(interval.share(int(right), int(n)), baseline))
     bounds = interval.mean(estimates)._asdict() if estimates else {}
     return {key: bounds[key] for key in ("low", "high") if key in bounds}
 

@@ -30,10 +30,13 @@ def thinned(points: Points, most: int) -> list[Bucket]:
 
 
 def figure(value: float) -> str:
-    """A number with four significant digits, of thousands and above with all its digits or as a power of ten."""
+    """A number with four significant digits, thousands with all their digits; very small and large ones as 4.54e20."""
     if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
+    if 1e3 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    mantissa, _, power = f"{value:.2e}".partition("e")
+    return f"{mantissa}e{int(power)}"
 
 
 def or_none(value: float | None, shown: Callable[[float], str]) -> str:
