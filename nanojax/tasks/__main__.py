@@ -7,19 +7,15 @@ SUBCOMMANDS = {
     "prepare": "a mixture of tasks and of your own conversations -> tokens for fine-tuning",
     "show": "print conversations, supervised tokens in colour",
 }
-HELP = (
-    "usage: python -m nanojax.tasks SUBCOMMAND [--help]\n\nConversations in, tokens for fine-tuning out.\n\n"
-    + "\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items())
-    + "\n\nexamples:\n"
-    "  python -m nanojax.tasks download smoltalk mmlu gsm8k --out texts/chat\n"
-    "  python -m nanojax.tasks prepare smoltalk mmlu:3 gsm8k:4 --tokenizer runs/d24 --out data/chat\n"
-    "  python -m nanojax.tasks show data/chat\n"
-)
+EXAMPLES = """\
+  python -m nanojax.tasks download smoltalk mmlu gsm8k --out texts/chat
+  python -m nanojax.tasks prepare smoltalk mmlu:3 gsm8k:4 --tokenizer runs/d24 --out data/chat
+  python -m nanojax.tasks show data/chat"""
 
 
 def main() -> None:
     """Runs the subcommand named first on the command line."""
-    run_subcommand("nanojax.tasks", SUBCOMMANDS, HELP)
+    run_subcommand("nanojax.tasks", "Conversations in, tokens for fine-tuning out.", SUBCOMMANDS, EXAMPLES)
 
 
 if __name__ == "__main__":

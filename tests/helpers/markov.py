@@ -1,7 +1,13 @@
-"""Batches that a model can learn from, made from a config alone."""
+"""Batches that a model can learn from, made from a config alone; training on them beside an oracle."""
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from nanojax import step
 from nanojax.config import Config
 
 
@@ -15,3 +21,14 @@ def batches(config: Config, steps: int) -> np.ndarray:
     for t in range(1, T1):
         out[..., t] = follow[out[..., t - 1], rng.integers(0, 3, out.shape[:3])]
     return out
+
+
+def train_beside(oracle: Any, config: Config, state: step.State, steps: int) -> tuple[step.State, list[Any], list[Any]]:
+    """(state after `steps` steps, our metrics, what oracle.step(tokens) returned), both on the same batches."""
+    run = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
+    ours, theirs = [], []
+    for tokens in batches(config, steps):
+        theirs.append(oracle.step(tokens))
+        state, metrics = run(state, step.Batch(jnp.asarray(tokens)))
+        ours.append(metrics)
+    return state, ours, theirs

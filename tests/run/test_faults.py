@@ -94,12 +94,18 @@ class Supervised:
                 away.rename(self.data / "train_00000.bin")
 
 
-def _endure(home: Path, cache: Path, faults: int, steps: int, seed: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("faults", "steps", "seed"), [(5, 600, 0), (100, 6000, 1)])
+def test_random_faults(home: Path, compile_cache: Path, faults: int, steps: int, seed: int) -> None:
+    """Parameters, optimizer state, data position and records are those of the undisturbed run.
+
+    Some faults come while the process starts. Nobody but the loop restarts it.
+    """
     rng = random.Random(seed)
     reference, run = home / f"faults{faults}_reference", home / f"faults{faults}"
     overrides = dict(train__steps=steps, checkpoint__every=20, eval__every=0)
     assert train.train(tiny_run.load(home / "tiny.py", reference, **overrides)) == exits.DONE
-    supervised = Supervised(home, run, cache, steps, rng)
+    supervised = Supervised(home, run, compile_cache, steps, rng)
     supervised.reach(1)
     begin, befallen, soon = time.monotonic(), Counter(), False
     for number in range(faults):
@@ -116,15 +122,3 @@ def _endure(home: Path, cache: Path, faults: int, steps: int, seed: int) -> None
     print(f"{dict(befallen)} in {time.monotonic() - begin:.0f} s, {starts} starts on record")
     assert supervised.output.read_text().count("Traceback") == 0, supervised.output.read_text()
     tiny_run.assert_same_run(reference, run)
-
-
-@pytest.mark.slow
-def test_five_faults(home: Path, compile_cache: Path) -> None:
-    """Five random faults: parameters, optimizer state, data position and records are those of the undisturbed run."""
-    _endure(home, compile_cache, faults=5, steps=600, seed=0)
-
-
-@pytest.mark.slow
-def test_a_hundred_faults(home: Path, compile_cache: Path) -> None:
-    """A hundred, some while the process starts; nobody but the loop restarts it."""
-    _endure(home, compile_cache, faults=100, steps=6000, seed=1)

@@ -1,10 +1,8 @@
 """Fifty steps of the recipe of 2026 against an independent numpy implementation of its model, optimizer and schedules."""
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import markov
@@ -76,12 +74,8 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     first = numpy_gpt2026.random_params(np.random.default_rng(2), depth, 48, 32, 32 * depth)
     state = state._replace(params=joined(first))
     oracle = Recipe(first, config)
-    step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
-    ours, theirs = [], []
-    for tokens in markov.batches(config, STEPS):
-        theirs.append(oracle.step(tokens))
-        state, metrics = step(state, steps.Batch(jnp.asarray(tokens)))
-        ours.append(float(metrics["loss"]))
+    state, metrics, theirs = markov.train_beside(oracle, config, state, STEPS)
+    ours = [float(each["loss"]) for each in metrics]
     assert theirs[-1] < theirs[0] - 0.1  # it has learnt
     print("loss", np.abs(np.array(ours) - theirs).max(), theirs[0], theirs[-1])
     travelled = lambda a, b, a0: float(np.linalg.norm(a - b) / np.linalg.norm(b - a0))

@@ -1,9 +1,6 @@
 """Fifty steps of training against an independent numpy implementation of the published recipe."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import markov
@@ -29,12 +26,8 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     state = jax.jit(steps.init_state, static_argnums=0)(config)
     first = jax.tree.map(np.asarray, state.params)
     oracle = Recipe(first, config)
-    step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
-    ours, theirs = [], []
-    for tokens in markov.batches(config, STEPS):
-        theirs.append(oracle.step(tokens))
-        state, metrics = step(state, steps.Batch(jnp.asarray(tokens)))
-        ours.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    state, metrics, theirs = markov.train_beside(oracle, config, state, STEPS)
+    ours = [(float(each["loss"]), float(each["grad_norm"])) for each in metrics]
     ours, theirs = np.array(ours), np.array(theirs)
     assert theirs[0, 0] == pytest.approx(np.log(48)) and theirs[-5:, 0].mean() < theirs[0, 0] - 0.3  # it has learnt
     assert np.abs(ours[:, 0] - theirs[:, 0]).max() < 1e-3
