@@ -104,10 +104,18 @@ def test_below_8_bits(name: str) -> None:
 
 @each(RECIPE_BARS)
 def test_the_newest_recipe(name: str) -> None:
-    """d24 for GPT-2's CORE and d28 for d32's fit the card and reach the speed that their days are told by."""
+    """d24 for GPT-2's CORE and d28 for d32's fit the card and reach the speed that their days are told by.
+
+    Muon's update, Newton-Schulz included, takes less than 5% of the step. Three of four attentions, forward and backward,
+    run in cuDNN with the recipe's window: 512 keys before the query's own.
+    """
     plan = plan_of(name)
     gib, speed = RECIPE_BARS[name]
     assert plan.memory.peak / GIB <= gib and plan.tokens_per_second >= speed, plan.summary
+    muon = sum(k.seconds for k in plan.estimate.kernels if "/muon" in k.op_name)
+    assert 0 < muon < 0.05 * plan.estimate.seconds
+    windows = re.findall(r'"sliding_window_length":\s*(\d+)', plan.program.hlo)
+    assert windows.count("513") == 3 * windows.count("0") == 3 * plan.config.model.L // 2
 
 
 @each(["d32_4070", *RECIPE_BARS])
