@@ -39,8 +39,8 @@ def _bounds(T: int, window: int) -> list[tuple[int, int, int]]:
 
 def _scores(q: jax.Array, k: jax.Array, ahead: int, window: int, scale: float) -> jax.Array:
     """Scaled, masked f32 scores [B,N,C,S] of C queries against S keys, the first of which is `ahead` positions earlier."""
-    s = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=F32) * scale
-    distance = ahead + jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
+    s = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=F32) * scale
+    distance = ahead + jnp.arange(q.shape[2])[:, None] - jnp.arange(k.shape[2])[None, :]
     return jnp.where((distance >= 0) & (distance <= window), s, -jnp.inf)
 
 
@@ -52,31 +52,37 @@ def chunked(window: int, scale: float, q: jax.Array, k: jax.Array, v: jax.Array)
 
 def _chunked_fwd(window, scale, q, k, v):
     outs, lses = [], []
+    q_BNTH, k_BNTH, v_BNTH = (a.swapaxes(1, 2) for a in (q, k, v))  # once: the products want a head's tokens together
     for first, start, end in _bounds(q.shape[1], window):
-        s = _scores(q[:, start:end], k[:, first:end], start - first, window, scale)
+        s = _scores(q_BNTH[:, :, start:end], k_BNTH[:, :, first:end], start - first, window, scale)
         lse = jax.nn.logsumexp(s, -1, keepdims=True)
         p = jnp.exp(s - lse).astype(v.dtype)
-        outs.append(jnp.einsum("bnqk,bknh->bqnh", p, v[:, first:end], preferred_element_type=F32).astype(q.dtype))
+        out = jnp.einsum("bnqk,bnkh->bnqh", p, v_BNTH[:, :, first:end], preferred_element_type=F32)
+        outs.append(out.astype(q.dtype))
         lses.append(lse)
-    out = checkpoint_name(jnp.concatenate(outs, 1), "attn")
+    out = checkpoint_name(jnp.concatenate(outs, 2).swapaxes(1, 2), "attn")
     lse = checkpoint_name(jnp.concatenate(lses, 2), "attn")
     return out, (q, k, v, out, lse)
 
 
 def _chunked_bwd(window, scale, residuals, do):
     """FlashAttention-2's backward (arXiv 2307.08691, algorithm 2): ds = p*(dp - rowsum(do*o))."""
-    q, k, v, out, lse = residuals
-    delta = jnp.einsum("bqnh,bqnh->bnq", do.astype(F32), out.astype(F32))[..., None]
-    dqs, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
-    for first, start, end in _bounds(q.shape[1], window):
-        qc, kc, vc, doc = q[:, start:end], k[:, first:end], v[:, first:end], do[:, start:end]
+    *qkv, out, lse = residuals
+    q, k, v, do, out = (a.swapaxes(1, 2) for a in (*qkv, do, out))  # [B,N,T,H]
+    delta = jnp.sum(do.astype(F32) * out.astype(F32), -1, keepdims=True)
+    # dk and dv as [B,N,H,T]: a CPU transposes the narrow q and do for its products, not ds and p (8% of backward).
+    dqs, dk, dv = [], *(jnp.zeros(a.swapaxes(2, 3).shape, F32) for a in (k, v))
+    for first, start, end in _bounds(q.shape[2], window):
+        qc, kc, vc, doc = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], do[:, :, start:end]
         p = jnp.exp(_scores(qc, kc, start - first, window, scale) - lse[:, :, start:end])
-        dp = jnp.einsum("bqnh,bknh->bnqk", doc, vc, preferred_element_type=F32)
+        dp = jnp.einsum("bnqh,bnkh->bnqk", doc, vc, preferred_element_type=F32)
         ds = (p * (dp - delta[:, :, start:end]) * scale).astype(q.dtype)
-        dqs.append(jnp.einsum("bnqk,bknh->bqnh", ds, kc, preferred_element_type=F32).astype(q.dtype))
-        dk = dk.at[:, first:end].add(jnp.einsum("bnqk,bqnh->bknh", ds, qc, preferred_element_type=F32))
-        dv = dv.at[:, first:end].add(jnp.einsum("bnqk,bqnh->bknh", p.astype(q.dtype), doc, preferred_element_type=F32))
-    return jnp.concatenate(dqs, 1), dk.astype(k.dtype), dv.astype(v.dtype)
+        dqs.append(jnp.einsum("bnqk,bnkh->bnqh", ds, kc, preferred_element_type=F32).astype(q.dtype))
+        dk = dk.at[..., first:end].add(jnp.einsum("bnqh,bnqk->bnhk", qc, ds, preferred_element_type=F32))
+        dvc = jnp.einsum("bnqh,bnqk->bnhk", doc, p.astype(q.dtype), preferred_element_type=F32)
+        dv = dv.at[..., first:end].add(dvc)
+    dk, dv = (d.swapaxes(2, 3).astype(k.dtype) for d in (dk, dv))
+    return tuple(d.swapaxes(1, 2) for d in (jnp.concatenate(dqs, 2), dk, dv))
 
 
 chunked.defvjp(_chunked_fwd, _chunked_bwd)

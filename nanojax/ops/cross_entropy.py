@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanojax.config import Compute
-from nanojax.ops.linear import F32, float_dtype, matmul_t, norm_backward
+from nanojax.ops.linear import F32, float_dtype, float_dw, matmul_t, norm_backward
 from nanojax.ops.rows import inverse_rms
 from nanojax.quant import decode, quantize_rows
 from nanojax.quant.formats import Quantized, Stored
@@ -51,7 +51,7 @@ def loss_and_grads(
         dz = ((jnp.exp(z - lse) - hot.astype(F32)) * (1 - jnp.square(z / cap)) * scale).astype(x.dtype)
         dz = lax.optimization_barrier(dz)
         dh = lax.dot_general(dz, decode(head, x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
-        dw = lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=F32)
+        dw = float_dw(c, dz, h)
         total = add_rounded(total, dw, dither_vectors(jax.random.fold_in(key, i), max(total.shape)))
         loss += jnp.sum(losses * weights[0] if weights else losses)
         return (total, loss), norm_backward(dh, h, r).astype(x.dtype)

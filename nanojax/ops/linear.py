@@ -29,7 +29,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from nanojax.config import Compute
 from nanojax.ops import mix, rope
 from nanojax.ops.columns import column_codes
-from nanojax.ops.rows import F32, by_rows, inverse_rms, quantized
+from nanojax.ops.rows import F32, by_rows, implementation, inverse_rms, quantized
 from nanojax.quant.formats import Quantized, decode, is_stored, quantize_rows
 from nanojax.quant.packed import Packed, int8_rows
 
@@ -139,13 +139,24 @@ def _dw(c: Compute, w: Any, dy: Any, saved: Any, dq: Quantized | None) -> jax.Ar
     dy may be None if c.dw is int8 and O >= K.
     """
     if c.dw != "int8":
-        return lax.dot_general(dy, decode(saved, dy.dtype), (((0,), (0,)), ((), ())), preferred_element_type=F32)
+        return float_dw(c, dy, decode(saved, dy.dtype))
     x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
     if dq is not None and dq.shape[1] >= x.shape[1]:
         q = _materialised_codes(column_codes(c, x.codes, x.scale, dq.scale))
         return matmul_t(_transposed(dq.codes), q.codes).astype(F32) * (1 / _codes(w).scale) * q.scale.T
     d = _materialised_codes(column_codes(c, dy, x.scale))
     return matmul_t(d.codes, _transposed(x.codes)).astype(F32) * d.scale
+
+
+def float_dw(c: Compute, dy: jax.Array, x: jax.Array) -> jax.Array:
+    """dy.T @ x, f32 [O,K] of [M,O] and [M,K] in one float dtype."""
+    product = functools.partial(lax.dot_general, preferred_element_type=F32)
+    if implementation(c.rows) == "pallas":
+        return product(dy, x, (((0,), (0,)), ((), ())))
+    # A CPU's products want the first operand's rows together, so that the narrower one is transposed (4% of a d4's step).
+    narrow, wide = (x, dy) if x.shape[1] < dy.shape[1] else (dy, x)
+    dw = lax.optimization_barrier(product(lax.optimization_barrier(narrow.T), wide, (((1,), (0,)), ((), ()))))
+    return dw if narrow is dy else dw.T
 
 
 def _save_operand(c: Compute, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Any:

@@ -74,14 +74,18 @@ def decoded(
 
 def hold(config: Config, params: Any, prompts: Any, new: Any, ends: Any, texts: Any, forced: Any, answers: Any) -> None:
     """Each row: every token that was not forced is the full forward's argmax, every forced one the answer's, in its place;
-    and it goes on to its end, and no further."""
+    and it goes on to its end, and no further.
+
+    In int8 the last bit of a float moves a code where it lies between two, and with it logits by 0.02 (their spread is 2.3).
+    """
     forward = jax.jit(model.forward, static_argnums=0)
+    near = 0.05 if config.compute.forward == "int8" else 0.0
     for prompt, count, text, were_forced, answer in zip(prompts, new, texts, forced, answers, strict=True):
         row = np.zeros((1, config.model.T), np.int32)
         row[0, : len(prompt) + len(text)] = prompt + text
-        best = np.asarray(forward(config, params, row))[0].argmax(-1)
-        want = [int(best[len(prompt) - 1 + i]) for i in range(len(text))]
-        assert [t for t, f in zip(text, were_forced) if not f] == [t for t, f in zip(want, were_forced) if not f]
+        logits = np.asarray(forward(config, params, row))[0, len(prompt) - 1 :][: len(text)]
+        behind = logits.max(-1) - logits[np.arange(len(text)), text]
+        assert (behind[~np.array(were_forced, bool)] <= near).all()
         assert [t for t, f in zip(text, were_forced) if f] == answer(text)
         assert len(text) == count or text[-1] in ends
         assert not any(t in ends for t in text[:-1])

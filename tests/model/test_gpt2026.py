@@ -64,7 +64,7 @@ def test_logits_equal_numpy(tiny: Make, depth: int) -> None:
     ],
 )
 def test_the_steps_gradients_equal_numpy(tiny: Make, depth: int, residuals: str) -> None:
-    """Every weight's sum over two microbatches, and the loss, to 1e-5 relative in f32, whatever forward keeps."""
+    """Every weight's sum over two microbatches, and the loss, to 1e-5 relative in f32 (backout 3e-5), whatever forward keeps."""
     config = made(tiny, depth, compute={"residuals": residuals, "loss_chunk": T})
     theirs, ours = drawn(config)
     tokens = np.random.default_rng(3).integers(0, config.model.V, config.batch_shape)
@@ -80,7 +80,8 @@ def test_the_steps_gradients_equal_numpy(tiny: Make, depth: int, residuals: str)
     for name, weight in weights.table(config.model).items():
         for place, i in enumerate(weight.layers) if weight.layered else [(0, None)]:
             got, expected = (accum[name], want[name]) if i is None else (accum[name][place], want["blocks"][i][name])
-            assert relative(got, expected) < 1e-5, (name, i)
+            # backout's gradient is one number, whose terms cancel to a 537th of their sum at depth 3; an f32 has 6e-8 of that
+            assert relative(got, expected) < (3e-5 if name == "backout" else 1e-5), (name, i)
 
 
 def test_a_window_and_causality_by_gradient(tiny: Make) -> None:
