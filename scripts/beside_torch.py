@@ -55,7 +55,9 @@ def ours(a: argparse.Namespace) -> dict[str, Turn]:
     @jax.jit
     def gradients(params: Any) -> Any:
         accum, mix = accumulators(config, state._replace(params=params))
-        return steps.forward_backward(config, params, accum, batch.tokens[0], None, mix(jnp.int32(0)), jax.random.key(0))
+        return steps.forward_backward(
+            config, params, accum, batch.tokens[0], None, mix(jnp.int32(0)), jax.random.key(0)
+        )
 
     def whole() -> None:
         nonlocal state
@@ -127,6 +129,9 @@ def main() -> None:
     if a.worker:
         serve(ours(a) if a.worker == "ours" else theirs(a), a.steps)
         return
+    for option, file in (("--nanochat", Path(a.nanochat) / "nanochat" / "muon.py"), ("--python", Path(a.python))):
+        if not file.is_file():
+            parser.exit(2, f"error: {option}: no {file}; see --help for how to get it\n")
     workers = {}
     for name, python in (("ours", sys.executable), ("theirs", a.python)):
         command = [python, __file__, *sys.argv[1:], f"--worker={name}"]
