@@ -162,7 +162,7 @@ class Order:
         if count > 1:
             seed = pass_seed(self.seed, number)
             place = grain.experimental.index_shuffle(place, max_index=count - 1, seed=seed, rounds=4)
-        return np.int64(place)[...]
+        return np.asarray(place, np.int64)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever a state of this order is restored."""
