@@ -78,11 +78,11 @@ def train(config: Config) -> int:
             config = _with_residuals(config, run)
 
         # run folder
+        if t.init and not run_folder.available(run):
+            resume.check_init(config, tokenizer)
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
         resumption = resume.check(run, config)
         config = resumption.config
-        if config.train.init and not run_folder.available(run):
-            resume.check_init(config, tokenizer)
         open_until_the_end.enter_context(exits.restarting(begun))
         watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         tokenizer.save(run / "tokenizer")

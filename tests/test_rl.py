@@ -343,7 +343,7 @@ def test_a_run_says_what_it_did(whole: Path) -> None:
     assert all({"accuracy", "low", "high", "pass_1", "pass_2", "questions"} <= r.keys() for r in evals)
     assert [r["from"] for r in metrics.read(whole, "init")] == [str(whole.parent / "base")]
     config = run_folder.read_config(whole)
-    assert config.row == 64 and config.train.tokens_per_step == 4 * 4 * 64 and config.batch_shape == (4, 4, 65)
+    assert config.row == 64 and config.train.tokens_per_step == 4 * 4 * 64 and config.batch_shape == (8, 2, 65)
 
 
 def spawned(out: Path, cache: Path) -> subprocess.Popen[str]:
@@ -424,7 +424,7 @@ def test_a_run_that_has_begun_keeps_its_settings(whole: Path) -> None:
         with pytest.raises(UserError, match=r"trained with other settings|its schedule was another"):
             train.train(rl.config_of(wish(base, whole, *KEYS, key)))
     task.write_text(TASK + "\n# changed\n")
-    with pytest.raises(UserError, match="saved data position was made with questions"):
+    with pytest.raises(exits.Failed, match="saved data position was made with questions"):
         train.train(rl.config_of(wish(base, whole, *KEYS)))
     task.unlink()
     with pytest.raises(exits.Failed):
