@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model; the same command again resumes",
     "tasks": "conversations to tokens for fine-tuning",
     "sft": "fine-tune a model on conversations; the same command again resumes",
+    "rl": "train a model on rewards for its own answers; the same command again resumes",
     "status": "where a run is, from its folder alone",
     "report": "one page about a run: curves, scores, texts, time, energy, money, commands",
     "sample": "text from a trained model",

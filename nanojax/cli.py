@@ -159,6 +159,17 @@ def live(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
+def positive(text: str) -> float:
+    """A number of a command line, above 0 and below a million."""
+    try:
+        value = float(text)
+        if not 0 < value < 1e6:
+            raise ValueError
+        return value
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1,000,000") from None
+
+
 def output_folder(path: str | os.PathLike) -> Path:
     """Makes the folder and checks that files can be written there. UserError if not, before hours of work."""
     try:

@@ -189,6 +189,7 @@ class Optim:
     final_lr: float = _key(
         0.0, "learning rate at the end, as a fraction of the full rate", at_least=0, at_most=1, effect="schedule"
     )
+    decay: Literal["linear", "cosine"] = _key("linear", "how the rate falls during warmdown", effect="schedule")
     peak_lr: float = _key(1.0, "all rates times this; fine-tuning has 0.8", above=0, effect="schedule")
     steps_before: int = _key(
         0, "updates that the momenta have seen, which are taken over from train.init; 0 = fresh momenta", at_least=0
@@ -200,10 +201,34 @@ class Data:
     """Tokens and their tokenizer. The folder may move: a resumed run compares the shards themselves."""
 
     path: str = _key(
-        "data/fineweb", "folder that `python -m nanojax.data` or nanojax.tasks wrote", effect="none", path=True
+        "data/fineweb",
+        "folder that `python -m nanojax.data` or nanojax.tasks wrote; of rollouts: a task, or a Python file",
+        effect="none",
+        path=True,
     )
-    kind: Literal["text", "conversations"] = _key(
-        "text", "text = token shards; conversations = prepared ones, of which only supervised tokens are learnt"
+    kind: Literal["text", "conversations", "rollouts"] = _key(
+        "text",
+        "text = token shards; conversations = prepared ones, of which only supervised tokens are learnt; rollouts = the "
+        "model's own answers (nanojax.rl)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What data.kind=rollouts asks of the model at each step."""
+
+    questions: int = _key(16, "questions of a step", above=0)
+    samples: int = _key(16, "answers to each of them", above=1)
+    tokens: int = _key(256, "tokens of an answer at most", above=0)
+    row: int = _key(512, "tokens of a question and its answer at most: the row that is trained", above=1)
+    temperature: float = _key(1.0, "answers are drawn at it; 1 = as the model's own probabilities are", above=0)
+    top_k: int = _key(0, "answers are drawn among so many likeliest tokens; 0 = all", at_least=0)
+    rows: int = _key(16, "answers that are written together", above=0, effect="rounding")
+    source: str = _key("texts/chat", "folder with the hub's tasks", effect="none", path=True)
+    words: str = _key("", "text with the words to spell; empty = those of the tokenizer", effect="none", path=True)
+    held_out: int = _key(256, "held-out questions that an evaluation asks; 0 = all", at_least=0, effect="none")
+    held_out_samples: int = _key(
+        8, "answers drawn to each of them, besides the greedy one; 0 = none", at_least=0, effect="none"
     )
 
 
@@ -230,7 +255,9 @@ class Train:
         effect="none",
     )
     tokens_per_param: float = _key(20.0, "used when steps, tokens and ratio are 0", above=0, effect="none")
-    tokens_per_step: int = _key(524288, "tokens of one update; 0 = nanochat's scaling law (weights.py)", at_least=0)
+    tokens_per_step: int = _key(
+        524288, "tokens of one update; 0 = all of the rollouts, else nanochat's scaling law (weights.py)", at_least=0
+    )
     microbatch: int = _key(1, "rows of one forward and backward pass", above=0, effect="rounding")
     seed: int = _key(0, "parameters, rounding and data order follow from it; below 2^32", at_least=0, below=2**32)
     log_every: int = _key(1, "steps between two lines of metrics", above=0, effect="none")
@@ -281,6 +308,7 @@ class Config:
     compute: Compute = Compute()
     optim: Optim = Optim()
     data: Data = Data()
+    rl: Rollouts = Rollouts()
     train: Train = Train()
     eval: Eval = _harmless(Eval())
     checkpoint: Checkpoint = _harmless(Checkpoint())
@@ -302,14 +330,19 @@ class Config:
         return "f32" if weight.accumulate == "f32" else getattr(self.accumulate, weight.accumulate)
 
     @property
+    def row(self) -> int:
+        """Tokens of a training row: model.seq, or rl.row of rollouts."""
+        return self.rl.row if self.data.kind == "rollouts" else self.model.T
+
+    @property
     def microbatches(self) -> int:
         """A, the microbatches whose gradients one step sums."""
-        return self.train.tokens_per_step // (self.train.microbatch * self.model.T)
+        return self.train.tokens_per_step // (self.train.microbatch * self.row)
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
         """[A, B, T+1], the shape of one step's tokens: A microbatches of B rows, each T inputs and one last target."""
-        return self.microbatches, self.train.microbatch, self.model.T + 1
+        return self.microbatches, self.train.microbatch, self.row + 1
 
 
 class Key(NamedTuple):
@@ -407,6 +440,9 @@ def _with_sizes(config: Config) -> Config:
     if model.family == "2026" and not window:
         window = math.ceil(model.T / 4 / 128) * 128
     model = dataclasses.replace(model, width=model.D, window=window)
+    if not train.tokens_per_step and config.data.kind == "rollouts":
+        rl = config.rl
+        train = dataclasses.replace(train, tokens_per_step=rl.questions * rl.samples * rl.row)
     if not train.tokens_per_step:
         train = dataclasses.replace(train, tokens_per_step=weights.tokens_per_step(model, _twelve(model)))
     return dataclasses.replace(config, model=model, train=train)
@@ -433,12 +469,14 @@ def _steps(model: Model, train: Train) -> int:
 def _check_together(config: Config) -> None:
     """UserError for the first key whose value does not go with another key's."""
     model, train, optim, compute = config.model, config.train, config.optim, config.compute
-    rows = train.microbatch * model.T
+    rows, of_row = train.microbatch * config.row, "rl.row" if config.data.kind == "rollouts" else "model.seq"
     if train.tokens_per_step % rows:
         raise UserError(
-            f"--train.tokens_per_step={train.tokens_per_step}: not a multiple of train.microbatch*model.seq = {rows}; "
+            f"--train.tokens_per_step={train.tokens_per_step}: not a multiple of train.microbatch*{of_row} = {rows}; "
             f"try {max(1, round(train.tokens_per_step / rows)) * rows}"
         )
+    if config.data.kind == "rollouts":
+        _check_rollouts(config)
     if optim.warmup < 1 and optim.warmup + optim.warmdown > 1:
         raise UserError(
             f"--optim.warmup={optim.warmup}: warmup and warmdown ({optim.warmdown}) together exceed the whole run"
@@ -454,7 +492,7 @@ def _check_together(config: Config) -> None:
         )
     if rows % compute.loss_chunk and compute.loss_chunk < rows:
         raise UserError(
-            f"--compute.loss_chunk={compute.loss_chunk}: must divide the microbatch's {rows} tokens (train.microbatch*model.seq)"
+            f"--compute.loss_chunk={compute.loss_chunk}: must divide the microbatch's {rows} tokens (train.microbatch*{of_row})"
         )
     packed = ("int4", "nf4", "int3", "b2.67")
     if model.D % 64 and (config.stored.blocks in packed or config.stored.momentum in packed):
@@ -465,6 +503,22 @@ def _check_together(config: Config) -> None:
         _check_accumulating_into_momentum(config)
     if optim.steps_before and not train.init:
         raise UserError(f"--optim.steps_before={optim.steps_before}: momenta come from another run; set --train.init")
+
+
+def _check_rollouts(config: Config) -> None:
+    """UserError for rollouts that do not fit the model's sequence, the step, or each other."""
+    rl, train = config.rl, config.train
+    if rl.row > config.model.T:
+        raise UserError(f"--rl.row={rl.row}: longer than the model's sequence of {config.model.T}; choose less")
+    if rl.tokens >= rl.row:
+        raise UserError(f"--rl.tokens={rl.tokens}: leaves no room for a question in --rl.row={rl.row}; choose less")
+    if rl.rows % rl.samples and rl.samples % rl.rows:
+        raise UserError(f"--rl.rows={rl.rows}: neither a multiple nor a divisor of --rl.samples={rl.samples}")
+    step = rl.questions * rl.samples * rl.row
+    if train.tokens_per_step != step:
+        raise UserError(
+            f"--train.tokens_per_step={train.tokens_per_step}: must be rl.questions*rl.samples*rl.row = {step}; omit it"
+        )
 
 
 def _check_family(config: Config) -> None:

@@ -5,7 +5,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -77,7 +76,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
         raise UserError(
             f"--out={wish.out}: holds a run that began from {base.train.init or 'random weights'}; choose another"
         )
-    if not begun and base.data.kind == "conversations":
+    if not begun and base.data.kind != "text":
         say(f"{wish.base} is a fine-tuned run itself; its rates are taken for the base's")
     fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
     fixed |= {"train.init": wish.base, "train.run": wish.out, "data.path": wish.data, "data.kind": "conversations"}
@@ -130,7 +129,7 @@ def parse(arguments: Sequence[str]) -> Wish:
         "--data", type=cli.path, required=True, help="folder that python -m nanojax.tasks prepare wrote"
     )
     parser.add_argument("--out", type=cli.path, required=True, help="run folder to fine-tune in")
-    parser.add_argument("--epochs", type=_positive, default=1.0, help="passes over the mixture (1)")
+    parser.add_argument("--epochs", type=cli.positive, default=1.0, help="passes over the mixture (1)")
     parser.add_argument(
         "--momenta", choices=["base", "fresh"], help="the optimizer's; default: the base run's if it has any"
     )
@@ -142,23 +141,13 @@ def parse(arguments: Sequence[str]) -> Wish:
     return Wish(run, data, out, known.epochs, known.momenta, rest)
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-        if not 0 < value < 1e6:
-            raise ValueError
-        return value
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1,000,000") from None
-
-
 def main() -> None:
     """The command."""
     wish = parse(sys.argv[1:])
     try:
         training.end_process(functools.partial(config_of, wish))
     except UserError as error:
-        raise UserError(functools.reduce(lambda text, key: text.replace(*key), TYPED_AS.items(), str(error))) from None
+        raise training.as_typed(error, TYPED_AS) from None
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Status:
     steps: int | None
     loss: float | None
     bpb: float | None
+    reward: float | None  # of the newest step's answers, and the held-out questions answered rightly, of rollouts
+    accuracy: float | None
     tokens: float | None
     tokens_per_s: float | None  # of the last records
     tokens_per_s_day: float | None  # of the last day, stops included
@@ -77,7 +79,9 @@ def status(run: Path) -> Status:
         step=step,
         steps=steps,
         loss=number(newest, "loss"),
-        bpb=next((r["bpb"] for r in reversed(records) if r["kind"] == "eval" and number(r, "bpb") is not None), None),
+        bpb=_evaluated(records, "bpb"),
+        reward=number(newest, "reward"),
+        accuracy=_evaluated(records, "accuracy"),
         tokens=number(newest, "tokens"),
         tokens_per_s=rate,
         tokens_per_s_day=day,
@@ -90,6 +94,11 @@ def status(run: Path) -> Status:
         starts=sum(r["kind"] == "start" for r in records),
         warnings=warnings + _damaged(run, available) + _warnings(run, records, newest),
     )
+
+
+def _evaluated(records: Records, key: str) -> float | None:
+    """The newest evaluation's figure."""
+    return next((r[key] for r in reversed(records) if r["kind"] == "eval" and number(r, key) is not None), None)
 
 
 def _plan(run: Path, warnings: list[str]) -> tuple[int | None, int | None]:
@@ -175,6 +184,9 @@ def table(s: Status, now: float) -> str:
     rows["step"] = f"{s.step}{of}" + (f", {short(s.tokens)} tokens" if s.tokens else "") + f", {s.starts} starts"
     loss = f"{s.loss:.4f} nats per token" if s.loss is not None else "unknown"
     rows["loss"] = loss + (f", validation {s.bpb:.4f} bits per byte" if s.bpb is not None else "")
+    if s.reward is not None:
+        right = f", {s.accuracy:.1%} of the held-out questions right" if s.accuracy is not None else ""
+        rows["reward"] = f"{s.reward:.4f}{right}"
     speeds = [f"{short(s.tokens_per_s)} tokens/s now"] if s.tokens_per_s else []
     if s.tokens_per_s_day:
         speeds.append(f"{short(s.tokens_per_s_day)} over the last day, stops included")

@@ -25,7 +25,7 @@ from nanojax import source as sources
 from nanojax import step as steps
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
-from nanojax.evaluate import bpb, core
+from nanojax.evaluate import core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
 from nanojax.run import checkpoint, ending, exits, guard, metrics, output, resume, run_folder, saving, signals
@@ -35,7 +35,7 @@ from nanojax.run.trace import Trace
 from nanojax.source import Source
 from nanojax.tokenizer import Tokenizer
 
-Late = collections.deque[tuple[int, dict[str, jax.Array]]]  # (step, its metrics)
+Late = collections.deque[tuple[int, dict[str, Any]]]  # (step, its metrics)
 
 USAGE = """usage: python -m nanojax.train --config=NAME [--section.key=value ...] [--help]
 
@@ -78,11 +78,11 @@ def train(config: Config) -> int:
             config = _with_residuals(config, run)
 
         # run folder
+        if t.init and not run_folder.available(run):
+            resume.check_init(config, tokenizer)
         open_until_the_end.enter_context(files.locked(run, "--train.run"))
         resumption = resume.check(run, config)
         config = resumption.config
-        if config.train.init and not run_folder.available(run):
-            resume.check_init(config, tokenizer)
         open_until_the_end.enter_context(exits.restarting(begun))
         watch = open_until_the_end.enter_context(watching.standing(run, t.stall_minutes))
         tokenizer.save(run / "tokenizer")
@@ -145,7 +145,7 @@ def train(config: Config) -> int:
                     if profiled:
                         guard.attempt(log, "trace", trace.end, train_step)
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, config, state, source, log, alive)
+                        guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
                     if run_core:
                         guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
                     log.restart_clock(done)
@@ -158,10 +158,15 @@ def train(config: Config) -> int:
                 rows = guard.next_batch(batches, log, watch, stop)
                 if rows is None:
                     continue
+                try:
+                    batch, told = source.batch(rows, state, alive)
+                except guard.AskedToStop:  # in the middle of answers, which the resumed run writes again
+                    batches.set_state(batches.get_state(unused=1))
+                    continue
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                    state, new = train_step(state, source.batch(rows))
+                    state, new = train_step(state, batch) if batch else (state._replace(step=state.step + 1), {})
                 done += 1
-                late.append((done, new))
+                late.append((done, new | told))
                 _log(log, late, but=1)  # the device is busy with the newest step meanwhile
                 watch.beat(done)
             cut_short = stop.is_set() and any(_due(config, tasks, done, log.recorded))
@@ -177,7 +182,8 @@ def train(config: Config) -> int:
 def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[str, int]]) -> tuple[bool, bool]:
     """(evaluate, run CORE) after step `done`: what the config asks for and is not on record."""
     last, every = done >= config.train.steps, config.eval.every
-    evaluate = done > 0 and (last or (every > 0 and done % every == 0))
+    begun = done > 0 or config.data.kind == "rollouts"  # only of the latter it is worth knowing what they begin with
+    evaluate = begun and (last or (every > 0 and done % every == 0))
     run_core = done > 0 and bool(tasks) and (last or done % config.eval.core_every == 0)
     return evaluate and ("eval", done) not in measured, run_core and ("core", done) not in measured
 
@@ -189,7 +195,7 @@ def _log(log: metrics.Metrics, late: Late, but: int = 0) -> None:
         late.popleft()
 
 
-def _read(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
+def _read(step: int, device_metrics: dict[str, Any]) -> dict[str, float]:
     """A step's metrics as floats. Diverged if one is not finite."""
     values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
     for name, value in values.items():
@@ -208,16 +214,9 @@ def _core_tasks(config: Config) -> list[core.Task]:
     return tasks
 
 
-def _evaluate(
-    config: Config, state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]
-) -> None:
-    """Logs bits per byte and a sample."""
-    total = bpb.of_folder(
-        config, state.params, source.tokenizer, config.data.path, config.train.microbatch, config.eval.tokens,
-        progress=lambda _: alive(),
-    )  # fmt: skip
-    text = source.answer(state.params) if config.eval.prompt and config.eval.sample_tokens else None
-    log.evaluation(int(state.step), total.scores(), text)
+def _evaluate(state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]) -> None:
+    """Logs scores of what is held out, and a text."""
+    log.evaluation(int(state.step), *source.evaluate(state, alive))
 
 
 def _core(
@@ -277,6 +276,11 @@ def end_process(make: Callable[[], Config]) -> NoReturn:
     with output.unfailing(), output.quiet_threads():
         code = _run(make)
     sys.exit(code)
+
+
+def as_typed(error: UserError, options: dict[str, str]) -> UserError:
+    """The error in the words of a command whose `options` set keys: {"--train.run": "--out"}."""
+    return UserError(functools.reduce(lambda text, key: text.replace(*key), options.items(), str(error)))
 
 
 def _run(make: Callable[[], Config]) -> int:

@@ -102,20 +102,24 @@ def check(names: Sequence[str], source: Path) -> None:
         )
 
 
-def load(name: str, source: Path, words: Callable[[], Sequence[str]], limit: int = 0) -> list[Problem]:
+def load(
+    name: str, source: Path, words: Callable[[], Sequence[str]], limit: int = 0, held_out: bool = True
+) -> list[Problem]:
     """A task's problems: its test rows in nanochat's shuffled order, or held-out ones of a generated task.
 
     Args:
       source: the folder with the hub's tasks.
       words: to be spelled; called only if they are needed.
-      limit: the first so many; 0 = all.
+      limit: the first so many; 0 = all. Of a generated task that is not held out, as many as are generated.
+      held_out: False: those to train on instead.
     Raises UserError naming the row that is none of this task.
     """
     if name in generated.TASKS:
-        return _held_out(name, words() if name != "sums" else (), limit)
-    found = list(rows.read(mixture.place(source, name, hub.TASKS[name].test)))
+        return _generated(name, words() if name != "sums" else (), limit, held_out)
+    split = hub.TASKS[name].test if held_out else hub.TASKS[name].train
+    found = list(rows.read(mixture.place(source, name, split)))
     if not found:
-        raise UserError(f"{source / name}: has no test row; fetch it again")
+        raise UserError(f"{source / name}: has no {'test' if held_out else 'training'} row; fetch it again")
     order = np.random.default_rng(SHUFFLE).permutation(len(found))
     return [_problem(name, found[i]) for i in order[: limit or None]]
 
@@ -126,9 +130,10 @@ def _problem(name: str, row: rows.Row) -> Problem:
         return TASKS[name].problem(row.value, messages)
 
 
-def _held_out(name: str, words: Sequence[str], limit: int) -> list[Problem]:
-    """Those that `nanojax.tasks prepare` holds out; a question that comes twice is asked once."""
-    made = (generated.conversation(name, words, i, True) for i in range(mixture.VALID))
+def _generated(name: str, words: Sequence[str], limit: int, held_out: bool) -> list[Problem]:
+    """Those that `nanojax.tasks prepare` makes; a question that comes twice is asked once."""
+    count = mixture.VALID if held_out else limit
+    made = (generated.conversation(name, words, i, held_out) for i in range(count))
     unique = {messages[0]["content"]: messages for messages in made}
     return [TASKS[name].problem(None, messages) for messages in list(unique.values())[: limit or None]]
 

@@ -355,7 +355,7 @@ def _save_weights(out: Path, params: Any, kinds: dict[str, np.dtype], m: Model) 
 
 def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
     """What ends a text: the begin token of the next; of a fine-tuned model, the end of its answer too."""
-    chat = config.data.kind == "conversations"
+    chat = config.data.kind != "text"
     return [tokenizer.special("<|assistant_end|>"), tokenizer.bos] if chat else tokenizer.bos
 
 

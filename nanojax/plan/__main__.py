@@ -12,7 +12,7 @@ from nanojax import cli, config_files, files, hardware
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.hardware import Card
-from nanojax.plan import core_of_flops, days, decoding, energy, planner, report
+from nanojax.plan import core_of_flops, days, decoding, energy, planner, report, rollouts
 
 DESCRIPTION = """What a config needs on a GPU that may be absent: memory, days, kilowatt hours, money.
 
@@ -26,6 +26,7 @@ EXAMPLES = """\
   python -m nanojax.plan --table                              (all shipped configs)
   python -m nanojax.plan --days=7 --card=rtx4070              (the best model for a week)
   python -m nanojax.plan --config=d32_4070 --decode=1,16 --cache=int8     (answering: tokens/s of so many rows)
+  python -m nanojax.plan --config=d24_2026_4070 --rl=16x512          (reinforcement learning: 16 answers of 512 tokens)
 
 Cards: """
 
@@ -33,7 +34,7 @@ Cards: """
 OF_STEP = {"measure": "--measure", "axes": "--try", "top": "--top"}
 OF_DECODING = {"context": "--context", "cache": "--cache"}
 OF_TRAINING = {**OF_STEP, "watts": "--watts", "price": "--price"}
-OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", **OF_STEP, "decode": "--decode", **OF_DECODING}
+OF_ONE_CONFIG = {"config": "--config", "hlo": "--hlo", **OF_STEP, "decode": "--decode", "rl": "--rl", **OF_DECODING}
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -49,6 +50,10 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--decode", nargs="?", const="1,16", metavar="ROWS", help="plan the decoder of so many rows at a time (1,16)"
     )
+    parser.add_argument(
+        "--rl", nargs="?", const="16x512", metavar="ROWSxTOKENS",
+        help="plan reinforcement learning: answers at a time, and tokens of each with its question (16x512)",
+    )  # fmt: skip
     parser.add_argument("--context", type=int, help="--decode: tokens of a row (the model's whole sequence)")
     parser.add_argument("--cache", choices=("float", "int8"), default="float", help="--decode: keys and values (float)")
     parser.add_argument("--top", type=int, default=10, help="slowest kernels shown (default 10)")
@@ -66,6 +71,8 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"{alone[0]}: describes a decoder; add --decode")
     if known.decode is not None and (others := of(OF_TRAINING)):
         raise UserError(f"--decode: plans no training; leave out {', '.join(others)}")
+    if known.rl is not None and (others := of({**OF_TRAINING, "hlo": "--hlo", "decode": "--decode"})):
+        raise UserError(f"--rl: is a plan of its own; leave out {', '.join(others)}")
     given = of(OF_ONE_CONFIG)
     given += [argument.partition("=")[0] for argument in rest]
     if known.days is not None and (given or known.table):
@@ -140,6 +147,17 @@ def _decoders(a: argparse.Namespace, config: Config, card: Card, console: Consol
         report.show_decoding(plans, console)
 
 
+def _rollouts(a: argparse.Namespace, config: Config, card: Card, console: Console) -> None:
+    sizes = a.rl.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and 2 <= int(size) <= 65536 for size in sizes):
+        raise UserError(f"--rl={a.rl}: expected answers at a time and tokens of each, for example --rl=16x512")
+    plan = rollouts.make(config, card, *map(int, sizes), cache=a.keep, say=_say)
+    if a.json:
+        print(json.dumps(plan.as_json(), indent=1))
+    else:
+        report.show_rollouts(plan, console)
+
+
 def _write_hlo(path: Path, text: str) -> None:
     with files.write_atomic(path) as file:
         file.write(text.encode())
@@ -158,6 +176,8 @@ def main() -> None:
     card = hardware.find_card(
         a.card or (reading.name if reading and a.measure else hardware.card_of_config(config.name).key)
     )
+    if a.rl is not None:
+        return _rollouts(a, config, card, out)
     if a.decode is not None:
         return _decoders(a, config, card, out)
     if a.measure:

@@ -53,7 +53,7 @@ def _normal(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
 
 def rates(config: Config, at_least: float = 0.2) -> list[Rate]:
     """The rates of bf16 and int8 matmuls at the model's shapes, of a copy, and of attention forward and backward."""
-    m, rows = config.model, config.train.microbatch * config.model.T
+    m, rows = config.model, config.train.microbatch * config.row
     out = []
     for kind, dtype, total in (("bf16", jnp.bfloat16, jnp.float32), ("int8", jnp.int8, jnp.int32)):
         for name, weight in weights.layer_weights(weights.table(m), 0).items():

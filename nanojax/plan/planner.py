@@ -230,12 +230,12 @@ def changes(config: Config) -> list[dict[str, str]]:
     out: list[dict[str, str]] = []
     while rows > 1:
         rows //= 2
-        if config.train.tokens_per_step % (rows * config.model.T) == 0:
+        if config.train.tokens_per_step % (rows * config.row) == 0:
             out.append({"train.microbatch": str(rows)})
     ladder = residual_ladder()
     below = ladder[ladder.index(c.residuals) + 1 :] if c.residuals in ladder else ladder[-1:]
     out += [{"compute.residuals": choice} for choice in below if choice in ("cheap", "inputs")]
-    if c.loss_chunk > 512 and (config.train.microbatch * config.model.T) % 512 == 0:
+    if c.loss_chunk > 512 and (config.train.microbatch * config.row) % 512 == 0:
         out.append({"compute.loss_chunk": "512"})
     if s.adam != "int8":
         out.append({"stored.adam": "int8"})

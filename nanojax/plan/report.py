@@ -7,11 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nanojax.hardware import GIB, Card
-from nanojax.plan import core_of_flops, days, energy
+from nanojax.plan import core_of_flops, days, energy, rollouts
 from nanojax.plan.compile import Memory
 from nanojax.plan.core_of_flops import Core
 from nanojax.plan.decoding import Decoding
 from nanojax.plan.planner import Plan
+from nanojax.plan.rollouts import Rollouts
 
 _PARTS = (
     ("params", "parameters", "cyan"),
@@ -210,6 +211,32 @@ def show_decoding(plans: Sequence[Decoding], console: Console) -> None:
     )
     if first.step.unknown:
         console.print(f"not modelled beyond their traffic: {', '.join(first.step.unknown)}", style="yellow")
+
+
+def show_rollouts(plan: Rollouts, console: Console) -> None:
+    """Both peaks, and the hours of nanochat's epoch."""
+    decoder, card = plan.decoder, plan.decoder.card
+    console.rule(
+        f"{decoder.config.name} on {card.name}: {decoder.rows} answers at a time, rows of {decoder.context:,} tokens",
+        align="left",
+    )
+    table = Table("", "peak\nGiB", "in memory", "tokens/s", "hours", box=None, pad_edge=False)
+    for column in (table.columns[1], *table.columns[3:]):
+        column.justify = "right"
+    rate, limit, hours = decoder.tokens_per_second, decoder.limit_tokens_per_second, plan.decode_hours
+    size = f"{plan.answering_bytes / GIB:.2f}"
+    table.add_row("answering", size, "parameters, optimizer, cache", f"{rate:,.0f}", f"{hours:.1f}")
+    table.add_row("its limit by bandwidth", "", "", f"{limit:,.0f}", f"{plan.limit_hours:.1f}")
+    size, rate = f"{plan.training_bytes / GIB:.2f}", plan.training.tokens_per_second
+    held = "parameters, optimizer, accumulators, residuals"
+    table.add_row("training", size, held, f"{rate:,.0f}", f"{plan.train_hours:.1f}")
+    console.print(table)
+    console.print(
+        f"{'Fits' if plan.fits else 'Does not fit'}: {card.key} leaves {card.budget_bytes / GIB:.1f} GiB to XLA, and the two "
+        f"are never in memory together. Hours are of nanochat's epoch: {rollouts.EPOCH:,} answers of {rollouts.TOKENS} tokens "
+        f"each, written {decoder.rows} at a time with the cache full, and their rows trained, padding included. Peaks are "
+        f"compiled, times modelled. The limit: weights and cache once a step at {card.gb_per_s:g} GB/s."
+    )
 
 
 def show_choices(choices: Sequence[days.Choice], console: Console, prices: dict[str, float]) -> None:

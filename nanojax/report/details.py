@@ -10,6 +10,16 @@ from nanojax.run.records import number
 CURVES = (  # title, and each curve's kind of record and key
     ("loss, nats per token", {"training": ("train", "loss"), "validation": ("eval", "nll")}),
     ("validation, bits per byte", {"validation": ("eval", "bpb")}),
+    (
+        "held-out questions answered rightly",
+        {"greedy": ("eval", "accuracy"), "one drawn": ("eval", "pass_1"), "one of eight drawn": ("eval", "pass_8")},
+    ),
+    ("reward, mean of a step's answers", {"reward": ("train", "reward")}),
+    ("tokens of an answer", {"drawn, in training": ("train", "length"), "greedy, held out": ("eval", "length")}),
+    (
+        "share of a step",
+        {"questions without a difference": ("train", "skipped"), "answers without an end": ("train", "unfinished")},
+    ),
     ("CORE in training", {"CORE": ("core", "core")}),
     ("learning rate, as a multiple of the base rates", {"rate": ("train", "lr")}),
     ("tokens per second", {"tokens/s": ("train", "tokens_per_s")}),
@@ -18,12 +28,15 @@ CURVES = (  # title, and each curve's kind of record and key
 )
 
 
+KINDS = {"text": "pretraining", "conversations": "fine-tuning", "rollouts": "reinforcement learning"}
+
+
 def sections_of(stage: Stage) -> list[Section]:
     """The sections about a stage."""
     told = [*stage.status.warnings, *stage.unreadable]
     warnings = [Prose([(str(i), text) for i, text in enumerate(told, 1)])] if told else [Text("None.")]
     charts = _charts(stage) or [Text("No curve: fewer than two records.")]
-    kind = "fine-tuning" if stage.tuned else "pretraining"
+    kind = KINDS[stage.kind]
     return [
         Section(2, f"{stage.name}: {kind}", [Prose(_facts(stage)), *charts]),
         Section(3, f"Data of {stage.name}", [Prose(_data(stage.data))] if stage.data else [Text("Not recorded.")]),
@@ -77,7 +90,7 @@ def _facts(stage: Stage) -> list[tuple[str, str]]:
 def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
     tokenizer = _part(data, "tokenizer")
     rows = [
-        ("folder", str(data.get("path"))),
+        ("task" if data.get("kind") == "rollouts" else "folder", str(data.get("path"))),
         ("tokenizer", f"{or_none(number(tokenizer, 'ids'), '{:,.0f}'.format)} ids"),
     ]
     if "inputs" in tokenizer:

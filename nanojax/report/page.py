@@ -43,8 +43,11 @@ def _lead(stages: list[Stage], absent: str, now: float) -> str:
     last = stages[-1]
     model = last.config.model if last.config else None
     what = f"a d{model.L} of {model.parameters:,} parameters" if model else "a model whose config cannot be read"
-    begun = [f"fine-tuned from {before.name}" if after.tuned else f"begun from the weights of {before.name}"
-             for before, after in itertools.pairwise(stages)]  # fmt: skip
+    how = {"conversations": "fine-tuned from", "rollouts": "trained on rewards, begun from"}
+    begun = [
+        f"{how.get(after.kind, 'begun from the weights of')} {before.name}"
+        for before, after in itertools.pairwise(stages)
+    ]
     if absent:
         begun.insert(0, f"from {absent}, whose folder is not there, so that stage is absent here")
     day = time.strftime("%Y-%m-%d", time.gmtime(now))
@@ -79,6 +82,7 @@ def _figures(stage: Stage) -> dict[str, str]:
         "training FLOPs": or_none(stage.flops, "{:.2e}".format),
         "loss, nats per token": or_none(s.loss, "{:.4f}".format),
         "validation, bits per byte": or_none(s.bpb, "{:.4f}".format),
+        "held-out answers right": or_none(s.accuracy, "{:.1%}".format),
         "CORE": core[0] if core else NONE,
         "ChatCORE": chat.get("ChatCORE", NONE),
         "time": or_none(seconds, duration),

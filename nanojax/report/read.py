@@ -56,9 +56,9 @@ class Stage:
         return self.config.train.init if self.config else ""
 
     @property
-    def tuned(self) -> bool:
-        """Whether it learnt from conversations."""
-        return self.config is not None and self.config.data.kind == "conversations"
+    def kind(self) -> str:
+        """What it learnt from, as data.kind says."""
+        return self.config.data.kind if self.config else "text"
 
     def of_kind(self, kind: str) -> list[Record]:
         """The records of one kind, in order."""

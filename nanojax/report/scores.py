@@ -69,7 +69,7 @@ def _core_bounds(found: dict[str, Any]) -> dict[str, float]:
 
 def _expected(stage: Stage) -> str:
     """What published runs reached at the stage's FLOPs, where some did."""
-    if stage.tuned or not stage.config or not stage.flops:
+    if stage.kind != "text" or not stage.config or not stage.flops:
         return ""
     there = core_of_flops.core(stage.flops, stage.config.model.family)
     if there.extrapolated:

@@ -3,7 +3,8 @@
 Each line of metrics.jsonl is one record with a `kind`:
   start    {step, device, jax, command, time}              written at every (re)start
   train    {step, tokens, loss, lr, ...the step's metrics, tokens_per_s, mfu, watts, kwh, time}
-  eval     {step, nll (nats per token), bpb (bits per byte), tokens, bytes, time}
+  eval     {step, nll (nats per token), bpb (bits per byte), tokens, bytes, time}; of rollouts {step, accuracy (greedy, with low
+           and high of its 95% interval), questions, pass_1, pass_2, ..., length, unfinished, time}
   core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
   init, rounding, extended   {step, what resume.py says of a run that began or went on otherwise}
@@ -80,7 +81,7 @@ class Metrics:
         )
         self.task = self.bar.add_task("", total=config.train.steps, completed=step, text="")
         self.bar.start()
-        self.bpb: float | None = None
+        self.measured: list[str] = []  # the last evaluation's figure, as the progress shows it
         self.line_time = -math.inf
         started = {"device": device.device_kind, "jax": jax.__version__, "command": cli.command()}
         self._write({"kind": "start", "step": step, **started})
@@ -121,9 +122,8 @@ class Metrics:
         self._write({"kind": "train", "step": step, "tokens": tokens, **values, **speed, **warnings})
         for name, value in {**values, **speed}.items():
             self._scalar(f"train/{name}", value, step)
-        text = [f"loss {values['loss']:.4f}", f"{short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
-        if self.bpb is not None:
-            text.insert(1, f"bpb {self.bpb:.4f}")
+        learnt = f"reward {values['reward']:.3f}" if "reward" in values else f"loss {values['loss']:.4f}"
+        text = [learnt, *self.measured, f"{short(rate)} tok/s", f"MFU {mfu:.1%}" if mfu else "MFU n/a"]
         if watts is not None:
             text.append(f"{watts:.0f} W")
         text.append(f"ETA {duration((self.config.train.steps - step) * per_step)}")
@@ -133,15 +133,22 @@ class Metrics:
             self.console.print(f"step {step}/{self.config.train.steps} · {' · '.join(text)}")
 
     def evaluation(self, step: int, scores: dict[str, float], text: str | None) -> None:
-        """Logs bits per byte and, if there is one, the sample text."""
-        self.bpb = scores["bpb"]
+        """Logs scores of what is held out and, if there is one, the sample text."""
         self.recorded.add(("eval", step))
         sampled = [{"kind": "sample", "step": step, "text": text}] if text else []
         self._write({"kind": "eval", "step": step, **scores}, *sampled)
-        line = f"step {step} · validation {scores['bpb']:.4f} bits/byte, {scores['nll']:.4f} nats/token"
-        self.say(line + (f" · {text!r}" if text else ""))
-        self._scalar("eval/bpb", scores["bpb"], step)
-        self._scalar("eval/nll", scores["nll"], step)
+        if "bpb" in scores:
+            self.measured = [f"bpb {scores['bpb']:.4f}"]
+            said = f"validation {scores['bpb']:.4f} bits/byte, {scores['nll']:.4f} nats/token"
+            shown = ("bpb", "nll")
+        else:
+            self.measured = [f"accuracy {scores['accuracy']:.1%}"]
+            said = f"held out: {scores['accuracy']:.1%} right ({scores['low']:.1%} to {scores['high']:.1%})"
+            said += "".join(f", {key.replace('_', '@')} {value:.1%}" for key, value in scores.items() if "pass_" in key)
+            shown = tuple(scores)
+        self.say(f"step {step} · {said}" + (f" · {text!r}" if text else ""))
+        for name in shown:
+            self._scalar(f"eval/{name}", scores[name], step)
         if text and self.board:
             self._board_failed(self.board.text("sample", text, step))
 

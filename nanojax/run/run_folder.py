@@ -51,6 +51,11 @@ def check(run: str) -> None:
         raise UserError(f"--run={run}: not a run folder; it holds {', '.join(sorted(names)[:3])}")
 
 
+def origin(config: Config) -> str:
+    """The folder with the tokenizer of a run that begins from another: its own once it has a checkpoint."""
+    return config.train.run if available(config.train.run) else config.train.init
+
+
 def _shown_config(run: str | os.PathLike) -> Config:
     path = Path(run) / CONFIG
     missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"

@@ -227,6 +227,6 @@ def residual_bytes(config: Config) -> int:
         saved = _layers_forward(config, params["blocks"], tokens, x, shared)[2]
         return list({id(leaf): leaf for layer in saved for leaf in layer.arrays.values()}.values())
 
-    tokens = jax.ShapeDtypeStruct((config.train.microbatch, config.model.T), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((config.train.microbatch, config.row), jnp.int32)
     arrays = jax.eval_shape(kept, abstract_state(config).params, tokens)
     return sum(a.size * a.dtype.itemsize for a in arrays)

@@ -121,12 +121,14 @@ def schedules(config: Config) -> tuple[optax.Schedule, optax.Schedule]:
     up, down = round(o.warmup if o.warmup >= 1 else o.warmup * steps), round(o.warmdown * steps)
 
     def rate(step: Any) -> jax.Array:
-        """nanochat's: (step+1)/warmup, then 1, then linear to final_lr at the end. Where both overlap, the warm-up wins."""
+        """nanochat's: (step+1)/warmup, then 1, then linear or cosine to final_lr. Where both overlap, the warm-up wins."""
         step = jnp.asarray(step, jnp.float32)
         rising = jnp.minimum(1.0, (step + 1) / max(up, 1)) if up else jnp.float32(1)
         if not down:
             return peak(rising)
         left = jnp.clip((steps - step) / down, 0.0, 1.0)
+        if o.decay == "cosine":
+            left = 0.5 - 0.5 * jnp.cos(jnp.pi * left)
         falling = left + (1 - left) * o.final_lr
         return peak(jnp.where(step < up, rising, falling))
 

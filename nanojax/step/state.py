@@ -27,7 +27,8 @@ class State(NamedTuple):
         a layer's weight are stacked over its layers. Of a momentum that gradients are summed into, and of a layer's
         embedding, there is one array per layer.
       accum: {weight: where its gradients are summed}, one array per layer for a layer's weight; zeros between steps. A weight
-        whose gradients are summed into its momentum has none.
+        whose gradients are summed into its momentum has none. Empty with rollouts: there they exist within a step only, and
+        between two steps their memory is the answers' cache.
     """
 
     step: jax.Array
@@ -48,18 +49,15 @@ def init_state(config: Config) -> State:
     """Fresh state from config.train.seed. Call it under jit: eagerly it would hold f32 copies."""
     table = weights.table(config.model)
     opt: Opt = {}
-    accum: Arrays = {}
     for name, weight in table.items():
         group = optim.group_of(config, name, weight)
-        into_momentum = optim.summed_into_momentum(config, weight)
         opt[name] = {m: _moment(weight, *kept) for m, kept in optim.moments(config, group, weight).items()}
-        if into_momentum:
+        if optim.summed_into_momentum(config, weight):
             opt[name]["momentum"] = _sums(weight, config.stored.momentum)
-        else:
-            accum[name] = _sums(weight, config.summed_as(weight))
         if remainder_bits(config, weight):
             *rows, columns = (len(weight.layers), *weight.shape)
             opt[name]["remainder"] = jnp.zeros((*rows, columns * config.stored.remainder // 8), jnp.uint8)
+    accum = {} if config.data.kind == "rollouts" else _empty(config)
     return State(jnp.int32(0), init_params(config, jax.random.key(config.train.seed)), opt, accum)
 
 
@@ -76,9 +74,10 @@ def accumulators(config: Config, state: State) -> tuple[Arrays, Callable[[jax.Ar
     into_momentum = [
         n for n, weight in weights.table(config.model).items() if optim.summed_into_momentum(config, weight)
     ]
+    accum = state.accum or _empty(config)
     m = jnp.asarray(optim.schedules(config)[1](state.step))
     mix = lambda i: {name: Mix(jnp.where(i == 0, m, 1.0), 1 - m) for name in into_momentum}
-    return state.accum | {name: state.opt[name]["momentum"] for name in into_momentum}, mix
+    return accum | {name: state.opt[name]["momentum"] for name in into_momentum}, mix
 
 
 def remainder_bits(config: Config, weight: weights.Weight) -> int:
@@ -104,6 +103,13 @@ def _moment(weight: weights.Weight, shape: tuple[int, ...], form: Format) -> Any
     if weight.use == "layer":
         return zeros((len(weight.layers), *shape), form, BLOCK)
     return tuple(zeros(shape, form, BLOCK) for _ in weight.layers) if weight.layered else zeros(shape, form, BLOCK)
+
+
+def _empty(config: Config) -> Arrays:
+    """Accumulators of zeros."""
+    table = weights.table(config.model)
+    own = {name: weight for name, weight in table.items() if not optim.summed_into_momentum(config, weight)}
+    return {name: _sums(weight, config.summed_as(weight)) for name, weight in own.items()}
 
 
 def _sums(weight: weights.Weight, form: str) -> Any:

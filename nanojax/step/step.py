@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nanojax import weights
 from nanojax.config import Config
 from nanojax.step import optim
 from nanojax.step.backward import forward_backward
@@ -20,8 +21,8 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: int32 [A,B,T+1]; each token but a row's first is a target.
-      weights: f32 [A,B,T], each target's weight in the loss sum(weights*nll), normalised by whoever makes the batch. None
-        (pretraining): the loss is the mean over all targets.
+      weights: f32 [A,B,T], each target's weight in the loss sum(weights*nll), normalised by whoever makes the batch;
+        negative where a token shall become less likely. None (pretraining): the loss is the mean over all targets.
     """
 
     tokens: jax.Array
@@ -48,8 +49,10 @@ def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None
         carry: tuple[Arrays, jax.Array], part: tuple[jax.Array, Batch]
     ) -> tuple[tuple[Arrays, jax.Array], None]:
         accum, loss = carry
-        i, (tokens, weights) = part
-        more, accum = forward_backward(config, state.params, accum, tokens, weights, mix(i), jax.random.fold_in(key, i))
+        i, (tokens, weights_BT) = part
+        more, accum = forward_backward(
+            config, state.params, accum, tokens, weights_BT, mix(i), jax.random.fold_in(key, i)
+        )
         return (accum, loss + more), None
 
     (totals, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), batch))
@@ -58,22 +61,22 @@ def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None
     metrics = {"loss": loss, "lr": jnp.asarray(rate(state.step)), "momentum": jnp.asarray(momentum(state.step))}
 
     scale = jnp.float32(1)
-    if set(totals) == set(state.accum):
+    if not any(optim.summed_into_momentum(config, weight) for weight in weights.table(config.model).values()):
         norm = jnp.sqrt(_squares(totals))
         metrics["grad_norm"] = norm
         if config.optim.clip:
             scale = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
 
     params, opt, accum = apply_all(config, state, totals, scale, jax.random.fold_in(key, A))
-    return State(state.step + 1, params, opt, accum), metrics
+    return State(state.step + 1, params, opt, accum if state.accum else {}), metrics
 
 
 def abstract_batch(config: Config) -> Batch:
-    """Shapes and dtypes of the config's batch: with weights where only some tokens are supervised."""
+    """Shapes and dtypes of the config's batch: with weights where not all tokens count alike."""
     A, B, T1 = config.batch_shape
     tokens: Any = jax.ShapeDtypeStruct((A, B, T1), jnp.int32)
-    weights: Any = jax.ShapeDtypeStruct((A, B, T1 - 1), jnp.float32)
-    return Batch(tokens, weights if config.data.kind == "conversations" else None)
+    weights_ABT: Any = jax.ShapeDtypeStruct((A, B, T1 - 1), jnp.float32)
+    return Batch(tokens, weights_ABT if config.data.kind != "text" else None)
 
 
 def _squares(totals: Arrays) -> jax.Array:

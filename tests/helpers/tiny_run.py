@@ -137,7 +137,7 @@ def saved(run: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
 
 def records_of(run: Path) -> list[dict[str, Any]]:
     """The records without what depends on the clock and on where the run was interrupted."""
-    process = ("time", "tokens_per_s", "mfu", "watts", "kwh", "warnings")
+    process = ("time", "tokens_per_s", "rollout_s", "mfu", "watts", "kwh", "warnings")
     kinds = ("train", "eval", "core", "sample")
     return [{k: v for k, v in r.items() if k not in process} for r in metrics.read(run) if r["kind"] in kinds]
 
