@@ -117,7 +117,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
             resumption = resume.check(run, config)
             run_folder.write_config(run, config)
         if started.on_gpu:
-            machine.update(run, machine.described(config) | started.record)
+            machine.update(run, started.record)
 
         # state, restored or fresh
         restored = checkpoint.restore(run, config, resumption.step)

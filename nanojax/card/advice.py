@@ -127,8 +127,10 @@ def _capability(f: Facts) -> Iterator[Line]:
     if f.capability is None:
         return
     text = f"{f.capability[0]}.{f.capability[1]}"
-    if f.capability < (7, 5):
-        yield Line("problem", "capability", f"{text}: jax's CUDA builds need 7.5; train on the CPU or another card")
+    least = (7, 5) if f.plugins == ["jax-cuda13-plugin"] else (5, 2)
+    if f.capability < least:
+        advice = f"jax's builds for its CUDA need {least[0]}.{least[1]}; train on the CPU or another card"
+        yield Line("problem", "capability", f"{text}: {advice}")
     elif f.capability < (8, 0):
         advice = "no bf16 tensor cores and no flash attention: bf16 and int8 configs will be slow"
         yield Line("warning", "capability", f"{text}: {advice}")

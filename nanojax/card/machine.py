@@ -12,8 +12,7 @@ from typing import Any
 import jax
 
 from nanojax import config_files, files, hardware, xla
-from nanojax.card import traced
-from nanojax.card.facts import scrubbed
+from nanojax.card import facts, traced
 from nanojax.cli import short
 from nanojax.config import Config
 from nanojax.hardware import GIB
@@ -39,19 +38,35 @@ def update(run: Path, record: dict[str, Any]) -> None:
         files.write_json(run / FILE, _clean(read(run) | record))
 
 
-def described(config: Config) -> dict[str, Any]:
-    """The versions and the model, for machine.json."""
+def described(config: Config, seen: facts.Facts) -> dict[str, Any]:
+    """The machine, the versions and the model: the beginning of machine.json."""
     versions = {}
     for name in ("nanojax", "jax", "jaxlib"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
-    known = config.name in config_files.available()
+    name = config.name if config.name in config_files.available() else "of the user's own"
     m, t = config.model, config.train
     sizes = {"depth": m.L, "width": m.D, "vocab": m.V, "seq": m.T, "parameters": m.parameters}
     sizes |= {"microbatch": t.microbatch, "tokens_per_step": t.tokens_per_step, "residuals": config.compute.residuals}
-    return {"versions": versions, "config": {"name": config.name if known else "of the user's own", **sizes}}
+    return {
+        "facts": facts.as_json(seen),
+        "versions": versions,
+        "config": {"name": config.name if known else "of the user's own", **sizes},
+    }
+
+
+def modelled(config: Config, compiled: Any) -> tuple[dict[str, Any], roofline.Estimate | None]:
+    """(the modelled tokens/s and the compiled peak, the Estimate) of the config's whole step on this machine's GPU.
+
+    No speed and no Estimate where hardware.py does not know the GPU.
+    """
+    device = jax.devices()[0].device_kind
+    card = next((c for c in hardware.CARDS.values() if c.name == device), None)
+    estimate = roofline.estimate(compiled.as_text() or "", card) if card else None
+    rate = config.train.tokens_per_step / estimate.seconds if estimate else None
+    return {"tokens_per_s": rate, "compiled_peak_bytes": xla.peak_bytes(compiled)}, estimate
 
 
 def compared(config: Config, train_step: Any, tokens_per_s: float, trace: Path | None = None) -> tuple[dict, list[str]]:
@@ -60,29 +75,21 @@ def compared(config: Config, train_step: Any, tokens_per_s: float, trace: Path |
     Args:
       trace: folder of a profiler trace of it; with one, the seconds of each class of kernels are compared too.
     """
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    peak, used = xla.peak_bytes(train_step), stats.get("peak_bytes_in_use")
-    measured: dict[str, Any] = {"tokens_per_s": tokens_per_s, "peak_bytes_at_most": used}
-    modelled: dict[str, Any] = {"tokens_per_s": None, "compiled_peak_bytes": peak}
-    card = next((c for c in hardware.CARDS.values() if c.name == device.device_kind), None)
-    estimate = roofline.estimate(train_step.as_text() or "", card) if card else None
-    said = f"measured {short(tokens_per_s)} tokens/s"
+    model, estimate = modelled(config, train_step)
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if estimate:
-        modelled["tokens_per_s"] = config.train.tokens_per_step / estimate.seconds
-        said += f", modelled {short(modelled['tokens_per_s'])} ({tokens_per_s / modelled['tokens_per_s']:.0%})"
+        share = tokens_per_s / model["tokens_per_s"]
+        said = f", modelled {short(model['tokens_per_s'])} ({share:.0%})"
     else:
-        said += f"; {device.device_kind} is not modelled"
+        said = f"; {jax.devices()[0].device_kind} is not modelled"
     memory = f", used at most {used / GIB:.2f}, with what was tried at the start" if used else ""
-    lines = [f"{said}; memory: compiled peak {peak / GIB:.2f} GiB{memory}"]
-    out = {"measured": measured, "modelled": modelled}
+    peak = f"compiled peak {model['compiled_peak_bytes'] / GIB:.2f} GiB"
+    lines = [f"measured {short(tokens_per_s)} tokens/s{said}; memory: {peak}{memory}"]
+    out = {"measured": {"tokens_per_s": tokens_per_s, "peak_bytes_at_most": used}, "modelled": model}
     if trace and estimate:
-        classes = traced.by_kind(trace, estimate)
-        out["by_kind"] = classes
-        lines += [
-            f"  {kind:<20} measured {of['measured']:8.4f} s per step, modelled {of['modelled']:8.4f}"
-            for kind, of in classes.items()
-        ]
+        out["by_kind"] = traced.by_kind(trace, estimate)
+        for kind, of in out["by_kind"].items():
+            lines.append(f"  {kind:<20} measured {of['measured']:8.4f} s per step, modelled {of['modelled']:8.4f}")
     return out, lines
 
 
@@ -100,7 +107,7 @@ def report(config: Config, run: Path, train_step: Any, say: Any, trace: bool = F
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return scrubbed(value)
+        return facts.scrubbed(value)
     if isinstance(value, dict):
         return {key: _clean(of) for key, of in value.items()}
     return [_clean(of) for of in value] if isinstance(value, list | tuple) else value

@@ -86,7 +86,7 @@ def begin(config: Config, run: Path, card: Card = HERE, say: Say = print) -> Sta
         xla.use_allocator(found.allocator)
     for line in found.lines:
         say(line)
-    record = {"facts": facts.as_json(seen), "advice": [line._asdict() for line in told]}
+    record = machine.described(config, seen) | {"advice": [line._asdict() for line in told]}
     record |= {"choices": found.choices | {"allocator": found.allocator}, "lines": list(found.lines)}
     record |= {"answers": [answer._asdict() for answer in found.answers]}
     return Started(config, True, record)
