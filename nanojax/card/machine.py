@@ -53,7 +53,7 @@ def described(config: Config, seen: facts.Facts) -> dict[str, Any]:
     return {
         "facts": facts.as_json(seen),
         "versions": versions,
-        "config": {"name": config.name if known else "of the user's own", **sizes},
+        "config": {"name": name, **sizes},
     }
 
 

@@ -140,7 +140,7 @@ def test_two_layers_of_a_config(tiny: Tiny) -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found_in_real_gradients(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers in int8: equal to themselves; bf16 attention stays within the bound, a norm or a window off does not."""
     small = questions.two_layers(
