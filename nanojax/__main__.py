@@ -5,6 +5,7 @@ import sys
 from nanojax.cli import UserError, run_main, version
 
 COMMANDS = {
+    "doctor": "what keeps this machine from training, or slows it",
     "data": "text to token shards",
     "train": "train a model; the same command again resumes",
     "tasks": "conversations to tokens for fine-tuning",

@@ -146,6 +146,12 @@ class Compute:
         "norms and quantised rows: pallas = one pass (needs an NVIDIA GPU), xla = two; auto = pallas on NVIDIA GPUs",
         effect="rounding",
     )
+    fused: Literal["auto", "on", "off"] = _key(
+        "auto",
+        "on an NVIDIA GPU, scales, residual additions and sums inside the matmuls that produce them (XLA's experimental "
+        "gemm_fusion_v2); auto = on",
+        effect="rounding",
+    )
     loss_chunk: int = _key(1024, "tokens whose logits exist at one time", above=0, effect="rounding")
 
 
@@ -320,6 +326,13 @@ class Config:
         stored = dataclasses.replace(self.stored, blocks=form, embed=form, head=form, value=form)
         compute = dataclasses.replace(self.compute, dtype=form, forward="float", dx="float", dw="float", head="float")
         return dataclasses.replace(self, stored=stored, compute=compute)
+
+    def without_gpu(self) -> "Config":
+        """The same, with what only an NVIDIA GPU computes left to the machine."""
+        c = self.compute
+        attention = "auto" if c.attention == "cudnn" else c.attention
+        rows = "auto" if c.rows == "pallas" else c.rows
+        return dataclasses.replace(self, compute=dataclasses.replace(c, attention=attention, rows=rows))
 
     def stored_as(self, weight: weights.Weight) -> Format:
         """The format in which the weight is stored."""

@@ -84,3 +84,8 @@ def pairs(arguments: Sequence[str]) -> dict[str, str]:
             value = left.pop(0)
         pairs[key] = value
     return pairs
+
+
+def typed(arguments: Sequence[str]) -> frozenset[str]:
+    """The keys and options that a command line names: {"train.steps", "config"}."""
+    return frozenset(a.removeprefix("--").partition("=")[0] for a in arguments if a.startswith("--"))

@@ -1,14 +1,13 @@
 """What each GPU can do, and what this machine's GPU reports: peaks, bandwidth, memory, power. Never imports jax."""
 
 import dataclasses
-import importlib.util
+import math
 import os
 import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 from nanojax.cli import UserError
 
@@ -154,11 +153,11 @@ def card_of_config(config_name: str) -> Card:
 # -- this machine's GPU ------------------------------------------------------------------------------------------------
 
 
-def nvidia_driver() -> bool:
+def nvidia_driver(root: Path = Path("/")) -> bool:
     """Whether this machine has an NVIDIA kernel driver: Linux's own, or WSL2's through /dev/dxg."""
-    if Path("/proc/driver/nvidia/version").exists():
+    if (root / "proc/driver/nvidia/version").exists():
         return True
-    return Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+    return (root / "dev/dxg").exists() and (root / "usr/lib/wsl/lib/libcuda.so.1").exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,36 +183,38 @@ def read_gpu(index: int | None = None) -> Reading | None:
     if index is None:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         index = int(first) if first.isdigit() else 0
-    if importlib.util.find_spec("pynvml"):
-        reading = _read_nvml(index)
-        if reading:
-            return reading
-    return _read_smi(index)
+    return _read_nvml(index) or _read_smi(index)
 
 
 def _read_nvml(index: int) -> Reading | None:
-    import pynvml  # type: ignore[import-not-found]
-
+    """None for whatever goes wrong: NVML raises several types, and a damaged one returns what is no answer."""
     try:
+        import pynvml  # type: ignore[import-not-found]
+
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except pynvml.NVMLError:
+        total, free = int(memory.total), int(memory.free)
+        name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    except Exception:
+        return None
+    if not 0 <= free <= total or not total:
         return None
 
-    def optional(function: Any) -> float | None:  # laptops and WSL2 answer only some of these
+    def optional(function: str) -> float | None:  # laptops and WSL2 answer only some of these
         try:
-            return function(handle) / 1e3
-        except pynvml.NVMLError:
+            value = float(getattr(pynvml, function)(handle)) / 1e3
+            return value if 0 <= value < math.inf else None
+        except Exception:
             return None
 
     return Reading(
-        name=name if isinstance(name, str) else name.decode(),
-        memory_total=int(memory.total),
-        memory_free=int(memory.free),
-        watts=optional(pynvml.nvmlDeviceGetPowerUsage),
-        watts_limit=optional(pynvml.nvmlDeviceGetEnforcedPowerLimit),
-        joules=optional(pynvml.nvmlDeviceGetTotalEnergyConsumption),
+        name=name,
+        memory_total=total,
+        memory_free=free,
+        watts=optional("nvmlDeviceGetPowerUsage"),
+        watts_limit=optional("nvmlDeviceGetEnforcedPowerLimit"),
+        joules=optional("nvmlDeviceGetTotalEnergyConsumption"),
     )
 
 
@@ -240,12 +241,13 @@ def parse_smi(line: str) -> Reading | None:
 
     def number(text: str) -> float | None:
         try:
-            return float(text)
+            value = float(text)
+            return value if 0 <= value < math.inf else None
         except ValueError:
             return None
 
     total, free, watts, limit = (number(part) for part in parts[1:])
-    if total is None or free is None:
+    if not total or free is None or free > total:
         return None
     return Reading(parts[0], int(total * 2**20), int(free * 2**20), watts, limit, None)
 

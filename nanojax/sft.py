@@ -43,6 +43,8 @@ HARMLESS: dict[str, Any] = {
     "checkpoint.every": 200,
     "profile.start": -1,
 }
+# Chosen for a card: the trial of the machine that fine-tunes chooses again (card/start.py).
+OF_THE_CARD = {"compute.rows": "auto", "compute.attention": "auto", "compute.fused": "auto"}
 TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--data"}  # the keys that this command sets
 DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.
 
@@ -79,7 +81,12 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     if not begun and base.data.kind != "text":
         say(f"{wish.base} is a fine-tuned run itself; its rates are taken for the base's")
     fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
-    fixed |= {"train.init": wish.base, "train.run": wish.out, "data.path": wish.data, "data.kind": "conversations"}
+    fixed |= OF_THE_CARD | {
+        "train.init": wish.base,
+        "train.run": wish.out,
+        "data.path": wish.data,
+        "data.kind": "conversations",
+    }
     fixed["optim.steps_before"] = _steps_before(wish, base.optim.steps_before if begun else None, say)
     overrides = config_files.pairs(wish.overrides)
     with exits.restarting(bool(begun)):

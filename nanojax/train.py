@@ -23,6 +23,8 @@ from nanojax import config as configs
 from nanojax import config_files, files, xla
 from nanojax import source as sources
 from nanojax import step as steps
+from nanojax.card import machine, memory
+from nanojax.card import start as starting
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.evaluate import core
@@ -54,13 +56,18 @@ examples:
 """
 
 
-def train(config: Config) -> int:
+def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.Card = starting.HERE) -> int:
     """Runs `config` (resolved) to its last step, or to a signal; resumes if its run folder has a checkpoint.
+
+    Args:
+      by_hand: keys that were typed on the command line; compute.residuals stays if it was.
+      card: what is asked of the machine.
 
     Returns an exit code (run/exits.py). Raises UserError before anything compiles when data, folder or sizes cannot work;
     Diverged on NaN or Inf; Failed when the surroundings end the run, which is then saved if that is possible.
     """
     run, t = Path(config.train.run), config.train
+    may_lower = "compute.residuals" not in by_hand or config.compute.residuals == "auto"
     run_folder.check_path(run)
     begun = bool(run_folder.available(run) or metrics.read(run, "train"))
     if config.compute.residuals != "auto":
@@ -74,6 +81,14 @@ def train(config: Config) -> int:
             source = sources.of(config)
             tokenizer, batches = source.tokenizer, source.batches
             tasks = _core_tasks(config)
+
+        # the card: kernels checked and chosen before jax starts on it
+        if card.here() and not t.extend:
+            resume.check(run, config)  # a mistake shows before minutes of trials
+        started = starting.begin(config, run, card)
+        config = started.config
+        if told := xla.start():
+            print(told)
         if config.compute.residuals == "auto":
             config = _with_residuals(config, run)
 
@@ -93,10 +108,16 @@ def train(config: Config) -> int:
         begin = time.monotonic()
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
-        train_step = xla.compiled(
-            functools.partial(steps.train_step, config), steps.abstract_state(config), steps.abstract_batch(config)
-        )
-        print(f"compiled in {time.monotonic() - begin:.0f} s; {planner.check(train_step, config, xla.pool_bytes())}")
+        take = card.take if started.on_gpu else None
+        fitting, train_step, line = memory.fitting(config, _compiled, take, may_lower, print)
+        print(f"compiled in {time.monotonic() - begin:.0f} s; {line}")
+        if fitting != config:
+            started = started.lowered(config, fitting)
+            config = fitting
+            resumption = resume.check(run, config)
+            run_folder.write_config(run, config)
+        if started.on_gpu:
+            machine.update(run, started.record)
 
         # state, restored or fresh
         restored = checkpoint.restore(run, config, resumption.step)
@@ -118,7 +139,7 @@ def train(config: Config) -> int:
             print(f"{run}: all {t.steps} steps are done")
             return exits.DONE
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
-        for record in records:
+        for record in [*records, *started.records(done)]:
             log.record(record)
         saver = open_until_the_end.enter_context(contextlib.closing(saving.Saver(run, config, tokenizer, log)))
         alive = functools.partial(guard.alive, watch, stop)
@@ -144,6 +165,8 @@ def train(config: Config) -> int:
                         saver.save(state, batches.get_state())
                     if profiled:
                         guard.attempt(log, "trace", trace.end, train_step)
+                        if started.on_gpu:
+                            guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say, True)
                     if evaluate:
                         guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
                     if run_core:
@@ -169,6 +192,8 @@ def train(config: Config) -> int:
                 late.append((done, new | told))
                 _log(log, late, but=1)  # the device is busy with the newest step meanwhile
                 watch.beat(done)
+                if started.on_gpu and done == first + machine.STEPS:
+                    guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say)
             cut_short = stop.is_set() and any(_due(config, tasks, done, log.recorded))
             return ending.ended(done >= t.steps and not cut_short, state, batches, log, saver, watch, stop)
         except Diverged as error:
@@ -177,6 +202,13 @@ def train(config: Config) -> int:
         except BaseException as error:
             log_rest = functools.partial(_log, log, late)
             raise ending.rescued(error, first, first_row, state, batches, log, saver, log_rest) from error
+
+
+def _compiled(config: Config) -> Any:
+    """The step, compiled for this machine."""
+    shapes = steps.abstract_state(config), steps.abstract_batch(config)
+    fused = config.compute.fused != "off"
+    return xla.compiled(functools.partial(steps.train_step, config), *shapes, fused=fused)
 
 
 def _due(config: Config, tasks: list[core.Task], done: int, measured: set[tuple[str, int]]) -> tuple[bool, bool]:
@@ -285,14 +317,12 @@ def as_typed(error: UserError, options: dict[str, str]) -> UserError:
 
 def _run(make: Callable[[], Config]) -> int:
     """`train` as a process: its exit code; errors are told on stderr."""
-    memory = xla.configure()
-    if memory:
-        print(memory)
+    xla.settings()
     hint = ""
     try:
         config = make()
         hint = config.train.run
-        return train(config)
+        return train(config, config_files.typed(sys.argv[1:]))
     except Diverged as error:
         print(f"error: {error}; {run_folder.recovery_hint(Path(hint))}", file=sys.stderr)
         return exits.DIVERGED

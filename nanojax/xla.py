@@ -118,11 +118,32 @@ _FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 CONTEXT_GIB = 0.7
 
 
-def configure() -> str | None:
-    """Sets jax and XLA up for a run. Call it before jax touches a device; it respects jax's own environment variables.
+ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"  # jax's name for it; unset: "default"
 
-    Gives XLA all free GPU memory (jax's default is 75 %), turns XLA's rematerialisation pass off, keeps compiled
-    programs in the user's cache folder, and silences orbax: what it logs in hundreds of lines it also raises.
+
+def configure() -> str | None:
+    """`settings` and `start`: sets jax and XLA up for a command. Returns and raises what `start` does."""
+    settings()
+    return start()
+
+
+def settings() -> None:
+    """Sets jax up without touching a device; respects jax's own environment variables.
+
+    Turns XLA's rematerialisation pass off, keeps compiled programs in the user's cache folder, and silences orbax: what it
+    logs in hundreds of lines it also raises.
+    """
+    import jax
+
+    jax.config.update("jax_compiler_enable_remat_pass", False)  # see no_remat_pass
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def start() -> str | None:
+    """Starts jax's default device, with all free memory of a GPU for XLA (jax's default is 75 %).
 
     Returns:
       A line that says how much memory XLA may use; None without an NVIDIA GPU.
@@ -130,14 +151,7 @@ def configure() -> str | None:
     Raises:
       UserError: JAX_PLATFORMS asks for a device that is not there.
     """
-    import jax
-
     memory = share_memory()
-    jax.config.update("jax_compiler_enable_remat_pass", False)  # see no_remat_pass
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not hardware.nvidia_driver():
         keep_freed_memory()
     start_device()
@@ -160,6 +174,22 @@ def keep_freed_memory() -> None:
 
 # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD. Other arenas than the first cannot grow beyond 64 MiB.
 _ONE_HEAP = {-8: 1, -4: 0, -1: 2**31 - 1}
+
+
+def gpu_expected() -> bool:
+    """Whether jax will compute on an NVIDIA GPU here, as far as can be said before it starts one."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    asked = not wanted or wanted.split(",")[0] in ("cuda", "gpu")
+    return asked and hardware.nvidia_driver() and cuda_compiler_installed()
+
+
+def use_allocator(name: str) -> None:
+    """Makes jax's GPU memory come from this allocator: "default" or "cuda_async". To be called before `start`."""
+    import jax
+
+    os.environ[ALLOCATOR] = name
+    if name != "default":  # jax 0.10.1 with the cuda13 plugin takes no notice of the variable
+        jax.config.update("jax_pjrt_client_create_options", f"allocator:{name}")
 
 
 def start_device() -> None:
@@ -191,7 +221,7 @@ def user_cache() -> Path:
 
 
 def share_memory() -> str | None:
-    """Gives XLA all free GPU memory unless the user set a share; `configure` calls it. Returns what `configure` returns."""
+    """Gives XLA all free GPU memory unless the user set a share; `start` calls it. Returns what `start` returns."""
     reading = hardware.read_gpu()
     if reading is None:
         if hardware.nvidia_driver() and not any(name in os.environ for name in _FRACTION):
@@ -222,15 +252,18 @@ def pool_fraction(reading: hardware.Reading) -> float:
 GPU_OPTIONS: dict[str, Any] = {"xla_gpu_experimental_gemm_fusion_v2": True}
 
 
-def compiled(function: Callable[..., Any], *shapes: Any) -> Any:
+def compiled(function: Callable[..., Any], *shapes: Any, fused: bool = True) -> Any:
     """`function`, its first argument donated, compiled for the default device from the shapes of its arguments.
 
     Compile before the arguments exist: a GPU's autotuning wants scratch memory.
+
+    Args:
+      fused: with GPU_OPTIONS, on a GPU.
     """
     import jax
 
     lowered = jax.jit(function, donate_argnums=0).lower(*shapes)
-    return compile_for_gpu(lowered) if jax.default_backend() == "gpu" else lowered.compile()
+    return compile_for_gpu(lowered) if fused and jax.default_backend() == "gpu" else lowered.compile()
 
 
 def compile_for_gpu(lowered: Any, options: dict[str, Any] | None = None) -> Any:

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from nanojax import config as configs
 from nanojax import config_files, hardware, weights, xla
+from nanojax.card import facts, machine
+from nanojax.card.facts import Facts
 from nanojax.cli import Parser, UserError, run_main
 from nanojax.config import Config
 from nanojax.hardware import GIB
@@ -169,17 +170,13 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
 
     m, train = config.model, config.train
     out: dict[str, Any] = {"parameters": m.parameters, "depth": m.depth, "microbatch": train.microbatch, "ok": True}
-    rows = train.microbatch * m.T
-    short = dataclasses.replace(
-        config, train=dataclasses.replace(train, tokens_per_step=min(config.microbatches, 2) * rows)
-    )
     clock.say(f"{config.name}: compiling {m.depth} layers, microbatch {train.microbatch}")
     begin = time.monotonic()
     with xla.no_remat_pass():
-        compiled = xla.compiled(
-            functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)
-        )
+        shapes, fused = (step.abstract_state(config), step.abstract_batch(config)), config.compute.fused != "off"
+        compiled = xla.compiled(functools.partial(step.train_step, config), *shapes, fused=fused)
     out |= {"compile_seconds": time.monotonic() - begin, "planned_peak_bytes": xla.peak_bytes(compiled)}
+    out["modelled"] = machine.modelled(config, compiled)[0]
     clock.say(
         f"compiled in {out['compile_seconds']:.0f} s; memory as compiled {out['planned_peak_bytes'] / GIB:.2f} GiB"
     )
@@ -202,7 +199,9 @@ def step_part(a: argparse.Namespace, config: Config, clock: Clock, keep: Keep) -
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     out["used_peak_bytes"] = used
     memory = f"; memory used {used / GIB:.2f} GiB" if used else ""
-    clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s per step{memory}")
+    model = out["modelled"]["tokens_per_s"]
+    said = f", modelled {model:,.0f}" if model else ""
+    clock.say(f"{config.name}: {out['tokens_per_second']:,.0f} tokens/s{said}, {seconds:.2f} s per step{memory}")
     return out
 
 
@@ -308,20 +307,6 @@ def in_a_child(a: argparse.Namespace, part: str, name: str, clock: Clock) -> dic
     return results
 
 
-def machine(a: argparse.Namespace) -> dict[str, Any]:
-    """The machine and versions that the numbers come from."""
-    from importlib.metadata import version
-
-    reading = None if a.tiny else hardware.read_gpu()
-    return {
-        "device": "cpu" if reading is None else reading.name,
-        "memory_bytes": None if reading is None else reading.memory_total,
-        "watts_limit": None if reading is None else reading.watts_limit,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib")},
-    }
-
-
 def main() -> None:
     a = arguments()
     clock = Clock(a.minutes)
@@ -330,7 +315,9 @@ def main() -> None:
     todo.sort(key=lambda t: t[0] == "step" and t[1] != a.config[0])
     for _, name in todo:
         load(a, name)  # reports mistakes before anything is measured
-    out: dict[str, Any] = {"machine": machine(a), "command": sys.argv[1:], "parts": {}}
+    seen = Facts() if a.tiny else facts.gather()
+    of_run = machine.described(load(a, todo[0][1]), seen)
+    out: dict[str, Any] = {"machine": of_run, "command": sys.argv[1:], "parts": {}}
     for part, name in todo:
         key = f"step {name}" if part == "step" else part
         if clock.left <= 0:

@@ -199,7 +199,7 @@ def test_200_broken_configs(
 ) -> None:
     """200 random mistakes: exit 2, one line on stderr that names the culprit, nothing compiled, no run folder made."""
     rng = random.Random(0)
-    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
+    monkeypatch.setattr("nanojax.xla.settings", lambda: None)
     monkeypatch.chdir(tmp_path)
     for number in range(200):
         wrong, words = MISTAKES[number % len(MISTAKES)](rng)

@@ -231,7 +231,7 @@ def test_mistakes_are_told_before_anything_compiles(base: Path, tmp_path: Path) 
 
 def test_mistakes_are_told_in_the_words_of_the_command_line(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A message that names a key of training which this command sets names the option instead."""
-    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
+    monkeypatch.setattr("nanojax.xla.settings", lambda: None)
     options = ["--data", str(conversations(tmp_path, Tokenizer.load(base / "tokenizer"), 40)), "--train.steps=1"]
     for change, said in (
         {"--model.depth=3": f"--run={base}: a model of another shape", "--out=/proc/x": "choose another --out"}

@@ -173,10 +173,14 @@ def for_gpu(config: Config) -> Config:
     Rows run as Pallas kernels. Attention is cuDNN's where it has kernels: bf16, head_dim a multiple of 8 up to 128.
     """
     c = config.compute
-    flash = c.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 128
-    attention = ("cudnn" if flash else "chunked") if c.attention == "auto" else c.attention
+    attention = ("cudnn" if flash(config) else "chunked") if c.attention == "auto" else c.attention
     rows = "pallas" if c.rows == "auto" else c.rows
     return dataclasses.replace(config, compute=dataclasses.replace(c, attention=attention, rows=rows))
+
+
+def flash(config: Config) -> bool:
+    """Whether cuDNN has attention kernels for the config on any GPU from Ampere on."""
+    return config.compute.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 128
 
 
 def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
@@ -185,7 +189,9 @@ def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
     from nanojax import step
 
     config = for_gpu(config)
-    build = lambda: compile_for(functools.partial(step.train_step, config), step_arguments(config), card)
+    trained = functools.partial(step.train_step, config)
+    fused = config.compute.fused != "off"
+    build = lambda: compile_for(trained, step_arguments(config), card, as_trained=fused)
     return kept(key(config, card), build) if cache else build()
 
 

@@ -121,9 +121,8 @@ def seconds_per_step(config: Config, repeats: int = 3) -> float:
         tokens = jax.random.randint(jax.random.key(0), shapes.tokens.shape, 0, config.model.V, jnp.int32)
         batch = step.Batch(tokens, jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), shapes.weights))
         with xla.no_remat_pass():  # before the state exists: autotuning needs scratch memory
-            run = xla.compiled(
-                functools.partial(step.train_step, short), step.abstract_state(short), step.abstract_batch(short)
-            )
+            shapes, fused = (step.abstract_state(short), step.abstract_batch(short)), short.compute.fused != "off"
+            run = xla.compiled(functools.partial(step.train_step, short), *shapes, fused=fused)
         state = jax.jit(step.init_state, static_argnums=0)(short)
         state, _ = run(state, batch)
         timings = []

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
-from nanojax import xla
+from nanojax import weights, xla
 from nanojax.config import Compute, Config
 from nanojax.ops import attention, cross_entropy, linear, rope
 from nanojax.quant import Quantized, quantize_rows, rounding
@@ -86,6 +86,21 @@ def cases(shapes: dict[str, tuple[int, ...]], M: int, tiny: bool, gpu: bool) -> 
     yield from _others(m, d, head, gpu)
 
 
+def of_choice(config: Config, choice: str) -> Iterator[Case]:
+    """The cases of one choice of config.compute, at the config's own widths, with few tokens.
+
+    Args:
+      choice: "rows" (the row kernels, against XLA's form on the CPU), "attention" (cuDNN's, against chunks on the CPU).
+    """
+    c, m = config.compute, config.model
+    if choice == "rows":
+        kind = "int8" if c.forward == "int8" or c.dx == "int8" else "bf16"
+        yield from _linears(128, m.D, m.H, True, (kind,))
+    if choice == "attention":
+        windows = sorted({min(window, 512) for window in weights.windows(m)} | {128})
+        yield from _attentions((1, 512, 2, m.H), windows, True)
+
+
 def _random(seed: int, *shape: int, dtype: Any = "float32") -> Any:
     return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
@@ -109,10 +124,11 @@ def _products(shapes: dict[str, tuple[int, ...]], M: int) -> Iterator[Case]:
             yield Case(f"bf16 product {label} of {name} {size}", rows, floats, SUMS, wide)
 
 
-def _linears(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
+def _linears(m: int, d: int, head: int, gpu: bool, kinds: tuple[str, ...] = ("int8", "bf16")) -> Iterator[Case]:
     """y, dX and dW of the linear ops with int8 and with bf16 weights; on a GPU, row kernels against XLA's form on the CPU."""
     cpu = jax.devices("cpu")[0]
-    for kind, compute in (("int8", INT8), ("bf16", BF16)):
+    for kind in kinds:
+        compute = INT8 if kind == "int8" else BF16
         for op, (O, K), parts in (
             ("linear", (d, d), 0),
             ("norm_linear", (4 * d, d), 1),
@@ -174,22 +190,7 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
     changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
     config = configs.resolve(configs.override(Config(), changes))
 
-    q, k, v, dout = (_random(i, 1, m, d // head, head, dtype=jnp.bfloat16) for i in range(7, 11))
-
-    for window in (m, m // 4):
-
-        def attended(
-            q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if gpu else "chunked", window: int = window
-        ) -> Any:
-            y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation, window, head**-0.5), q, k, v)
-            return y, vjp(dy)
-
-        def plain(*arrays: Any, attended: Any = attended) -> Any:
-            chunked = lambda *a: attended(*a, implementation="chunked")
-            return on(jax.devices("cpu")[0], chunked, tuple(a.astype(np.float32) for a in arrays))
-
-        name = f"{'cudnn' if gpu else 'chunked'} attention {q.shape}, window {window}: y, dq, dk, dv"
-        yield Case(name, attended, (q, k, v, dout), FLASH, plain)
+    yield from _attentions((1, m, d // head, head), [m, m // 4], gpu)
 
     def lost(head: Any, x: Any, targets: Any) -> Any:
         total = jnp.zeros(head.shape, jnp.float32)
@@ -202,3 +203,23 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
     yield Case(
         f"loss_and_grads {m}x{d}x{4 * d}: loss, dhead, dx", lost, (weights, x.astype(jnp.bfloat16), targets), FLASH
     )
+
+
+def _attentions(shape: tuple[int, int, int, int], windows: list[int], gpu: bool) -> Iterator[Case]:
+    """Attention [B,T,N,H] and its gradients over these windows, cuDNN's on a GPU, against f32 chunks on the CPU."""
+    q, k, v, dout = (_random(i, *shape, dtype=jnp.bfloat16) for i in range(7, 11))
+    for window in windows:
+
+        def attended(
+            q: Any, k: Any, v: Any, dy: Any, implementation: str = "cudnn" if gpu else "chunked", window: int = window
+        ) -> Any:
+            scale = shape[-1] ** -0.5
+            y, vjp = jax.vjp(lambda q, k, v: attention.attention(q, k, v, implementation, window, scale), q, k, v)
+            return y, vjp(dy)
+
+        def plain(*arrays: Any, attended: Any = attended) -> Any:
+            chunked = lambda *a: attended(*a, implementation="chunked")
+            return on(jax.devices("cpu")[0], chunked, tuple(a.astype(np.float32) for a in arrays))
+
+        name = f"{'cudnn' if gpu else 'chunked'} attention {q.shape}, window {window}: y, dq, dk, dv"
+        yield Case(name, attended, (q, k, v, dout), FLASH, plain)

@@ -190,6 +190,7 @@ def load(run: str | os.PathLike, dtype: str | None = None, step: int | None = No
     found = _newest_good(folder, candidates if step is None else [step], own)
     assert found
     config, parts, meta = found
+    config = config if jax.default_backend() == "gpu" else config.without_gpu()
     params = parts["params"]
     if dtype is not None:
         config, params = config.in_floats(dtype), jax.jit(lambda p: decode_tree(p, DTYPES[dtype]))(params)

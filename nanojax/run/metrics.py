@@ -8,6 +8,7 @@ Each line of metrics.jsonl is one record with a `kind`:
   core     {step, core, tasks {label: centred accuracy}, examples, time}
   sample   {step, text}
   init, rounding, extended   {step, what resume.py says of a run that began or went on otherwise}
+  card     {step, choices, lines}                          on a GPU: what was chosen for it, and why
   warning  {step, about, text}                             the first trouble of its kind since the start
   end      {step, code (exits.py), text}                   unless the process was killed
 `step` counts finished updates. mfu is nanochat's FLOPs per token times tokens/s over the card's dense bf16 peak, whatever

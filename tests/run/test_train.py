@@ -18,6 +18,7 @@ from helpers import tiny_run
 
 from nanojax import cli, files, step, train
 from nanojax import config as configs
+from nanojax.card import traced
 from nanojax.data import loader
 from nanojax.run import checkpoint, exits, metrics, run_folder
 
@@ -226,7 +227,7 @@ def test_nan_stops(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     change_step(monkeypatch, poisoned)
     monkeypatch.setattr("sys.argv", ["train", *tiny_run.arguments(home / "tiny.py", tmp_path / "run")])
-    monkeypatch.setattr("nanojax.xla.configure", lambda: None)
+    monkeypatch.setattr("nanojax.xla.settings", lambda: None)
     with pytest.raises(SystemExit) as stop:
         cli.run_main(train.main)
     assert stop.value.code == 1
@@ -272,14 +273,14 @@ def test_profile(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     """A trace of 2 steps names the steps and the layers, and the command prints its top kernels."""
     run = tmp_path / "run"
     train.train(tiny_run.load(home / "tiny.py", run, train__steps=5, profile__start=2, profile__steps=2))
-    found, traced = top_kernels.kernels(top_kernels.newest_trace(run))
-    assert traced == 2
-    assert any("Block" in k.source for k in found) and all(k.ns >= 0 and k.times for k in found)
+    found, steps = top_kernels.with_sources(traced.newest_trace(run))
+    assert steps == 2
+    assert any("Block" in source for _, source in found) and all(k.ns >= 0 and k.times for k, _ in found)
     monkeypatch.setattr("sys.argv", ["top_kernels.py", str(run), "--top=5"])
     top_kernels.main()
     assert "2 steps" in " ".join(capsys.readouterr().out.split())  # a long path wraps the title
     with pytest.raises(cli.UserError, match="no profiler trace"):
-        top_kernels.newest_trace(tmp_path / "nothing")
+        traced.newest_trace(tmp_path / "nothing")
 
 
 NEWEST = dict(
