@@ -293,7 +293,7 @@ def test_home_folder_in_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` in every key that is a path, from the command line or the file; not in other text."""
     monkeypatch.setenv("HOME", "/h")
     names = [name for name, _, field, _ in configs._fields(Config()) if field.metadata["path"]]
-    assert names == ["data.path", "train.run", "train.init", "eval.core_bundle"]
+    assert names == ["data.path", "rl.source", "rl.words", "train.run", "train.init", "eval.core_bundle"]
     config = config_files.load("demo", [f"--{name}=~/x" for name in [*names, "eval.prompt"]])
     found = configs.keys(config)
     assert {found[name].value for name in names} == {"/h/x"} and config.eval.prompt == "~/x"
