@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ORDER = """cli files < hardware fields weights < config config_files tokenizer recipe < conversation xla quant < ops < model
-    < step engine < run sample chat plan data tasks < interop evaluate status < report source < train < sft"""
+    < step engine < run sample chat plan data tasks < interop evaluate status serve < report source < train < sft"""
 ONLY = {
     "data": {"cli", "files", "tokenizer"},
     "tasks": {"cli", "files", "tokenizer", "conversation", "data"},

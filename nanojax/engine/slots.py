@@ -116,7 +116,7 @@ class Slots:
         self.last[slot] = prompt[-1]
         before = prompt[-2] if len(prompt) > 1 else -1
         place = np.array([slot, prompt[-1], before, len(prompt) - 1, len(prompt) - 1 + new, sample], np.int32)
-        drawn = Choice(np.float32(choice.temperature), np.int32(choice.top_k), np.float32(choice.top_p))
+        drawn = Choice(*(np.asarray(value, kind) for value, kind in zip(choice, (np.float32, np.int32, np.float32))))
         self.state = _begin(self.state, place, drawn, np.uint32(seed), np.bool_(scored))
 
     def force(self, slot: int, tokens: Sequence[int]) -> None:
