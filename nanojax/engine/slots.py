@@ -63,7 +63,7 @@ class Slots:
     ):  # fmt: skip
         self.config, self.params, self.count, self.context = config, params, count, context
         self.vocab, self.top = min(vocab, config.model.V), min(TOP, vocab)
-        self.stops = Stops(np.array([*ends, *[-2] * (ENDS - len(ends))], np.int32), np.int32(call))
+        self.stops = Stops(np.array([*ends, *[-2] * (ENDS - len(ends))], np.int32), np.asarray(call, np.int32))
         self.length = math.ceil(context / ROUND) * ROUND
         cache = model.empty_cache(config, count, self.length, ROUND, int8_cache)
         self.state = _empty(cache, count)

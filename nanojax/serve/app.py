@@ -114,7 +114,7 @@ async def model(request: Request) -> Response:
 def _model(service: Service) -> dict[str, Any]:
     context = service.scheduler.engine.context if service.scheduler else None
     about = {"object": "model", "created": service.created, "owned_by": "nanojax", "max_model_len": context}
-    return {"id": service.model, **about, "chat": service.chat}
+    return {"id": service.model, **about, "max_tokens": service.tokens, "chat": service.chat}
 
 
 async def chat(request: Request) -> Response:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import uvicorn
 
+from nanojax import config as configs
 from nanojax import model
-from nanojax.config import Config
 from nanojax.engine.choose import Choice
 from nanojax.engine.slots import TOP, Scores, Slots, Written
 from nanojax.serve import app
@@ -25,10 +25,17 @@ ENDS = (TOKENIZER.special("<|assistant_end|>"), TOKENIZER.bos)
 CALL = TOKENIZER.special("<|python_end|>")
 
 
-def slots(tiny: Callable[..., Config], rows: int, seq: int = 192) -> Slots:
-    """A tiny model of random parameters that rarely ends an answer."""
-    sizes = dict(vocab=TOKENIZER.vocab_size, seq=seq)
-    config = tiny(model=sizes, train=dict(tokens_per_step=2 * seq, microbatch=2))
+def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
+    """A tiny model of random parameters that rarely ends an answer, its programs compiled."""
+    sizes = dict(depth=2, width=64, head_dim=32, vocab=TOKENIZER.vocab_size, seq=seq) | sizes
+    config = configs.resolve(
+        configs.Config(
+            name="tiny",
+            model=configs.Model(**sizes),
+            compute=configs.Compute(loss_chunk=16),
+            train=configs.Train(tokens_per_step=2 * seq, microbatch=2),
+        )
+    )
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
@@ -98,7 +105,13 @@ def served(service: app.Service) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.005)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        _stop(service, server, thread)
+
+
+def _stop(service: app.Service, server: uvicorn.Server, thread: threading.Thread) -> None:
     if service.scheduler:
         service.scheduler.close()
     server.should_exit = True
