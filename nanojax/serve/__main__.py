@@ -35,8 +35,8 @@ from nanojax.chat import BASE, untrained
 from nanojax.engine.slots import Slots
 from nanojax.run import checkpoint, exits, run_folder
 
+LAST_WORDS = 5  # seconds in which cut answers may be told so
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-GRACE = 20  # seconds that answers have to end once the server is told to stop
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     name = a.name or Path(a.run).resolve().name
     hosts = LOOPBACK | {a.host.lower()} if loopback else None
     service = app.Service(name, metrics.Metrics(), a.tokens, a.timeout, key=key, hosts=hosts)
-    server = Server(app.make(service), service)
+    server = Server(app.make(service), service, a.grace)
     loading = threading.Thread(target=server.load, args=[a], daemon=True)
     loading.start()
     sys.exit(server.serve_until_stopped(listening, loading))
@@ -68,14 +68,14 @@ def main() -> None:
 class Server(uvicorn.Server):
     """uvicorn with a model that is loaded while it listens, and an exit code."""
 
-    def __init__(self, application: Starlette, service: app.Service):
+    def __init__(self, application: Starlette, service: app.Service, grace: int):
         super().__init__(
             uvicorn.Config(
                 application, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
-                timeout_graceful_shutdown=GRACE, timeout_keep_alive=30, h11_max_incomplete_event_size=65536,
+                timeout_graceful_shutdown=grace + LAST_WORDS, timeout_keep_alive=30, h11_max_incomplete_event_size=65536,
             )
         )  # fmt: skip
-        self.service = service
+        self.service, self.grace = service, grace
         self.mistake: BaseException | None = None
 
     def load(self, a: Any) -> None:
@@ -114,15 +114,18 @@ class Server(uvicorn.Server):
         served = self.service.scheduler
         if served is None:
             return exits.DONE
-        cut = not served.idle
         served.close()
         if served.failed:
             return exits.FAILED
-        return exits.STOPPED if cut else exits.DONE
+        return exits.STOPPED if self.service.cut else exits.DONE
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """On a signal: new requests are refused from now on."""
+        """On a signal: new requests are refused from now on, and what is not written within the grace is cut."""
         self.service.closing = True
+        if self.service.scheduler is not None:
+            cut = threading.Timer(self.grace, self.service.scheduler.close)
+            cut.daemon = True
+            cut.start()
         super().handle_exit(sig, frame)
 
 
@@ -147,6 +150,7 @@ def _parser() -> Parser:
     add("--tokens", type=int, default=1024, help="of an answer at most (1024)")
     add("--queue", type=int, default=64, help="answers that may wait; beyond, requests get 429 (64)")
     add("--timeout", type=float, default=600.0, help="seconds that a request may take (600)")
+    add("--grace", type=int, default=8, help="seconds that answers have to end when the server is stopped (8)")
     add("--step", type=int, help="a checkpoint's step; default: the newest")
     add("--dtype", choices=[*checkpoint.DTYPES, "stored"], help="default: f32 on a CPU, else as trained")
     add("--cache", choices=["float", "int8"], default="float", help="keys and values (float)")
@@ -161,6 +165,7 @@ def _check(a: Any) -> None:
         "context": a.context is None or a.context >= 64,
         "tokens": a.tokens >= 1,
         "queue": 1 <= a.queue <= 10**6,
+        "grace": 0 <= a.grace < 10**6,
         "timeout": 0 < a.timeout < 1e7,
     }
     for name, fine in good.items():

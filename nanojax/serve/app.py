@@ -50,6 +50,7 @@ class Service:
     tokenizer: Tokenizer | None = None
     scheduler: Scheduler | None = None
     closing: bool = False
+    cut: bool = False  # whether an answer was cut because the server stops
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
@@ -309,6 +310,7 @@ class Call:
         assert isinstance(event, End)
         if event.reason not in ("stop", "length"):
             self.open.discard(index)
+            self.service.cut |= event.reason == "cancelled"  # by the scheduler, that is: the server stops
             raise _failure(event.reason)
         piece = answer.rest()
         self._finish(index, "stop" if answer.stopped else event.reason)
