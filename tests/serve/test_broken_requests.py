@@ -34,6 +34,7 @@ def url(service: Service) -> Iterator[str]:
 def post(url: str, body: bytes, seconds: float = 20, **headers: str) -> tuple[int, Any, Any]:
     """(status, JSON or text, headers) of the reply."""
     headers = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    reply: Any
     try:
         reply = urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -185,7 +186,7 @@ def test_schemathesis(url: str) -> None:
     assert len(posts) == 2
     for operation, mode in itertools.product(posts, schemathesis.GenerationMode):
 
-        @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=500, deadline=None, suppress_health_check=HealthCheck.all(), database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def fuzz(case: Any) -> None:
             reply = case.call(timeout=20)

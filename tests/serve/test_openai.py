@@ -16,7 +16,7 @@ from nanojax.evaluate import likelihood
 from nanojax.serve.app import BODY, Service
 
 pytestmark = pytest.mark.long  # the module's model compiles for some seconds
-HI = [{"role": "user", "content": "Hi, what is é?"}]
+HI: list[Any] = [{"role": "user", "content": "Hi, what is é?"}]
 
 
 @pytest.fixture(scope="module")
