@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "one page about a run: curves, scores, texts, time, energy, money, commands",
     "sample": "text from a trained model",
     "chat": "a conversation with a trained model",
+    "serve": "a chat server: a page for a browser, and OpenAI's API",
     "evaluate": "bits per byte, CORE, ChatCORE, sample texts",
     "plan": "what a run needs on a GPU that may be absent",
     "interop": "checkpoints of nanochat and Hugging Face, both ways",

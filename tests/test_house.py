@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ORDER = """cli files < hardware fields weights < config config_files tokenizer recipe < conversation xla quant < ops < model
-    < step engine < run sample chat plan data tasks < interop evaluate status card < report questions doctor < rollouts
-    < source < train < sft rl"""
+    < step engine < run sample chat plan data tasks < interop evaluate status serve card < report questions doctor
+    < rollouts < source < train < sft rl"""
 ONLY = {
     "data": {"cli", "files", "tokenizer"},
     "tasks": {"cli", "files", "tokenizer", "conversation", "data"},

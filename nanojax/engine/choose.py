@@ -13,7 +13,7 @@ BLOCK = 128  # probabilities that are summed before their sums are
 
 
 class Choice(NamedTuple):
-    """How a token is drawn. None of these is compiled in.
+    """How a token is drawn: numbers for all rows, or arrays [B] for each. None of these is compiled in.
 
     temperature 0 = the likeliest token. top_k: among the k likeliest; 0 = all. top_p: among the fewest likeliest that together
     have this probability; 1 = all. Both keep tokens that tie with the last one.
@@ -27,27 +27,38 @@ class Choice(NamedTuple):
 def choose(vocab: int, logits_BV: jax.Array, key_B: jax.Array, choice: Choice) -> jax.Array:
     """Tokens int32 [B] below `vocab`. A row's depends on its own logits and key alone."""
     logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab)[None], logits_BV, -jnp.inf)
-    temperature = jnp.asarray(choice.temperature, jnp.float32)
+    drawn = jnp.asarray(choice.temperature, jnp.float32) > 0
     likeliest = lambda: jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    return lax.cond(temperature > 0, lambda: _draw(logits_BV, key_B, choice), likeliest)
+    if not drawn.ndim:
+        return lax.cond(drawn, lambda: _draw(logits_BV, key_B, choice), likeliest)
+    both = lambda: jnp.where(drawn, _draw(logits_BV, key_B, choice), likeliest())
+    return lax.cond(jnp.any(drawn), both, likeliest)
 
 
 def _draw(logits_BV: jax.Array, key_B: jax.Array, choice: Choice) -> jax.Array:
     order_BV = _order(logits_BV)
     k = jnp.asarray(choice.top_k, jnp.int32)
-    among_k = lambda: _highest(order_BV, lambda kept: jnp.sum(kept, -1, dtype=jnp.int32) >= k)
-    keep_BV = lax.cond((k > 0) & (k < logits_BV.shape[1]), among_k, lambda: jnp.ones(logits_BV.shape, bool))
+    few = (k > 0) & (k < logits_BV.shape[1])
+    least = _column(jnp.where(few, k, logits_BV.shape[1])) if k.ndim else k
+    among_k = lambda: _highest(order_BV, lambda kept: jnp.sum(kept, -1, dtype=jnp.int32) >= least)
+    keep_BV = lax.cond(jnp.any(few), among_k, lambda: jnp.ones(logits_BV.shape, bool))
     scaled_BV = logits_BV - jnp.max(logits_BV, -1, keepdims=True)
-    scaled_BV = scaled_BV / jnp.maximum(jnp.asarray(choice.temperature, jnp.float32), 1e-6)
+    scaled_BV = scaled_BV / _column(jnp.maximum(jnp.asarray(choice.temperature, jnp.float32), 1e-6))
     p_BV = jnp.where(keep_BV, jnp.exp(scaled_BV), 0.0)
     needed = jnp.asarray(choice.top_p, jnp.float32)
     needed_B = needed * jnp.sum(p_BV, -1)
     among_p = lambda: _highest(
         order_BV, lambda kept: jnp.sum(jnp.where(kept, p_BV[:, None], 0.0), -1) >= needed_B[:, None]
     )
-    p_BV = lax.cond(needed < 1, lambda: jnp.where(among_p(), p_BV, 0.0), lambda: p_BV)
+    kept = lambda: among_p() | _column(needed >= 1) if needed.ndim else among_p()
+    p_BV = lax.cond(jnp.any(needed < 1), lambda: jnp.where(kept(), p_BV, 0.0), lambda: p_BV)
     uniform_B = jax.vmap(lambda key: jax.random.uniform(key))(key_B)
     return _inverse(p_BV, uniform_B)
+
+
+def _column(value: jax.Array) -> jax.Array:
+    """A number as it is, an array [B] as [B,1]."""
+    return value[:, None] if value.ndim else value
 
 
 def _order(x: jax.Array) -> jax.Array:

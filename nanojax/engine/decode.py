@@ -143,7 +143,7 @@ def block(
 
     def step(carry: Any) -> Any:
         i, rows, tokens, were_forced, _ = carry
-        rows, written, is_forced = _one(config, vocab, params, rows, choice, stops)
+        rows, written, is_forced, _ = advance(config, vocab, params, rows, choice, stops)
         called = jnp.any((written == stops.call) & ~is_forced & ~rows.ended)
         return i + 1, rows, tokens.at[i].set(written), were_forced.at[i].set(is_forced), called
 
@@ -152,10 +152,13 @@ def block(
     return rows, tokens, were_forced
 
 
-def _one(
+def advance(
     config: Config, vocab: int, params: Any, rows: Rows, choice: Choice, stops: Stops
-) -> tuple[Rows, jax.Array, jax.Array]:
-    """One more token of each row that has not ended; -1 of one that has."""
+) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
+    """One more token of each row that has not ended; -1 of one that has. Which are forced; the logits [B,V] they came from.
+
+    A row that has ended stays where it is: its token is written to the cache at its position again.
+    """
     x_B1D, cache = model.hidden_cached(config, params, rows.token[:, None], rows.cache, rows.position, rows.before)
     # On a GPU XLA would keep keys in another order inside the loop, and so transpose the whole cache before and after it.
     cache = jax.tree.map(lambda a: with_layout_constraint(a, Layout((0, 1, 2, 3))), cache)
@@ -174,4 +177,4 @@ def _one(
         ended=rows.ended | stopped_B,
         forced=jnp.where(going_B[:, None], jnp.roll(rows.forced, -1, 1).at[:, -1].set(-1), rows.forced),
     )
-    return later, jnp.where(going_B, next_B, -1), going_B & (forced_B >= 0)
+    return later, jnp.where(going_B, next_B, -1), going_B & (forced_B >= 0), logits_BV

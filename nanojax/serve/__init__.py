@@ -1,0 +1,1 @@
+"""A chat server in OpenAI's form, with continuous batching, and its page."""
