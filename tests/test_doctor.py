@@ -62,7 +62,7 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
             run(monkeypatch, fake_card.facts(), *arguments)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The real command, jax asked in its own process: no traceback, and a line on what jax computes on."""
     monkeypatch.setattr(sys, "argv", ["doctor"])

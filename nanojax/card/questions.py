@@ -33,6 +33,7 @@ PLAIN = {"rows": "xla", "attention": "chunked", "fused": "off"}
 # makes 0.03 (int8 matmuls, width 64, both families), an attention scale off by 10 % 0.13, a scale of rows off by 10 % 0.7.
 # plan/verify.py has the tight bounds, op by op. Sums of a few numbers are left out: theirs cancel, and are off by 0.4.
 GRADIENTS, LOSS, FEW = 0.1, 0.02, 1024
+ANY_DEVICE = "--device=any"  # of the process, to test it without a GPU
 TIMINGS, SECONDS = 7, 0.3  # of one choice
 
 
@@ -191,13 +192,17 @@ def apart_by(got: Any, want: Any) -> float:
     return max(ratio if ratio == ratio else float("inf") for ratio in ratios)
 
 
+def _no_gpu(question: str) -> Answer:
+    return Answer(question, False, "jax does not find the GPU; python -m nanojax.doctor says why")
+
+
 def main() -> None:
     """Reads the config, then questions, from stdin; writes answers to what was stdout, which libraries no longer see."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     config = configs.from_dict(json.loads(sys.stdin.readline()))
     xla.configure()
-    answer = answering(config)
+    answer = answering(config) if jax.default_backend() == "gpu" or ANY_DEVICE in sys.argv else _no_gpu
     for line in sys.stdin:
         found = answer(line.strip())
         print(json.dumps(found._asdict()), file=out, flush=True)

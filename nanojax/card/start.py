@@ -135,21 +135,23 @@ def _told(card: Card) -> tuple[Facts, list[Line]]:
 
 
 def _found(config: Config, seen: Facts, card: Card, say: Say) -> Found:
-    """The choices for this card, driver, jax and config: those of the cache, or of a trial, which are then kept there."""
+    """The choices for this card, driver, jax and config: the cache's, or a trial's. The memory is tried each time."""
     path = xla.user_cache() / "card" / f"{key(config, seen)}.json"
-    found = load(path)
-    if found is not None:
-        return found
-    say("trying this config's kernels and memory on this card, once for each driver, jax and config: a few minutes ...")
+    known, allocators = load(path), ["default", "cuda_async"]
+    if known is None:
+        say(
+            "trying this config's kernels and memory on this card, once for each driver, jax and config: a few minutes ..."
+        )
+    elif known.allocator != "default":
+        allocators.reverse()
     by_hand = os.environ.get(xla.ALLOCATOR)
     with card.asking(config) as ask:
-        found = trial.choose(config, ask, (by_hand,) if by_hand else ("default", "cuda_async"))
-    if not found.lasting:
-        return found
-    try:
-        files.write_json(path, dataclasses.asdict(found) | {"answers": [a._asdict() for a in found.answers]})
-    except (UserError, OSError) as error:
-        say(f"warning: the choices are not kept for the next run ({error})")
+        found = trial.choose(config, ask, [by_hand] if by_hand else allocators, known)
+    if known is None and found.lasting:
+        try:
+            files.write_json(path, dataclasses.asdict(found) | {"answers": [a._asdict() for a in found.answers]})
+        except (UserError, OSError) as error:
+            say(f"warning: the choices are not kept for the next run ({error})")
     return found
 
 

@@ -49,15 +49,19 @@ class Found:
         return memory and not short
 
 
-def choose(config: Config, ask: Ask, allocators: Sequence[str]) -> Found:
-    """The fastest choices that are right on this card.
+def choose(config: Config, ask: Ask, allocators: Sequence[str], known: Found | None = None) -> Found:
+    """The fastest choices that are right on this card, and an allocator that has the planned memory now.
 
     Args:
       config: a key of compute that is not auto was set by hand and stays.
       allocators: to be tried in this order until one gives the planned memory.
+      known: what an earlier trial found; only the memory is asked for again.
     """
     trial = _Trial(config, ask)
     allocator = trial.allocator(allocators)
+    if known is not None:
+        others = [line for line in known.lines if not line.startswith("allocator ")]
+        return dataclasses.replace(known, allocator=allocator, lines=(*trial.lines, *others))
     chosen = trial.choices()
     return Found(chosen, allocator, tuple(trial.lines), tuple(trial.answers))
 

@@ -68,6 +68,17 @@ def test_want_of_memory_does_not_last(tiny: Tiny) -> None:
     assert chosen(config, asking(refused=("default",))).lasting
 
 
+def test_memory_is_asked_for_each_time(tiny: Tiny) -> None:
+    """What is known of the kernels stays; the allocator is the first that has the memory now."""
+    known = trial.Found(trial.FAST, "cuda_async", ("allocator cuda_async instead of default: old", "kernels are right"))
+    asked: list[str] = []
+    with asking(refused=("cuda_async",), asked=asked)(tiny(compute=BF16)) as ask:
+        found = trial.choose(tiny(compute=BF16), ask, ("cuda_async", "default"), known)
+    assert (found.choices, found.allocator, found.lines[-1]) == (trial.FAST, "default", "kernels are right")
+    assert len(found.lines) == 2 and "old" not in found.lines[0]
+    assert asked == ["memory (cuda_async)", "memory (default)"]
+
+
 # -- the process -------------------------------------------------------------------------------------------------------
 
 ANSWERS = """
@@ -115,6 +126,8 @@ def test_the_real_process(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path:
     """On this CPU: memory and plain XLA are there, row kernels fail as they do without a GPU, and it lives on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with trial.asking(tiny(compute=BF16)) as ask:
+        assert "does not find the GPU" in ask("memory", "default").why
+    with trial.asking(tiny(compute=BF16), (*trial.COMMAND, questions.ANY_DEVICE)) as ask:
         assert ask("memory", "default") == Answer("memory", True)
         plain = ask("plain", "default")
         assert plain.ok and plain.seconds and plain.seconds > 0

@@ -63,6 +63,21 @@ def _same(a: step.State, b: step.State) -> bool:
     return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
+def test_a_restored_state_exists_once(tmp_path: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read and copied, one state and no second one is in memory, but for the largest leaf; so it fits again."""
+    config = tiny(stored=INT8)
+    _save(tmp_path, config, [1])
+    before = {id(a) for a in jax.live_arrays()}
+    held: list[int] = []
+    size = lambda: sum(a.nbytes for a in jax.live_arrays() if id(a) not in before)
+    checks = checkpoint.checks
+    monkeypatch.setattr(checkpoint, "checks", lambda parts: (held.append(size()), checks(parts))[1])
+    restored = checkpoint.restore(tmp_path, config)
+    assert restored is not None
+    kept = jax.tree.leaves((restored[0].params, restored[0].opt))
+    assert held[0] <= sum(a.nbytes for a in kept) + max(a.nbytes for a in kept) + 4096
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "stored",
