@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nanojax import cli, config_files, questions
 from nanojax import config as configs
 from nanojax import train as training
+from nanojax.card.start import OF_THE_CARD
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.engine.decode import ROUND
@@ -78,7 +79,8 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     if not begun and base.data.kind == "text":
         say(f"{wish.base} is not fine-tuned: it may answer nothing that earns a reward")
     fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
-    fixed |= {"train.init": wish.base, "train.run": wish.out, "data.path": wish.task, "data.kind": "rollouts"}
+    fixed |= OF_THE_CARD | {"train.init": wish.base, "train.run": wish.out}
+    fixed |= {"data.path": wish.task, "data.kind": "rollouts"}
     if wish.schedule:
         fixed["optim.decay"] = wish.schedule
     overrides = config_files.pairs(wish.overrides)

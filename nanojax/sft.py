@@ -18,6 +18,7 @@ import numpy as np
 from nanojax import cli, config_files
 from nanojax import config as configs
 from nanojax import train as training
+from nanojax.card.start import OF_THE_CARD
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.run import exits, run_folder
@@ -43,8 +44,6 @@ HARMLESS: dict[str, Any] = {
     "checkpoint.every": 200,
     "profile.start": -1,
 }
-# Chosen for a card: the trial of the machine that fine-tunes chooses again (card/start.py).
-OF_THE_CARD = {"compute.rows": "auto", "compute.attention": "auto", "compute.fused": "auto"}
 TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--data"}  # the keys that this command sets
 DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.
 

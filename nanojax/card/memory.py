@@ -28,7 +28,7 @@ def planned(config: Config) -> list[int]:
     if config.compute.residuals == "auto":
         config = configs.override(config, {"compute.residuals": "inputs"})
     state = [_bytes(leaf) for leaf in jax.tree.leaves(steps.abstract_state(config))]
-    logits = min(config.compute.loss_chunk, config.train.microbatch * config.model.T) * config.model.V * 4
+    logits = min(config.compute.loss_chunk, config.train.microbatch * config.row) * config.model.V * 4
     return [*state, steps.residual_bytes(config) + max(SLACK, logits)]
 
 

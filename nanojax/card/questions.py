@@ -7,6 +7,7 @@ a failed kernel leaves on the device is not to be trusted.
 
 import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -63,8 +64,17 @@ def two_layers(config: Config) -> Config:
     """The config's first two layers at their own width, for one microbatch, with a small vocabulary."""
     m, t = config.model, config.train
     changes = {"model.depth": 2, "model.width": m.D, "model.vocab": min(m.V, 4096), "data.kind": "text"}
-    changes |= {"train.tokens_per_step": t.microbatch * m.T, "train.steps": 1, "train.init": "", "train.extend": 0}
-    changes["optim.steps_before"] = 0
+    changes |= {
+        "model.seq": config.row,
+        "train.tokens_per_step": t.microbatch * config.row,
+        "train.steps": 1,
+        "train.init": "",
+        "train.extend": 0,
+    }
+    changes |= {
+        "optim.steps_before": 0,
+        "compute.loss_chunk": math.gcd(config.compute.loss_chunk, t.microbatch * config.row),
+    }
     if config.compute.residuals == "auto":
         changes["compute.residuals"] = "cheap"
     return configs.resolve(configs.override(config, changes))

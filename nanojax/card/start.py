@@ -25,6 +25,8 @@ from nanojax.plan import compile
 from nanojax.run import run_folder
 
 Say = Callable[[str], None]
+# For a run from another run's config: the machine that trains it chooses again.
+OF_THE_CARD = {f"compute.{key}": "auto" for key in PLAIN}
 
 
 class Card(NamedTuple):
