@@ -88,10 +88,11 @@ class Scripted:
         return Scores(np.zeros(count), np.zeros((count, TOP)), np.zeros((count, TOP), int))
 
 
-def service_of(engine: Any, queue: int = 64, **settings: Any) -> app.Service:
+def service_of(engine: Any, queue: int = 64, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> app.Service:
     """A service over an engine, its scheduler running."""
-    service = app.Service("tiny", Metrics(), tokenizer=TOKENIZER, **settings)
-    service.scheduler = Scheduler(engine, ENDS, queue, service.metrics)
+    service = app.Service("tiny", Metrics(), tokenizer=tokenizer, **settings)
+    ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+    service.scheduler = Scheduler(engine, ends, queue, service.metrics)
     service.scheduler.start()
     return service
 
