@@ -1,9 +1,10 @@
 """Slots: a fixed number of rows that texts join and leave while the others are written. What a server decodes with.
 
 A text joins in two steps. Its prompt is read in chunks into the cache of its slot, between the steps of the other rows; then
-its row is set going. All programs have one shape, so that nothing compiles while texts are written, and the sums of a row do
-not depend on which other rows are going. The cache of a text that ended stays until another one takes its slot: the next turn
-of a conversation reads only what is new.
+its row is set going. Nothing compiles while texts are written. The sums of a row do not depend on which other rows are going: a
+product always has all rows, and attention, where each row is by itself, is computed of the first ones only: of one, a quarter or
+all, as many as reach to the last that is going. The cache of a text that ended stays until another one takes its slot, so that
+the next turn of a conversation reads only what is new.
 """
 
 import functools
@@ -67,6 +68,8 @@ class Slots:
         self.length = math.ceil(context / ROUND) * ROUND
         cache = model.empty_cache(config, count, self.length, ROUND, int8_cache)
         self.state = _empty(cache, count)
+        self.going: set[int] = set()
+        self.sizes = sorted({1, math.ceil(count / 4), count})  # first rows that a step may attend for
         rings = {(k.shape[2], window) for (k, _), window in zip(cache, weights.windows(config.model), strict=True)}
         # How far a ring may be taken back: what it has lost by then lies outside the window.
         self.slack = min((U - window for U, window in rings if self.length > U), default=self.length)
@@ -118,6 +121,7 @@ class Slots:
         place = np.array([slot, prompt[-1], before, len(prompt) - 1, len(prompt) - 1 + new, sample], np.int32)
         drawn = Choice(*(np.asarray(value, kind) for value, kind in zip(choice, (np.float32, np.int32, np.float32))))
         self.state = _begin(self.state, place, drawn, np.uint32(seed), np.bool_(scored))
+        self.going.add(slot)
 
     def force(self, slot: int, tokens: Sequence[int]) -> None:
         """The row will write these tokens next; at most FORCED."""
@@ -126,13 +130,15 @@ class Slots:
         self.state = _force(self.state, np.int32(slot), queue)
 
     def end(self, slot: int) -> None:
-        """Stops a row."""
+        """Stops a row. One that came to its end needs this too, so that the others' steps need not compute it."""
+        self.going.discard(slot)
         self.state = _end(self.state, np.int32(slot))
 
     def step(self, limit: int = STEPS) -> Written:
         """Up to `limit` more tokens of each row that is going."""
+        first = next(size for size in self.sizes if size > max(self.going, default=0))
         self.state, *written = _step(
-            self.config, (self.vocab, self.top), self.params, self.state, self.stops, np.int32(limit)
+            self.config, (self.vocab, self.top), first, self.params, self.state, self.stops, np.int32(limit)
         )
         tokens, forced, scores = jax.tree.map(np.asarray, written)
         for slot in range(self.count):
@@ -148,10 +154,13 @@ class Slots:
         for size in CHUNKS:
             if size < self.context:
                 self.read(0, [0] * (size + 1), 0)
-        self.begin(0, [0], 1, Choice(), 0)
-        self.step()
-        self.force(0, [])
-        self.end(0)
+        for size in self.sizes:
+            self.tokens[size - 1] = []
+            self.begin(size - 1, [0], 1, Choice(), 0)
+            self.step()
+            self.force(size - 1, [])
+            self.end(size - 1)
+            self.tokens[size - 1], self.reached[size - 1] = [], 0
         self.tokens[0], self.reached[0] = [], 0
 
 
@@ -213,11 +222,11 @@ def _end(state: _State, slot: jax.Array) -> _State:
     return state._replace(rows=state.rows._replace(ended=state.rows.ended.at[slot].set(True)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _step(
-    config: Config, sizes: tuple[int, int], params: Any, state: _State, stops: Stops, limit: jax.Array
+    config: Config, sizes: tuple[int, int], first: int, params: Any, state: _State, stops: Stops, limit: jax.Array
 ) -> tuple[_State, jax.Array, jax.Array, Scores]:
-    B = state.scored.shape[0]
+    B, cache = state.scored.shape[0], state.rows.cache
 
     def going(carry: Any) -> jax.Array:
         i, rows, _, called = carry
@@ -233,7 +242,12 @@ def _step(
 
     scores = jax.tree.map(lambda a: jnp.zeros((STEPS, *a.shape), a.dtype), _no_scores(sizes, B))
     out = (jnp.full((STEPS, B), -1), jnp.zeros((STEPS, B), bool), scores)
-    _, rows, out, _ = lax.while_loop(going, step, (jnp.int32(0), state.rows, out, jnp.bool_(False)))
+    some = cache if first == B else jax.tree.map(lambda a: a[:first], cache)
+    carry = (jnp.int32(0), state.rows._replace(cache=some), out, jnp.bool_(False))
+    _, rows, out, _ = lax.while_loop(going, step, carry)
+    if first < B:
+        put = lambda all, one: lax.dynamic_update_slice_in_dim(all, one, 0, 0)
+        rows = rows._replace(cache=jax.tree.map(put, cache, rows.cache))
     return state._replace(rows=rows), *out
 
 

@@ -107,6 +107,7 @@ def hidden_cached(
     """The last block's output [B,S,D] for S new tokens at positions start.., and the cache with them in it.
 
     Args:
+      cache: of all rows, or of the first ones: rows behind these attend to nothing, and what is computed of them is not used.
       start: int32, of all rows or of each [B].
       before_B: the token before the first of these, -1 where there is none. None: start is 0.
     """
@@ -114,11 +115,13 @@ def hidden_cached(
     B, S = tokens_BS.shape
     start_B = jnp.broadcast_to(start, (B,))
     kinds = [(k.shape[2], window) for (k, _), window in zip(cache, windows, strict=True)]
-    seen = {kind: attention.seen(start_B, S, *kind) for kind in dict.fromkeys(kinds)}
+    first_B = start_B[: cache[0][0].shape[0]]
+    seen = {kind: attention.seen(first_B, S, *kind) for kind in dict.fromkeys(kinds)}
 
     def attend(i: int, *qkv: jax.Array) -> tuple[jax.Array, Any]:
-        q, k, v = (a.reshape(B, S, *a.shape[2:]) for a in qkv)
-        out, *kept = attention.cached(q, k, v, *cache[i], start_B, seen[kinds[i]], windows[i], scale)
+        q, k, v = (a.reshape(B, S, *a.shape[2:])[: len(first_B)] for a in qkv)
+        out, *kept = attention.cached(q, k, v, *cache[i], first_B, seen[kinds[i]], windows[i], scale)
+        out = jnp.pad(out, ((0, B - len(out)), (0, 0), (0, 0), (0, 0)))
         return out.reshape(1, B * S, *out.shape[2:]), tuple(kept)
 
     first = jnp.full(B, -1) if before_B is None else before_B

@@ -7,6 +7,7 @@ are being read take turns, so that a short one waits for no more than a chunk of
 import collections
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -196,10 +197,12 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives free slots to those who have waited longest."""
         while (free := self._free()) and (job := self._next()):
-            # The cache of a conversation that goes on; else the one that was left first.
+            # The cache of a conversation that goes on; else the one that was left first, of the first quarter if one is free
+            # there: attention is computed up to the last row that is going.
             same = {slot: 0 if job.prompt_scored else self.engine.common(slot, job.prompt) for slot in free}
             worth = {slot: count if 2 * count >= len(job.prompt) else 0 for slot, count in same.items()}
-            job.slot = max(free, key=lambda slot: (worth[slot], -self.used[slot]))
+            few = math.ceil(self.engine.count / 4)
+            job.slot = max(free, key=lambda slot: (worth[slot], slot < few, -self.used[slot]))
             job.read = job.cached = same[job.slot]
             self.watch.read(len(job.prompt), job.cached)
             self.reading.append(job)

@@ -100,7 +100,8 @@ def test_texts_join_and_leave(tiny: Make, family: str) -> None:
 @pytest.mark.long
 def test_scores(tiny: Make) -> None:
     """Log-probabilities of a prompt's tokens, also where its last chunk is moved back from the cache's end, and of written
-    ones are those of the whole forward pass, the likeliest among them; within 1e-4."""
+    ones are those of the whole forward pass, the likeliest among them; within 1e-4. Drawn text has the same ones to the last
+    bit alone and beside others."""
     config, params = made(tiny, "2026")
     prompt = np.random.default_rng(2).integers(0, 270, 190).tolist()
     slots, done, own, top = opened(config, params), 0, [], []
@@ -117,4 +118,11 @@ def test_scores(tiny: Make) -> None:
     want = np.asarray(logits)[np.arange(191), [*prompt[1:], *tokens]]
     assert np.abs(np.array(own) - want).max() < 1e-4
     assert np.abs(np.array(top) - np.asarray(logits).max(-1)[:189]).max() < 1e-4
+    slots.end(1)
+    beside = []
+    for slot in (0, 1, 2):  # alone, and with one and two more rows for which attention is computed
+        read(slots, slot, prompt[:70])
+        slots.begin(slot, prompt[:70], 8, Choice(1.0), 3, scored=True)
+        beside.append(slots.step().scores.own[:, slot])
+    assert all((scores == beside[0]).all() for scores in beside)
     assert written.scores.ids[0, 1, 0] == tokens[0] and written.scores.own[0, 1] == written.scores.top[0, 1, 0]

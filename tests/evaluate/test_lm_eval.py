@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.core_bundle import WORDS
+from helpers.serving import served, service_of
 from oracles import numpy_gpt
 
 from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.engine.slots import Slots
 from nanojax.interop import Imported, to_run
 from nanojax.tokenizer import train
 
@@ -66,7 +68,7 @@ def _log_p(made, context: str, continuation: str) -> float:
 
 def test_the_harness_gives_the_numbers_computed_by_hand(made):
     """All four request types through the command: accuracy, perplexity and bits per byte equal numpy's."""
-    folder, *_, docs = made
+    folder, *_ = made
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     command = [sys.executable, "-m", "nanojax.evaluate.lm_eval", f"--run={folder / 'run'}", f"--include={folder}"]
@@ -76,6 +78,12 @@ def test_the_harness_gives_the_numbers_computed_by_hand(made):
     found = {
         t: {k.split(",")[0]: v for k, v in r.items()} for t, r in json.loads((folder / "out.json").read_text()).items()
     }
+    _hold_by_hand(made, found)
+
+
+def _hold_by_hand(made, found) -> None:
+    """The harness's results are those of numpy."""
+    *_, docs = made
     scores = [[_log_p(made, d["query"], " " + c) for c in d["choices"]] for d in docs]
     right = [int(np.argmax(s)) == d["gold"] for s, d in zip(scores, docs)]
     assert found["nanojax_multiple_choice"]["acc"] == pytest.approx(np.mean(right))
@@ -87,6 +95,29 @@ def test_the_harness_gives_the_numbers_computed_by_hand(made):
     bits = found["nanojax_loglikelihood_rolling"]["bits_per_byte"]
     assert bits == pytest.approx(nats / size / np.log(2), rel=1e-4)
     assert found["nanojax_generate_until"]["exact_match"] == 0
+
+
+def test_the_harness_as_a_client_of_the_server_gives_the_same_numbers(made):
+    """local-completions, several requests at a time, with the tokenizer of an export: the same numbers as by hand."""
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]' to ask a server")
+    folder, config, params, tokenizer, _ = made
+    export = [sys.executable, "-m", "nanojax.interop", "export", str(folder / "run"), str(folder / "export")]
+    subprocess.run(export, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, check=True)
+    ends = tokenizer.special("<|assistant_end|>"), tokenizer.bos
+    engine = Slots(config, jax.tree.map(jnp.asarray, params), 4, config.model.T, tokenizer.vocab_size, ends, -2)
+    with served(service_of(engine, tokenizer=tokenizer)) as url:
+        about = f"model=tiny,base_url={url}/v1/completions,tokenizer={folder / 'export'},add_bos_token=True"
+        command = [sys.executable, "-m", "lm_eval", "--model=local-completions", f"--include_path={folder}"]
+        command += [
+            f"--model_args={about},max_length={config.model.T},num_concurrent=3",
+            f"--output_path={folder / 'out'}",
+        ]
+        command += ["--tasks=" + ",".join(f"nanojax_{kind}" for kind in REST)]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next((folder / "out").rglob("results*.json")).read_text())["results"]
+    _hold_by_hand(made, {t: {k.split(",")[0]: v for k, v in r.items()} for t, r in results.items()})
 
 
 def test_generation_stops_at_until(made):

@@ -26,7 +26,7 @@ CALL = TOKENIZER.special("<|python_end|>")
 
 
 def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
-    """A tiny model of random parameters that rarely ends an answer, its programs compiled."""
+    """A tiny model of random parameters whose likeliest token is never an end, its programs compiled."""
     sizes = dict(depth=2, width=64, head_dim=32, vocab=TOKENIZER.vocab_size, seq=seq) | sizes
     config = configs.resolve(
         configs.Config(
@@ -39,6 +39,7 @@ def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
+    params["head"] = params["head"].at[np.array(ENDS)].set(0.0)
     made = Slots(config, params, rows, seq, TOKENIZER.vocab_size, ENDS, CALL)
     made.compile()
     return made
@@ -87,10 +88,11 @@ class Scripted:
         return Scores(np.zeros(count), np.zeros((count, TOP)), np.zeros((count, TOP), int))
 
 
-def service_of(engine: Any, queue: int = 64, **settings: Any) -> app.Service:
+def service_of(engine: Any, queue: int = 64, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> app.Service:
     """A service over an engine, its scheduler running."""
-    service = app.Service("tiny", Metrics(), tokenizer=TOKENIZER, **settings)
-    service.scheduler = Scheduler(engine, ENDS, queue, service.metrics)
+    service = app.Service("tiny", Metrics(), tokenizer=tokenizer, **settings)
+    ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+    service.scheduler = Scheduler(engine, ends, queue, service.metrics)
     service.scheduler.start()
     return service
 

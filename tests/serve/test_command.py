@@ -27,13 +27,11 @@ from nanojax.serve.metrics import Metrics
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a checkpoint of random parameters, which never ends an answer."""
+    """A run folder with a checkpoint of random parameters."""
     engine, folder = slots(rows=1, seq=2048), tmp_path_factory.mktemp("serve") / "run"
     TOKENIZER.save(folder / "tokenizer")
     run_folder.write_config(folder, engine.config)
-    head = engine.params["head"].at[TOKENIZER.special("<|assistant_end|>")].set(0.0)
-    params = engine.params | {"head": head.at[TOKENIZER.bos].set(0.0)}
-    state = jax.jit(step.init_state, static_argnums=0)(engine.config)._replace(params=params)
+    state = jax.jit(step.init_state, static_argnums=0)(engine.config)._replace(params=engine.params)
     writer = checkpoint.open_for_saving(folder, engine.config)
     checkpoint.save(writer, engine.config, state, {}, TOKENIZER.fingerprint)
     writer.close()
