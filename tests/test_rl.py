@@ -22,7 +22,7 @@ from oracles import numpy_gpt
 from nanojax import questions, rl, rollouts, train
 from nanojax import step as steps
 from nanojax.cli import UserError
-from nanojax.config import Config, Rollouts
+from nanojax.config import Config, Rollouts, override
 from nanojax.engine.choose import Choice
 from nanojax.engine.generate import Calculator
 from nanojax.questions import Question
@@ -46,11 +46,11 @@ def reward(question, answer):
 '''
 
 
-def of_kind(tiny: Any, kind: str = "rollouts", **compute: Any) -> Config:
-    """A d2 whose steps are 3 groups of 4 rows of 48 tokens, for the tokenizer of single bytes."""
+def of_kind(tiny: Any, kind: str = "rollouts", depth: int = 2) -> Config:
+    """A model whose steps are 3 groups of 4 rows of 48 tokens, for the tokenizer of single bytes."""
     return tiny(
-        model={"seq": 64 if kind == "rollouts" else 48, "vocab": 280},
-        compute={"loss_chunk": 32, **compute},
+        model={"seq": 64 if kind == "rollouts" else 48, "vocab": 280, "depth": depth},
+        compute={"loss_chunk": 32},
         data={"kind": kind},
         train={"microbatch": 2, "tokens_per_step": 3 * 4 * 48, "init": "x"},
         rl={"questions": 3, "samples": 4, "tokens": 30, "row": 48, "rows": 4},
@@ -120,10 +120,10 @@ def test_the_gradient_is_the_oracles(tiny: Any, monkeypatch: pytest.MonkeyPatch)
             share = (reward - rewards[group].mean()) * sum(mask) / count
             expected = jax.tree.map(lambda a, g, share=share: a + share * g, expected, grads)
 
-    accum = steps.init_state(of_kind(tiny, "conversations")).accum
+    accum = jax.jit(steps.init_state, static_argnums=0)(of_kind(tiny, "conversations")).accum
+    add = jax.jit(steps.forward_backward, static_argnums=0)
     for i in range(config.microbatches):
-        part = batch.tokens[i], batch.weights[i]
-        _, accum = steps.forward_backward(config, params, accum, *part, {}, jax.random.key(0))
+        _, accum = add(config, params, accum, batch.tokens[i], batch.weights[i], {}, jax.random.key(0))
     found = {name: accum[name] for name in ("embed", "head")}
     assert set(found) == set(expected) - {"blocks"}
     for i, block in enumerate(expected["blocks"]):
@@ -135,9 +135,10 @@ def test_the_gradient_is_the_oracles(tiny: Any, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=bound, err_msg=name)
 
 
+@pytest.mark.long
 def test_the_step_is_the_same_without_accumulators_between_steps(tiny: Any) -> None:
     """The state of rollouts has none; its step is that of conversations with the same batch."""
-    config, other = of_kind(tiny), of_kind(tiny, "conversations")
+    config, other = of_kind(tiny, depth=1), of_kind(tiny, "conversations", depth=1)
     rng = np.random.default_rng(0)
     shape = config.batch_shape
     assert shape == other.batch_shape
@@ -185,17 +186,18 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
         assert found[f"pass_{k}"] == pytest.approx(np.mean(subsets))
 
 
+@pytest.mark.long
 def test_what_is_drawn_depends_on_seed_step_question_and_sample_alone(tiny: Any) -> None:
     """Not on how many answers are written together nor on the other questions; another step, seed or sample draws anew."""
-    config = of_kind(tiny)
+    config = of_kind(tiny, depth=1)
     params = random_params(config)
     asked = [Question([TOKENIZER.bos, *b"what"], "", lambda _: 0.0)] * 3
 
     def drawn(rows: int, numbers: list[int], step: int = 1, seed: int = 5) -> Any:
-        c = tiny_with_rows(config, rows)
+        c = override(config, {"rl.rows": rows})
         keys = lambda q, s: rollouts._keys(seed, step, q, s)
         found = rollouts.write(
-            c, params, TOKENIZER, asked[: len(numbers)], np.array(numbers), 4, Choice(1.0), keys, _pass
+            c, params, TOKENIZER, asked[: len(numbers)], np.array(numbers), 4, Choice(1.0), keys, lambda: None
         )
         return [[rollout.tokens.tolist() for rollout in group] for group in found]
 
@@ -203,16 +205,6 @@ def test_what_is_drawn_depends_on_seed_step_question_and_sample_alone(tiny: Any)
     assert drawn(8, [3, 1, 2]) == first and drawn(2, [1, 3]) == [first[1], first[0]]
     assert len({str(answer) for group in first for answer in group}) > 10
     assert drawn(4, [3, 1, 2], step=2) != first != drawn(4, [3, 1, 2], seed=6)
-
-
-def _pass() -> None:
-    pass
-
-
-def tiny_with_rows(config: Config, rows: int) -> Config:
-    from nanojax.config import override
-
-    return override(config, {"rl.rows": rows})
 
 
 def test_schedules(tiny: Any) -> None:
@@ -226,15 +218,16 @@ def test_schedules(tiny: Any) -> None:
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
-def test_tasks(tmp_path: Path) -> None:
+def test_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right answers earn 1, wrong ones 0; held-out questions are not among those trained on; long ones are left out."""
+    monkeypatch.setattr(questions, "GENERATED", 500)
     rows = {"gsm8k": [*chat_tasks.ROWS["gsm8k"]]}
     source = chat_tasks.write(tmp_path, rows)
     train_rows = [{"question": f"And {i}?", "answer": f"<<{i}+1={i + 1}>>so\n#### {i + 1}"} for i in range(20)]
     (source / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train_rows))
     options = Rollouts(source=str(source), words=str(source / "words.txt"))
     reply = lambda text: rollouts.grade.Reply(text, (text,))
-    for task, count in (("gsm8k", 20), ("arithmetic", 9_000), ("spelling", 100)):
+    for task, count in (("gsm8k", 20), ("arithmetic", 450), ("spelling", 100)):
         found = questions.load(task, options, TOKENIZER, 100)
         assert len(found.train) >= count and found.left_out == 0 and found.longest <= 100
         assert not {q.text for q in found.train} & {q.text for q in found.held_out}
