@@ -13,7 +13,7 @@ def get_config() -> Config:
         model=Model(depth=32),
         stored=Stored(blocks="int8", embed="bf16", head="bf16", momentum="int8", adam="int8"),
         accumulate=Accumulate(blocks="bf16", embed_head="bf16"),
-        compute=Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", head="float", residuals="all"),
+        compute=Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", head="int8", residuals="all"),
         train=Train(tokens_per_step=524288, microbatch=1),
         eval=Eval(every=250),
     )

@@ -9,7 +9,7 @@ import dataclasses
 from nanojax.config import Accumulate, Compute, Config, Data, Model, Optim, Stored, Train
 
 CARD_STORED = Stored(blocks="int8", embed="bf16", head="bf16", value="bf16", momentum="int8", adam="int8")
-CARD_COMPUTE = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", residuals="all")
+CARD_COMPUTE = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", head="int8", residuals="all")
 OPTIM = Optim(
     muon="normuon",
     embed_lr=0.3,

@@ -41,7 +41,7 @@ def _materialised(x: Any) -> Any:
     return lax.optimization_barrier(x)
 
 
-def _row_major(x_MK: jax.Array) -> jax.Array:
+def row_major(x_MK: jax.Array) -> jax.Array:
     """x, contiguous along K."""
     return with_layout_constraint(x_MK, Layout((0, 1)))
 
@@ -54,7 +54,7 @@ def matmul_t(a_MK: jax.Array, b_OK: jax.Array) -> jax.Array:
     """
     out = jnp.int32 if a_MK.dtype == jnp.int8 else F32
     if a_MK.dtype == jnp.int8:
-        a_MK, b_OK = _row_major(a_MK), _row_major(b_OK)
+        a_MK, b_OK = row_major(a_MK), row_major(b_OK)
     return lax.dot_general(a_MK, b_OK, (((1,), (1,)), ((), ())), preferred_element_type=out)
 
 
@@ -64,7 +64,7 @@ def _transposed(x: jax.Array) -> jax.Array:
     Without both barriers XLA gives x itself the transposed layout. Where x is a parameter, that is a copy of every layer's
     before the first microbatch, held to the end (d32: 1.5 GiB).
     """
-    return _materialised(_row_major(_materialised(_row_major(x)).T))
+    return _materialised(row_major(_materialised(row_major(x)).T))
 
 
 def float_dtype(c: Compute) -> Any:
@@ -73,13 +73,13 @@ def float_dtype(c: Compute) -> Any:
 
 
 def _materialised_codes(q: Quantized) -> Quantized:
-    return _materialised(Quantized(_row_major(q.codes), q.scale))
+    return _materialised(Quantized(row_major(q.codes), q.scale))
 
 
 def _codes(w: Any) -> Quantized:
     if isinstance(w, Packed):
         codes, scale = int8_rows(w)
-        return Quantized(_materialised(_row_major(codes)), scale)
+        return Quantized(_materialised(row_major(codes)), scale)
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 

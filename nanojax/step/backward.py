@@ -21,7 +21,7 @@ from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import layer_rows, rows, shared_weights
 from nanojax.model.seam import NamedParams, Rows, Shared, Taps
-from nanojax.ops.cross_entropy import loss_and_grads
+from nanojax.ops import cross_entropy
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
 
@@ -55,6 +55,12 @@ class Saved(NamedTuple):
         own = jax.tree.leaves(layer)
         leaves = self.arrays | {place: own[j] for place, j in self.parameters.items()}
         return jax.tree.unflatten(self.tree, [leaves[place] for place in range(len(leaves))])
+
+
+def as_operands(config: Config, params: Params) -> Params:
+    """The parameters as the products of all microbatches of a step read them: what would be the same in each is done here."""
+    (head,) = (name for name, weight in weights.table(config.model).items() if weight.use == "head")
+    return params | {head: cross_entropy.as_operands(config.compute, params[head])}
 
 
 def forward_backward(
@@ -92,7 +98,7 @@ def forward_backward(
     scale = 1 / config.train.tokens_per_step if weights_BT is None else weights_BT.reshape(-1)
     x_MD, targets_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
     with jax.named_scope("loss"):
-        loss, accum[head], dx = loss_and_grads(
+        loss, accum[head], dx = cross_entropy.loss_and_grads(
             config.compute, config.model.softcap, params[head], accum[head], x_MD, targets_M, scale, head_key
         )
 
