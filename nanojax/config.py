@@ -134,6 +134,12 @@ class Compute:
     head: Operands = _key(
         "float", "the head's three matmuls; in int8 the gradient of the logits is rounded stochastically"
     )
+    held: int = _key(
+        0,
+        "layers whose int8 matrices are also held transposed, for dx, instead of being transposed in each microbatch",
+        at_least=0,
+        effect="none",
+    )
     residuals: str = _key(
         "cheap",
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "

@@ -58,7 +58,7 @@ def loss_and_grads(
     """
     each = () if isinstance(weights_M, (int, float)) else (weights_M,)
     head = as_operands(c, head)
-    gradients = _int8_gradients if isinstance(head, Head) else _float_gradients
+    gradients: Any = _int8_gradients if isinstance(head, Head) else _float_gradients
 
     def chunk(carry, inputs):
         total, loss = carry

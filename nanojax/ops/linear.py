@@ -18,7 +18,7 @@ or normalising rows takes one pass over them (rows.py), quantising columns for d
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,22 @@ def _transposed(x: jax.Array) -> jax.Array:
     return _materialised(row_major(_materialised(row_major(x)).T))
 
 
+class Held(NamedTuple):
+    """A weight stored in int8 and its transposed codes, which dX multiplies, held for a step instead of made per microbatch."""
+
+    stored: Quantized
+    transposed: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+
+def held(w: Quantized) -> Held:
+    """w with its transposed codes. To be called once per step."""
+    return Held(w, _transposed(w.codes))
+
+
 def float_dtype(c: Compute) -> Any:
     """The dtype of activations, and of matmul operands that are not int8."""
     return F32 if c.dtype == "f32" else jnp.bfloat16
@@ -77,6 +93,8 @@ def _materialised_codes(q: Quantized) -> Quantized:
 
 
 def _codes(w: Any) -> Quantized:
+    if isinstance(w, Held):
+        return w.stored
     if isinstance(w, Packed):
         codes, scale = int8_rows(w)
         return Quantized(_materialised(row_major(codes)), scale)
@@ -129,7 +147,8 @@ def _row_codes(c: Compute, w: Any, dys: tuple[jax.Array, ...]) -> Quantized | No
 def _dx(c: Compute, w: Any, dy: jax.Array, dq: Quantized | None) -> jax.Array:
     """The gradient of the matmul's input, f32 [M,K], from dy [M,O]."""
     if dq is not None:
-        return matmul_t(dq.codes, _transposed(_codes(w).codes)).astype(F32) * dq.scale
+        transposed = w.transposed if isinstance(w, Held) else _transposed(_codes(w).codes)
+        return matmul_t(dq.codes, transposed).astype(F32) * dq.scale
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 
@@ -177,7 +196,7 @@ def _gradient(w: Any, tapped: Any, dw: jax.Array) -> tuple[Any, Any]:
     """The cotangents of (w, tap): dw goes to the tap if there is one, otherwise to a float w. A stored w has none."""
     if tapped is not None:
         return None, dw
-    return (None if is_stored(w) else dw.astype(w.dtype)), None
+    return (None if is_stored(w) or isinstance(w, Held) else dw.astype(w.dtype)), None
 
 
 # The arguments of every op:

@@ -21,7 +21,8 @@ from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import layer_rows, rows, shared_weights
 from nanojax.model.seam import NamedParams, Rows, Shared, Taps
-from nanojax.ops import cross_entropy
+from nanojax.ops import cross_entropy, linear
+from nanojax.quant import Quantized
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
 
@@ -59,8 +60,13 @@ class Saved(NamedTuple):
 
 def as_operands(config: Config, params: Params) -> Params:
     """The parameters as the products of all microbatches of a step read them: what would be the same in each is done here."""
-    (head,) = (name for name, weight in weights.table(config.model).items() if weight.use == "head")
-    return params | {head: cross_entropy.as_operands(config.compute, params[head])}
+    table, c = weights.table(config.model), config.compute
+    (head,) = (name for name, weight in table.items() if weight.use == "head")
+    keep = lambda name, w: linear.held(w) if table[name].use == "layer" and isinstance(w, Quantized) else w
+    first = () if c.dx != "int8" else params["blocks"][: c.held]
+    blocks = tuple({name: keep(name, w) for name, w in layer.items()} for layer in first)
+    blocks += params["blocks"][len(blocks) :]
+    return params | {"blocks": blocks, head: cross_entropy.as_operands(c, params[head])}
 
 
 def forward_backward(
