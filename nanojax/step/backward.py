@@ -230,6 +230,17 @@ def _taps(table: weights.Table, use: str) -> dict[str, jax.Array]:
     return {name: jnp.zeros(weight.shape, F32) for name, weight in table.items() if weight.use == use}
 
 
+def operand_bytes(config: Config) -> int:
+    """Bytes that `as_operands` makes of the parameters and holds for a step."""
+    params = abstract_state(config).params
+    made: Any = jax.eval_shape(lambda params: as_operands(config, params), params)
+    arrays = [w.transposed for layer in made["blocks"] for w in layer.values() if isinstance(w, linear.Held)]
+    if isinstance(made["head"], cross_entropy.Head):
+        rows, columns = made["head"]
+        arrays += jax.tree.leaves(columns if isinstance(params["head"], Quantized) else (rows, columns))
+    return sum(a.size * a.dtype.itemsize for a in arrays)
+
+
 def residual_bytes(config: Config) -> int:
     """Bytes that one microbatch's forward keeps for backward."""
 
