@@ -27,8 +27,9 @@ def as_operands(c: Compute, head: Stored | Head) -> Stored | Head:
     """The head as `loss_and_grads` reads it. To be called once per step, because each call reads all of the head."""
     if c.head != "int8" or isinstance(head, Head):
         return head
+    rows = head if isinstance(head, Quantized) else quantize_rows(decode(head))
     columns = quantize_rows(decode(head), axis=0)
-    return lax.optimization_barrier(Head(_row_codes(head), Quantized(columns.codes.T, columns.scale.T)))
+    return lax.optimization_barrier(Head(rows, Quantized(columns.codes.T, columns.scale.T)))
 
 
 def loss_and_grads(
@@ -115,14 +116,13 @@ def _int8_gradients(
     return dh, dw
 
 
-def _row_codes(head: Stored) -> Quantized:
-    return head if isinstance(head, Quantized) else quantize_rows(decode(head))
-
-
 def logits(c: Compute, cap: float, head: Stored | Head, h_CD: jax.Array) -> jax.Array:
-    """cap*tanh(h @ head.T / cap), f32 [C,V], of the normed output h in the compute dtype."""
-    if c.head == "int8":
-        h, w = quantize_rows(h_CD), head.rows if isinstance(head, Head) else _row_codes(head)
+    """cap*tanh(h @ head.T / cap), f32 [C,V], of the normed output h in the compute dtype.
+
+    In int8 only of a head that has codes already: outside training it would be quantised anew for each token.
+    """
+    if isinstance(head, Head) or (c.head == "int8" and isinstance(head, Quantized)):
+        h, w = quantize_rows(h_CD), head.rows if isinstance(head, Head) else head
         z = matmul_t(h.codes, w.codes).astype(F32) * h.scale * w.scale.T
     else:
         # With bf16 compute the logits are bf16 before the cap, as nanochat's: half the bytes of the step's largest array.
