@@ -35,11 +35,14 @@ def nanochat_2026(depth: int, ratio: float, vocab: int = 32768, seq: int = 2048)
     )
 
 
-def on_a_card(depth: int, ratio: float) -> Config:
-    """The recipe in 12 GB: int8 matrices and moments, int8 tensor cores, gradients summed in bf16, one row at a time."""
+def on_a_card(depth: int, ratio: float, held: int = 0) -> Config:
+    """The recipe in 12 GB: int8 matrices and moments, int8 tensor cores, gradients summed in bf16, one row at a time.
+
+    held: of how many layers the matrices are also held transposed, where there is room.
+    """
     return dataclasses.replace(
         nanochat_2026(depth, ratio),
         stored=CARD_STORED,
-        compute=CARD_COMPUTE,
+        compute=dataclasses.replace(CARD_COMPUTE, held=held),
         accumulate=Accumulate(blocks="bf16", embed_head="bf16"),
     )
