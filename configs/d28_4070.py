@@ -10,4 +10,4 @@ from nanojax.config_files import load_unresolved
 
 
 def get_config() -> Config:
-    return override(load_unresolved("d32_4070"), {"model.depth": 28})
+    return override(load_unresolved("d32_4070"), {"model.depth": 28, "compute.held": 28})

@@ -1,6 +1,6 @@
 """d32_4070, trained on 15 B tokens instead of 37.6 B.
 
-plan (rtx4070): peak 9.6 GiB, 8.3k tok/s modelled, 21 days
+plan (rtx4070): peak 10.5 GiB, 9.4k tok/s modelled, 18 days
 
 python -m nanojax.train --config=d32_4070_15b
 """

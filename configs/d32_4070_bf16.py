@@ -23,6 +23,7 @@ def get_config() -> Config:
             "compute.forward": "float",
             "compute.dx": "float",
             "compute.dw": "float",
+            "compute.head": "float",
             "compute.residuals": "attn",
             "train.microbatch": 4,
         },

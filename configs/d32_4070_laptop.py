@@ -22,6 +22,7 @@ def get_config() -> Config:
             "accumulate.blocks": "momentum",
             "optim.nesterov": False,
             "optim.clip": 0.0,
+            "compute.held": 0,
             "compute.residuals": "attn_in+attn+proj_in+mlp_in",
         },
     )

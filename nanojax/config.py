@@ -131,7 +131,15 @@ class Compute:
     forward: Operands = _key("float", "the blocks' matmuls in the forward pass: float, or int8 x int8 -> int32")
     dx: Operands = _key("float", "gradients of the blocks' matmuls with respect to their inputs")
     dw: Operands = _key("float", "gradients of the blocks' matmuls with respect to their weights")
-    head: Operands = _key("float", "the head's forward pass; its backward stays float: int8 there costs 0.6 nats")
+    head: Operands = _key(
+        "float", "the head's three matmuls; in int8 the gradient of the logits is rounded stochastically"
+    )
+    held: int = _key(
+        0,
+        "layers whose int8 matrices are also held transposed, for dx, instead of being transposed in each microbatch",
+        at_least=0,
+        effect="none",
+    )
     residuals: str = _key(
         "cheap",
         "kept for backward: inputs (recompute the block), cheap (matmul inputs, attention), all (recompute nothing), "

@@ -9,7 +9,7 @@ import dataclasses
 from nanojax.config import Accumulate, Compute, Config, Data, Model, Optim, Stored, Train
 
 CARD_STORED = Stored(blocks="int8", embed="bf16", head="bf16", value="bf16", momentum="int8", adam="int8")
-CARD_COMPUTE = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", residuals="all")
+CARD_COMPUTE = Compute(dtype="bf16", forward="int8", dx="int8", dw="int8", head="int8", residuals="all")
 OPTIM = Optim(
     muon="normuon",
     embed_lr=0.3,
@@ -35,11 +35,14 @@ def nanochat_2026(depth: int, ratio: float, vocab: int = 32768, seq: int = 2048)
     )
 
 
-def on_a_card(depth: int, ratio: float) -> Config:
-    """The recipe in 12 GB: int8 matrices and moments, int8 tensor cores, gradients summed in bf16, one row at a time."""
+def on_a_card(depth: int, ratio: float, held: int = 0) -> Config:
+    """The recipe in 12 GB: int8 matrices and moments, int8 tensor cores, gradients summed in bf16, one row at a time.
+
+    held: of how many layers the matrices are also held transposed, where there is room.
+    """
     return dataclasses.replace(
         nanochat_2026(depth, ratio),
         stored=CARD_STORED,
-        compute=CARD_COMPUTE,
+        compute=dataclasses.replace(CARD_COMPUTE, held=held),
         accumulate=Accumulate(blocks="bf16", embed_head="bf16"),
     )

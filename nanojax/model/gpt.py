@@ -16,7 +16,8 @@ from nanojax.config import Config
 from nanojax.model.initial import initializer
 from nanojax.model.seam import Attend, Family, NamedParams, Rows, Shared, Start, Taps
 from nanojax.ops import cross_entropy, rope
-from nanojax.ops.linear import float_dtype, linear, norm_linear, qkv_linear, relu2_linear
+from nanojax.ops.linear import float_dtype, linear, qkv_linear
+from nanojax.ops.mlp import mlp
 from nanojax.ops.norm import rms_norm
 from nanojax.quant.formats import Stored
 
@@ -83,10 +84,8 @@ class Block(Module):
 
 def feed_forward(layer: Module, x_MD: jax.Array) -> jax.Array:
     """x + relu(norm(x) up.T)^2 down.T."""
-    c = layer.config.compute
-    hidden: Any = norm_linear(c, "mlp_in", *layer.weight("up"), x_MD)
-    (hidden_MF,), x_MD = hidden
-    return relu2_linear(c, "mlp_hidden", *layer.weight("down"), hidden_MF, x_MD)
+    names = ("mlp_in", "mlp_hidden")
+    return mlp(layer.config.compute, names, *layer.weight("up"), *layer.weight("down"), x_MD)
 
 
 class Head(Module):

@@ -18,7 +18,7 @@ or normalising rows takes one pass over them (rows.py), quantising columns for d
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def _materialised(x: Any) -> Any:
     return lax.optimization_barrier(x)
 
 
-def _row_major(x_MK: jax.Array) -> jax.Array:
+def row_major(x_MK: jax.Array) -> jax.Array:
     """x, contiguous along K."""
     return with_layout_constraint(x_MK, Layout((0, 1)))
 
@@ -54,7 +54,7 @@ def matmul_t(a_MK: jax.Array, b_OK: jax.Array) -> jax.Array:
     """
     out = jnp.int32 if a_MK.dtype == jnp.int8 else F32
     if a_MK.dtype == jnp.int8:
-        a_MK, b_OK = _row_major(a_MK), _row_major(b_OK)
+        a_MK, b_OK = row_major(a_MK), row_major(b_OK)
     return lax.dot_general(a_MK, b_OK, (((1,), (1,)), ((), ())), preferred_element_type=out)
 
 
@@ -64,7 +64,23 @@ def _transposed(x: jax.Array) -> jax.Array:
     Without both barriers XLA gives x itself the transposed layout. Where x is a parameter, that is a copy of every layer's
     before the first microbatch, held to the end (d32: 1.5 GiB).
     """
-    return _materialised(_row_major(_materialised(_row_major(x)).T))
+    return _materialised(row_major(_materialised(row_major(x)).T))
+
+
+class Held(NamedTuple):
+    """A weight stored in int8 and its transposed codes, which dX multiplies, held for a step instead of made per microbatch."""
+
+    stored: Quantized
+    transposed: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+
+def held(w: Quantized) -> Held:
+    """w with its transposed codes. To be called once per step."""
+    return Held(w, _transposed(w.codes))
 
 
 def float_dtype(c: Compute) -> Any:
@@ -72,14 +88,16 @@ def float_dtype(c: Compute) -> Any:
     return F32 if c.dtype == "f32" else jnp.bfloat16
 
 
-def _materialised_codes(q: Quantized) -> Quantized:
-    return _materialised(Quantized(_row_major(q.codes), q.scale))
+def materialised_codes(q: Quantized) -> Quantized:
+    return _materialised(Quantized(row_major(q.codes), q.scale))
 
 
-def _codes(w: Any) -> Quantized:
+def weight_codes(w: Any) -> Quantized:
+    if isinstance(w, Held):
+        return w.stored
     if isinstance(w, Packed):
         codes, scale = int8_rows(w)
-        return Quantized(_materialised(_row_major(codes)), scale)
+        return Quantized(_materialised(row_major(codes)), scale)
     return w if isinstance(w, Quantized) else quantize_rows(w)
 
 
@@ -89,7 +107,7 @@ def _forward(c: Compute, w: Any, saved: Any, residual: jax.Array | None, parts: 
     Returns `parts` arrays [M,O/parts]. Each comes from a matmul of its own, so that no consumer has to copy its part out. Of
     a few rows they come from one matmul: reading its weights takes longer than copying its results.
     """
-    w = _codes(w) if c.forward == "int8" else decode(w, float_dtype(c))
+    w = weight_codes(w) if c.forward == "int8" else decode(w, float_dtype(c))
 
     def product(rows: slice) -> jax.Array:
         return matmul_t(saved.codes, w.codes[rows]) if c.forward == "int8" else matmul_t(saved, w[rows])
@@ -123,13 +141,14 @@ def _row_codes(c: Compute, w: Any, dys: tuple[jax.Array, ...]) -> Quantized | No
     def row(*values: jax.Array) -> tuple[Any, jax.Array]:
         return quantized([dy.astype(F32) * sw for dy, sw in zip(values[:parts], values[parts:])])
 
-    return _materialised_codes(Quantized(*by_rows(c, row, dys, jnp.split(_codes(w).scale.T, parts, 1))))
+    return materialised_codes(Quantized(*by_rows(c, row, dys, jnp.split(weight_codes(w).scale.T, parts, 1))))
 
 
 def _dx(c: Compute, w: Any, dy: jax.Array, dq: Quantized | None) -> jax.Array:
     """The gradient of the matmul's input, f32 [M,K], from dy [M,O]."""
     if dq is not None:
-        return matmul_t(dq.codes, _transposed(_codes(w).codes)).astype(F32) * dq.scale
+        transposed = w.transposed if isinstance(w, Held) else _transposed(weight_codes(w).codes)
+        return matmul_t(dq.codes, transposed).astype(F32) * dq.scale
     return lax.dot_general(dy, decode(w, dy.dtype), (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 
@@ -142,9 +161,9 @@ def _dw(c: Compute, w: Any, dy: Any, saved: Any, dq: Quantized | None) -> jax.Ar
         return float_dw(c, dy, decode(saved, dy.dtype))
     x = saved if isinstance(saved, Quantized) else quantize_rows(saved)
     if dq is not None and dq.shape[1] >= x.shape[1]:
-        q = _materialised_codes(column_codes(c, x.codes, x.scale, dq.scale))
-        return matmul_t(_transposed(dq.codes), q.codes).astype(F32) * (1 / _codes(w).scale) * q.scale.T
-    d = _materialised_codes(column_codes(c, dy, x.scale))
+        q = materialised_codes(column_codes(c, x.codes, x.scale, dq.scale))
+        return matmul_t(_transposed(dq.codes), q.codes).astype(F32) * (1 / weight_codes(w).scale) * q.scale.T
+    d = materialised_codes(column_codes(c, dy, x.scale))
     return matmul_t(d.codes, _transposed(x.codes)).astype(F32) * d.scale
 
 
@@ -162,7 +181,7 @@ def float_dw(c: Compute, dy: jax.Array, x: jax.Array) -> jax.Array:
 def _save_operand(c: Compute, x: jax.Array, name: str, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> Any:
     """function(x) as the matmul's operand, saved for backward: codes if c.forward is int8, otherwise the compute dtype."""
     if c.forward == "int8":
-        saved = _materialised_codes(Quantized(*by_rows(c, lambda x: quantized([function(x.astype(F32))]), (x,))))
+        saved = materialised_codes(Quantized(*by_rows(c, lambda x: quantized([function(x.astype(F32))]), (x,))))
     else:
         saved = function(x).astype(float_dtype(c))
     return jax.tree.map(lambda a: checkpoint_name(a, name), saved)
@@ -177,7 +196,7 @@ def _gradient(w: Any, tapped: Any, dw: jax.Array) -> tuple[Any, Any]:
     """The cotangents of (w, tap): dw goes to the tap if there is one, otherwise to a float w. A stored w has none."""
     if tapped is not None:
         return None, dw
-    return (None if is_stored(w) else dw.astype(w.dtype)), None
+    return (None if is_stored(w) or isinstance(w, Held) else dw.astype(w.dtype)), None
 
 
 # The arguments of every op:
@@ -216,7 +235,7 @@ def norm_linear(c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Arr
     Backward needs the normed x (or its codes) and 1/rms per row, not x. Returning x lets backward add the gradient of the
     residual stream in the pass that computes this op's own.
     """
-    return _norm_linear_fwd(c, name, w, tap, x, parts)[0]
+    return norm_linear_fwd(c, name, w, tap, x, parts)[0]
 
 
 def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array, K: int = 0) -> jax.Array:
@@ -225,7 +244,7 @@ def norm_backward(dy: jax.Array, y: jax.Array, r: jax.Array, K: int = 0) -> jax.
     return r * (dy - y * (jnp.sum(dy * y, -1, keepdims=True) * (1 / (K or dy.shape[-1]))))
 
 
-def _norm_linear_fwd(c, name, w, tap, x, parts=1, first=None, factors=()):
+def norm_linear_fwd(c, name, w, tap, x, parts=1, first=None, factors=()):
     """first, factors: None, or what x is mixed with (mix.py) before the norm. The x that is returned is the mixed one."""
     if c.forward == "int8":  # the norm changes the scale, not the codes
 
@@ -238,7 +257,7 @@ def _norm_linear_fwd(c, name, w, tap, x, parts=1, first=None, factors=()):
         K = x.shape[-1]
         codes, scale, r, *mixed = by_rows(c, row, (x,) if first is None else (x, first), factors)
         x = _materialised(mixed[0]) if mixed else x
-        saved = _materialised_codes(Quantized(codes, scale))
+        saved = materialised_codes(Quantized(codes, scale))
     else:
         x = x if first is None else _materialised(mix.forward(x, first, *factors))
         r = inverse_rms(x)
@@ -247,7 +266,7 @@ def _norm_linear_fwd(c, name, w, tap, x, parts=1, first=None, factors=()):
     return (_forward(c, w, saved, None, parts), x), (w, _mark(tap), saved, r)
 
 
-def _norm_linear_bwd(c, name, parts, residuals, cotangents):
+def norm_linear_bwd(c, name, parts, residuals, cotangents):
     w, dys = residuals[0], cotangents[0]
     dy = dys[0] if parts == 1 else _materialised(jnp.concatenate(dys, -1))  # dead code if only its codes are used
     return _norm_linear_gradients(c, residuals, dy, _row_codes(c, w, dys), cotangents[1])
@@ -277,6 +296,18 @@ def _norm_linear_gradients(c, residuals, dy, dq, dx, du=None, streams=(), factor
     return (*_gradient(w, tapped, _dw(c, w, dy, saved, dq)), *dxs)
 
 
+def norm_linear_epilogue(c: Compute, residuals: Any, dq: Any, dx: jax.Array, dot: jax.Array) -> tuple[Any, ...]:
+    """_norm_linear_gradients without another pass over dx: the norm's gradient is part of dX's matmul.
+
+    norm_backward needs the dot product of each row of the normed x and of its gradient, dX. That is the dot product of the
+    matmul's result and its gradient, `dot`, which is known before dX is.
+    """
+    w, tapped, saved, r = residuals
+    along = r * (dot * (1 / dx.shape[-1]) * saved.scale)
+    dx = dx.astype(F32) + r * _dx(c, w, dx, dq) - along * saved.codes.astype(F32)
+    return *_gradient(w, tapped, _dw(c, w, None, saved, dq)), _materialised(dx.astype(float_dtype(c)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def qkv_linear(
     c: Compute, names: tuple[str, str], rotation: rope.Rotation, channels: int, w: Any, tap: jax.Array | None,
@@ -299,25 +330,35 @@ def qkv_linear(
 def _qkv_linear_fwd(c, names, rotation, channels, w, tap, x, start, first=None, factors=None):
     pair = () if factors is None else (factors[:1, None], factors[1:, None])
     streams = () if first is None else (x, first)
-    ((q, k, v), x), residuals = _norm_linear_fwd(c, names[0], w, tap, x, 3, first, pair)
+    ((q, k, v), x), residuals = norm_linear_fwd(c, names[0], w, tap, x, 3, first, pair)
     heads, r = rope.forward(c, rotation, q, k, start)
     # Saved in the shape that is returned, so that attention and this op save one array rather than two views of it.
     heads = tuple(a.reshape(-1, rotation.T, rotation.N, rotation.H) for a in (*heads, v))
     (q, k, v), r = jax.tree.map(lambda a: checkpoint_name(a, names[1]), (heads, r))
     u = checkpoint_name(x[:, :channels].astype(F32) * residuals[3], names[0])
-    return (q, k, v, x, u, first), (residuals, q, k, r, start, streams, pair)
+    kept = v if _in_epilogue(c, channels, streams) else None
+    return (q, k, v, x, u, first), (residuals, q, k, kept, r, start, streams, pair)
+
+
+def _in_epilogue(c: Compute, channels: int, streams: tuple[Any, ...]) -> bool:
+    """Whether dX's matmul can end in the norm's gradient: it needs v, and none of what else backward may add to x."""
+    return c.dx == c.dw == c.forward == "int8" and not channels and not streams
 
 
 def _qkv_linear_bwd(c, names, rotation, channels, residuals, cotangents):
-    (residuals, q, k, r, start, streams, pair), (*dys, dx, du, dfirst) = residuals, cotangents
+    (residuals, q, k, v, r, start, streams, pair), (*dys, dx, du, dfirst) = residuals, cotangents
     w, flat = residuals[0], lambda a: a.reshape(dx.shape)
-    kept, dys = ((flat(q), flat(k)), r), tuple(map(flat, dys))
+    kept, dys, dot = ((flat(q), flat(k)), r), tuple(map(flat, dys)), None
     if c.dx == c.dw == "int8":  # O = 3K, so dX and dW take the same codes
-        dy, dq = None, _materialised_codes(Quantized(*rope.backward(c, rotation, kept, start, dys, _codes(w).scale.T)))
+        v = None if v is None else flat(v)
+        codes, scale, *rest = rope.backward(c, rotation, kept, start, dys, weight_codes(w).scale.T, v)
+        dy, dq, dot = None, materialised_codes(Quantized(codes, scale)), rest[0] if rest else None
     else:
         (dy,) = rope.backward(c, rotation, kept, start, dys, None)
         dq = _row_codes(c, w, (dy,))
     streams = (dfirst, *streams) if streams else ()
+    if dot is not None:
+        return *norm_linear_epilogue(c, residuals, dq, dx, dot), None, None, None
     found = _norm_linear_gradients(c, residuals, dy, dq, dx, du if channels else None, streams, pair)
     dw, dtap, dx, *mixing = found
     dfirst, dfactors = (mixing[0], jnp.sum(mixing[1], 0)) if mixing else (None, None)
@@ -329,10 +370,10 @@ def relu2_linear(
     c: Compute, name: str, w: Any, tap: jax.Array | None, x: jax.Array, residual: jax.Array | None = None
 ) -> jax.Array:
     """relu(x)^2 @ W.T + residual. Backward needs relu(x) (float) or the codes of its square (int8), not x."""
-    return _relu2_linear_fwd(c, name, w, tap, x, residual)[0]
+    return relu2_linear_fwd(c, name, w, tap, x, residual)[0]
 
 
-def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
+def relu2_linear_fwd(c, name, w, tap, x, residual=None):
     if c.forward == "int8":
         a = _save_operand(c, x, name, lambda x: jnp.square(jnp.maximum(x, 0.0)))
         return _forward(c, w, a, residual)[0], (w, _mark(tap), a, _mark(residual))
@@ -340,7 +381,7 @@ def _relu2_linear_fwd(c, name, w, tap, x, residual=None):
     return _forward(c, w, p * p, residual)[0], (w, _mark(tap), p, _mark(residual))
 
 
-def _relu2_linear_bwd(c, name, residuals, dy):
+def relu2_linear_bwd(c, name, residuals, dy):
     w, tapped, saved, added = residuals
     if isinstance(saved, Quantized):
         a, p = saved, jnp.sqrt(decode(saved))
@@ -352,6 +393,6 @@ def _relu2_linear_bwd(c, name, residuals, dy):
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
-norm_linear.defvjp(_norm_linear_fwd, _norm_linear_bwd)
+norm_linear.defvjp(norm_linear_fwd, norm_linear_bwd)
 qkv_linear.defvjp(_qkv_linear_fwd, _qkv_linear_bwd)
-relu2_linear.defvjp(_relu2_linear_fwd, _relu2_linear_bwd)
+relu2_linear.defvjp(relu2_linear_fwd, relu2_linear_bwd)

@@ -87,6 +87,7 @@ def backward(
     start: jax.Array,
     dys: tuple[jax.Array, ...],
     scale: jax.Array | None,
+    v: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """The gradient of the qkv matmul's result.
 
@@ -94,9 +95,12 @@ def backward(
       kept: what forward returned.
       dys: the gradients of q and k as returned by forward, and of v; [M,D] each.
       scale: f32 [1,3D], multiplied into the gradient before it is quantised; None: return floats.
+      v: None, or [M,D], the matmul's third part; with scale only.
 
     Returns:
-      int8 codes [M,3D] and f32 scales [M,1]; with scale=None one array [M,3D] in the dtype of dys.
+      int8 codes [M,3D] and f32 scales [M,1]; with scale=None one array [M,3D] in the dtype of dys. With v also the dot product
+      of the matmul's result and its gradient, f32 [M,1]. Those of q and k add nothing to it: a norm's gradient is orthogonal
+      to what is normed.
     """
     (q, k), (rq, rk) = kept
     T, N, H, _ = rotation
@@ -105,8 +109,9 @@ def backward(
     cos, sin = angles(rotation, start, kernels)
     if kernels:
         shapes = [jax.ShapeDtypeStruct((M, 3, N, H), jnp.int8 if scale is not None else q.dtype)]
-        shapes += [] if scale is None else [jax.ShapeDtypeStruct((M, 1), F32)]
+        shapes += [] if scale is None else [jax.ShapeDtypeStruct((M, 1), F32)] * (1 if v is None else 2)
         heads = [x.reshape(M, N, H) for x in (*dys, q, k)] + [rq, rk]
+        heads += [] if v is None else [v.reshape(M, N, H)]
         columns = () if scale is None else (scale.reshape(3, N, H),)
         codes, *scales = _by_tokens(_backward_kernel, rotation, heads, (cos, sin), columns, shapes)
         return codes.reshape(M, 3 * D), *scales
@@ -121,8 +126,9 @@ def backward(
     parts = (*out, dys[2])
     if scale is None:
         return (lax.optimization_barrier(jnp.concatenate(parts, -1)),)
-    row = lambda *v: quantized([dy.astype(F32) * sw for dy, sw in zip(v[:3], v[3:])])
-    return by_rows(c, row, parts, jnp.split(scale, 3, 1))
+    row = lambda *a: quantized([dy.astype(F32) * sw for dy, sw in zip(a[:3], a[3:])])
+    dot = () if v is None else (jnp.sum(dys[2].astype(F32) * v.astype(F32), -1, keepdims=True),)
+    return *by_rows(c, row, parts, jnp.split(scale, 3, 1)), *dot
 
 
 def _by_tokens(
@@ -195,8 +201,11 @@ def _forward_kernel(rotation: Rotation, q, k, cos, sin, q_out, k_out, rq, rk) ->
         heads.store_each(r, r_ref)
 
 
-def _backward_kernel(rotation: Rotation, dq, dk, dv, q, k, rq, rk, cos, sin, *refs) -> None:
+def _backward_kernel(rotation: Rotation, dq, dk, dv, q, k, rq, rk, *refs) -> None:
+    """refs: v or none; cos, sin; then the gradient, or the columns' scales, codes, their scale, and with v the dot product."""
     heads = _Heads(rotation)
+    v, refs = (refs[0], refs[1:]) if len(refs) == 7 else (None, refs)
+    cos, sin, *refs = refs
     cos, sin = cos[0][None], sin[0][None]
     parts = []
     for dy_ref, y_ref, r_ref in ((dq, q, rq), (dk, k, rk)):
@@ -210,7 +219,9 @@ def _backward_kernel(rotation: Rotation, dq, dk, dv, q, k, rq, rk, cos, sin, *re
         for i, part in enumerate(parts):
             heads.store(part, refs[0], 0, i)
         return
-    columns, codes_ref, scale_ref = refs
+    columns, codes_ref, scale_ref, *dot_ref = refs
+    if v is not None:
+        dot_ref[0][0, 0] = sum(jnp.sum(a * b) for a, b in zip(parts[2], heads.load(v, 0)))
     parts = [[x * s for x, s in zip(part, heads.load(columns, i))] for i, part in enumerate(parts)]
     amax = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for part in parts for x in part])
     scale = scale_of(amax)

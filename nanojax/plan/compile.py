@@ -217,6 +217,7 @@ class Memory:
     accum: int
     other: int  # step counter, tokens, outputs that reuse no argument
     residuals: int  # what the forward pass keeps for the backward pass
+    operands: int  # parameters' codes as matmuls read them, held for a step
     temporaries: int  # all else that exists only within the step
     peak: int  # Program.peak_bytes
     not_reused: int  # state whose buffers the new state does not reuse; 0 if donation is complete
@@ -235,10 +236,11 @@ def least_bytes(config: Config) -> int:
     return state_bytes(config) + step.residual_bytes(config)
 
 
-def memory_of(program: Program, residuals: int) -> Memory:
-    """The Memory of `program`, whose forward pass keeps `residuals` bytes (step.residual_bytes)."""
+def memory_of(program: Program, residuals: int, operands: int) -> Memory:
+    """The Memory of `program`, which holds `residuals` and `operands` bytes (step.residual_bytes, step.operand_bytes)."""
     module = hlo.parse(program.hlo)
     residuals = min(residuals, program.temp_bytes)
+    operands = min(operands, program.temp_bytes - residuals)
     groups = program.groups
     state = groups.get("params", 0) + groups.get("opt", 0) + groups.get("accum", 0)
     return Memory(
@@ -247,7 +249,8 @@ def memory_of(program: Program, residuals: int) -> Memory:
         accum=groups.get("accum", 0),
         other=groups["other"] + program.output_bytes - program.alias_bytes,
         residuals=residuals,
-        temporaries=program.temp_bytes - residuals,
+        operands=operands,
+        temporaries=program.temp_bytes - residuals - operands,
         peak=program.peak_bytes,
         not_reused=max(0, state - program.alias_bytes),
         largest=tuple(_coverage(module, program.temporaries)),

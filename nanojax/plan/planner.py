@@ -72,6 +72,7 @@ class Plan:
             "remainder_bits": self.block_bits[1],
             "accum_bytes": m.accum,
             "residual_bytes": m.residuals,
+            "operand_bytes": m.operands,
             "temporary_bytes": m.temporaries,
             "argument_bytes": self.program.argument_bytes,
             "output_bytes": self.program.output_bytes,
@@ -119,7 +120,7 @@ def make(
     program = compile.compile_step(config, card, cache)
     from nanojax import step  # imports jax, after the compiler is set up
 
-    measured = compile.memory_of(program, step.residual_bytes(config))
+    measured = compile.memory_of(program, step.residual_bytes(config), step.operand_bytes(config))
     estimate = roofline.estimate(program.hlo, card, efficiency)
     rate = config.train.tokens_per_step / estimate.seconds
     bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)

@@ -19,6 +19,7 @@ _PARTS = (
     ("opt", "optimizer state", "blue"),
     ("accum", "accumulators", "magenta"),
     ("residuals", "residuals", "green"),
+    ("operands", "held operands", "bright_green"),
     ("temporaries", "temporaries", "yellow"),
     ("other", "tokens, counters", "white"),
 )

@@ -1,6 +1,6 @@
 """One optimizer step in 12 GB. Start with step.py."""
 
-from nanojax.step.backward import forward_backward, residual_bytes
+from nanojax.step.backward import forward_backward, operand_bytes, residual_bytes
 from nanojax.step.state import State, abstract_state, block_bits, init_state
 from nanojax.step.step import Batch, abstract_batch, train_step
 
@@ -12,6 +12,7 @@ __all__ = [
     "block_bits",
     "forward_backward",
     "init_state",
+    "operand_bytes",
     "residual_bytes",
     "train_step",
 ]

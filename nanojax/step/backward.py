@@ -21,7 +21,8 @@ from nanojax.model import Params, family
 from nanojax.model.forward import causal, rematerialised
 from nanojax.model.params import layer_rows, rows, shared_weights
 from nanojax.model.seam import NamedParams, Rows, Shared, Taps
-from nanojax.ops.cross_entropy import loss_and_grads
+from nanojax.ops import cross_entropy, linear
+from nanojax.quant import Quantized
 from nanojax.quant.rounding import add_rounded, dither_vectors, shifted
 from nanojax.step.state import Arrays, Mix, abstract_state
 
@@ -55,6 +56,17 @@ class Saved(NamedTuple):
         own = jax.tree.leaves(layer)
         leaves = self.arrays | {place: own[j] for place, j in self.parameters.items()}
         return jax.tree.unflatten(self.tree, [leaves[place] for place in range(len(leaves))])
+
+
+def as_operands(config: Config, params: Params) -> Params:
+    """The parameters as the products of all microbatches of a step read them: what would be the same in each is done here."""
+    table, c = weights.table(config.model), config.compute
+    (head,) = (name for name, weight in table.items() if weight.use == "head")
+    keep = lambda name, w: linear.held(w) if table[name].use == "layer" and isinstance(w, Quantized) else w
+    first = () if c.dx != "int8" else params["blocks"][: c.held]
+    blocks = tuple({name: keep(name, w) for name, w in layer.items()} for layer in first)
+    blocks += params["blocks"][len(blocks) :]
+    return params | {"blocks": blocks, head: cross_entropy.as_operands(c, params[head])}
 
 
 def forward_backward(
@@ -92,7 +104,7 @@ def forward_backward(
     scale = 1 / config.train.tokens_per_step if weights_BT is None else weights_BT.reshape(-1)
     x_MD, targets_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
     with jax.named_scope("loss"):
-        loss, accum[head], dx = loss_and_grads(
+        loss, accum[head], dx = cross_entropy.loss_and_grads(
             config.compute, config.model.softcap, params[head], accum[head], x_MD, targets_M, scale, head_key
         )
 
@@ -216,6 +228,17 @@ def _add_rows(total_VD: jax.Array, distinct: Distinct, drows_BTD: jax.Array, noi
 
 def _taps(table: weights.Table, use: str) -> dict[str, jax.Array]:
     return {name: jnp.zeros(weight.shape, F32) for name, weight in table.items() if weight.use == use}
+
+
+def operand_bytes(config: Config) -> int:
+    """Bytes that `as_operands` makes of the parameters and holds for a step."""
+    params = abstract_state(config).params
+    made: Any = jax.eval_shape(lambda params: as_operands(config, params), params)
+    arrays = [w.transposed for layer in made["blocks"] for w in layer.values() if isinstance(w, linear.Held)]
+    if isinstance(made["head"], cross_entropy.Head):
+        rows, columns = made["head"]
+        arrays += jax.tree.leaves(columns if isinstance(params["head"], Quantized) else (rows, columns))
+    return sum(a.size * a.dtype.itemsize for a in arrays)
 
 
 def residual_bytes(config: Config) -> int:

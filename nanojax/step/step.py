@@ -9,7 +9,7 @@ from jax import lax
 from nanojax import weights
 from nanojax.config import Config
 from nanojax.step import optim
-from nanojax.step.backward import forward_backward
+from nanojax.step.backward import as_operands, forward_backward
 from nanojax.step.state import Arrays, State, accumulators
 from nanojax.step.update import apply_all
 
@@ -44,15 +44,14 @@ def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None
     rate, momentum = optim.schedules(config)
     A = batch.tokens.shape[0]
     accum, mix = accumulators(config, state)
+    params = as_operands(config, state.params)
 
     def microbatch(
         carry: tuple[Arrays, jax.Array], part: tuple[jax.Array, Batch]
     ) -> tuple[tuple[Arrays, jax.Array], None]:
         accum, loss = carry
         i, (tokens, weights_BT) = part
-        more, accum = forward_backward(
-            config, state.params, accum, tokens, weights_BT, mix(i), jax.random.fold_in(key, i)
-        )
+        more, accum = forward_backward(config, params, accum, tokens, weights_BT, mix(i), jax.random.fold_in(key, i))
         return (accum, loss + more), None
 
     (totals, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), batch))

@@ -139,7 +139,9 @@ def test_heads_that_kernels_cannot_halve(calls):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("op", ["linear", "norm_linear", "relu2_linear", "qkv_linear", "mixed qkv_linear"])
+@pytest.mark.parametrize(
+    "op", ["linear", "norm_linear", "relu2_linear", "qkv_linear", "mixed qkv_linear", "gated qkv_linear"]
+)
 @pytest.mark.parametrize(
     "operands",
     [INT8, *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"forward": "int8", "dx": "int8"}, {"dw": "int8"}))],
@@ -148,7 +150,8 @@ def test_ops_in_kernels(op, operands, calls):
     """Each linear op with row kernels, in int8, bf16 and mixed: y, dX and dW are within 3e-3 of XLA's form (values next to a
     rounding boundary of bf16 or of the codes may go to the other side)."""
     D = 96
-    mixed, op = op.startswith("mixed"), op.removeprefix("mixed ")
+    *kind, op = op.split()
+    mixed, channels = kind == ["mixed"], 4 * bool(kind)
     O, K = {"linear": (D, D), "norm_linear": (160, D), "relu2_linear": (D, 160), "qkv_linear": (3 * D, D)}[op]
     weights = quant.encode(normal(0, O, K, dtype=jnp.float32) / K**0.5, "int8")
     x, dy, other = normal(1, M, K), normal(2, M, O), normal(3, M, K if "norm" in op or "qkv" in op else O)
@@ -158,11 +161,13 @@ def test_ops_in_kernels(op, operands, calls):
         if op == "qkv_linear":
             rotation = rope.Rotation(M // 2, 3, D // 3, 1e4)
             inputs += [normal(4, M, K), jnp.array([0.9, 0.3])] if mixed else []
-            run = lambda tap, x, *mix: linear.qkv_linear(c, ("", ""), rotation, 4, weights, tap, x, jnp.int32(0), *mix)
+            run = lambda tap, x, *mix: linear.qkv_linear(
+                c, ("", ""), rotation, channels, weights, tap, x, jnp.int32(0), *mix
+            )
             heads = (a.reshape(2, M // 2, 3, D // 3) for a in jnp.split(dy, 3, -1))
             # a gradient of x along both streams: otherwise the factors' are differences of large sums
             along = x + inputs[2] if mixed else other
-            cotangents = (*heads, along, normal(5, M, 4, dtype=jnp.float32), other if mixed else None)
+            cotangents = (*heads, along, normal(5, M, channels, dtype=jnp.float32), other if mixed else None)
         elif op == "norm_linear":
             run = lambda tap, x: linear.norm_linear(c, "", weights, tap, x)
             cotangents = ((dy,), other)

@@ -46,7 +46,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Config]]:
             rate = speed(config.model.depth) / config.model.flops_per_token
             rate *= 1 if config.compute.residuals == "all" else 0.9 if config.compute.residuals == "cheap" else 0.8
             bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)
-            memory = compile.Memory(size, 0, 0, 0, 0, 0, size, 0, ())
+            memory = compile.Memory(size, 0, 0, 0, 0, 0, 0, size, 0, ())
             program = compile.Program("", size, size, size, 0, {}, (), 0.0)
             return planner.Plan(config, card, program, memory, roofline.Estimate([], []), rate, bill, (8.0, 0.0))
 

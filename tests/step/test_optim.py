@@ -142,6 +142,22 @@ def test_newton_schulz_flattens_singular_values():
         assert float(jnp.min(s[..., : int(0.9 * s.shape[-1])])) > 0.6 and float(jnp.max(s)) < 1.3
 
 
+def test_newton_schulz_by_gram_matrices():
+    """Of tall, wide and batched 4:1 matrices whose singular values fall as 1/k: iterating Gram matrices in f32 is the plain f32
+    iteration within 1e-4 (norm of the difference over the norm), and bf16, which takes that form from 2:1 on, within 0.1.
+
+    In f32 6e-6 was seen. In bf16 it was 0.04 to 0.06, and 0.05 with the plain iteration; without a new start it is 20.
+    """
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    for shape in ((256, 64), (2, 64, 256)):
+        u, _, v = jnp.linalg.svd(jax.random.normal(KEY, shape), full_matrices=False)
+        g = (u / jnp.arange(1.0, 65.0).reshape((1,) * (u.ndim - 1) + (64,))) @ v
+        g /= jnp.linalg.norm(g, axis=(-2, -1), keepdims=True)
+        plain = optim.newton_schulz(g, 5, jnp.float32)
+        assert error(optim.newton_schulz_by_gram(g, 5), plain) < 1e-4
+        assert error(optim.newton_schulz(g, 5, jnp.bfloat16), plain) < 0.1
+
+
 @pytest.mark.long
 def test_int8_momentum_follows_f32(tiny: Callable[..., Config]) -> None:
     """Over 100 steps of noisy gradients with a drift, int8 momentum stays within 4% of its f32 twin (relative norm).
