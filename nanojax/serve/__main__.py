@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
             self.service.tokenizer = tokenizer
             self.service.scheduler = scheduler.Scheduler(slots, ends, a.queue, self.service.metrics)
             self.service.scheduler.start()
-            print(f"ready: {self.service.model}, {a.rows} rows of {context} tokens", file=sys.stderr, flush=True)
+            print(f"ready: {self.service.model}, rows of {context} tokens: {a.rows}", file=sys.stderr, flush=True)
         except BaseException as error:
             self.mistake = error
             self.should_exit = True

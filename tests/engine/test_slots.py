@@ -50,7 +50,7 @@ def text(slots: Slots, slot: int, count: int) -> list[int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["2026", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_texts_join_and_leave(tiny: Make, family: str) -> None:
     """Three texts begun at different steps, each with a choice of its own, one stopped midway: the two others are to the token
     what `sample` writes alone. A second turn reads only what is new; one that goes back, what it must; and a slot that

@@ -26,7 +26,15 @@ CALL = TOKENIZER.special("<|python_end|>")
 
 
 def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
-    """A tiny model of random parameters whose likeliest token is never an end, its programs compiled."""
+    """Slots of a tiny model, their programs compiled."""
+    config, params = random_model(seq, **sizes)
+    made = Slots(config, params, rows, seq, TOKENIZER.vocab_size, ENDS, CALL)
+    made.compile()
+    return made
+
+
+def random_model(seq: int, **sizes: Any) -> tuple[configs.Config, Any]:
+    """A tiny model of random parameters whose likeliest token is never an end."""
     sizes = dict(depth=2, width=64, head_dim=32, vocab=TOKENIZER.vocab_size, seq=seq) | sizes
     config = configs.resolve(
         configs.Config(
@@ -40,9 +48,7 @@ def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
     shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
     params["head"] = params["head"].at[np.array(ENDS)].set(0.0)
-    made = Slots(config, params, rows, seq, TOKENIZER.vocab_size, ENDS, CALL)
-    made.compile()
-    return made
+    return config, params
 
 
 class Scripted:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from helpers.paths import ROOT
-from helpers.serving import TOKENIZER, slots
+from helpers.serving import TOKENIZER, random_model
 
 from nanojax import step
 from nanojax.cli import run_main
@@ -28,12 +28,12 @@ from nanojax.serve.metrics import Metrics
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint of random parameters."""
-    engine, folder = slots(rows=1, seq=2048), tmp_path_factory.mktemp("serve") / "run"
+    (config, params), folder = random_model(seq=1024), tmp_path_factory.mktemp("serve") / "run"
     TOKENIZER.save(folder / "tokenizer")
-    run_folder.write_config(folder, engine.config)
-    state = jax.jit(step.init_state, static_argnums=0)(engine.config)._replace(params=engine.params)
-    writer = checkpoint.open_for_saving(folder, engine.config)
-    checkpoint.save(writer, engine.config, state, {}, TOKENIZER.fingerprint)
+    run_folder.write_config(folder, config)
+    state = jax.jit(step.init_state, static_argnums=0)(config)._replace(params=params)
+    writer = checkpoint.open_for_saving(folder, config)
+    checkpoint.save(writer, config, state, {}, TOKENIZER.fingerprint)
     writer.close()
     return folder
 
@@ -84,7 +84,7 @@ def start(run: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]
 
     def spawn(*options: str) -> tuple[subprocess.Popen[str], str]:
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        line = [sys.executable, "-m", "nanojax.serve", f"--run={run}", "--port=0", "--base", "--rows=2", *options]
+        line = [sys.executable, "-m", "nanojax.serve", f"--run={run}", "--port=0", "--base", "--rows=1", *options]
         process = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process, (process.stderr.readline() if process.stderr else "").split()[0]
@@ -99,13 +99,13 @@ def start(run: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]
 def test_start_and_stop(start: Callable[..., tuple[subprocess.Popen[str], str]]) -> None:
     """It listens before the model is loaded and says so with 503; a stream that does not end within the grace is cut on
     SIGTERM, is told so, and the exit code is 3; the log has no request."""
-    process, url = start("--grace=0", "--tokens=2000")
+    process, url = start("--grace=0", "--tokens=1024")
     with pytest.raises(urllib.error.HTTPError) as loading:
         urllib.request.urlopen(url + "/health")
     assert loading.value.code == 503 and json.load(loading.value) == {"status": "loading"}
     loading.value.close()
-    assert process.stderr and process.stderr.readline().startswith("ready: run, 2 rows of 2048 tokens")
-    body = json.dumps({"prompt": "my secret", "max_tokens": 1900, "stream": True}).encode()
+    assert process.stderr and process.stderr.readline().startswith("ready: run, rows of 1024 tokens: 1")
+    body = json.dumps({"prompt": "my secret", "max_tokens": 1000, "stream": True}).encode()
     request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request) as stream:
         assert stream.readline().startswith(b"data: {")
