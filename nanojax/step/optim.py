@@ -185,7 +185,8 @@ def newton_schulz_by_gram(x: jax.Array, steps: int) -> jax.Array:
     tall = x.shape[-2] > x.shape[-1]
     dtype = x.dtype
     product = lambda y, z: jnp.matmul(y.astype(dtype), z.astype(dtype), preferred_element_type=jnp.float32)
-    identity = jnp.eye(min(x.shape[-2:]), dtype=jnp.float32)
+    n = min(x.shape[-2:])
+    identity = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), (*x.shape[:-2], n, n))
     for start in range(0, steps, RESTART):
         form = "...ij,...ik->...jk" if tall else "...ij,...kj->...ik"
         gram, poly, whole = jnp.einsum(form, x, x, preferred_element_type=jnp.float32), identity, None
