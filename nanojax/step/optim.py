@@ -185,7 +185,7 @@ def newton_schulz_by_gram(x: jax.Array, steps: int) -> jax.Array:
     tall = x.shape[-2] > x.shape[-1]
     dtype = x.dtype
     product = lambda y, z: jnp.matmul(y.astype(dtype), z.astype(dtype), preferred_element_type=jnp.float32)
-    identity = jnp.eye(min(x.shape[-2:]), dtype=jnp.float32)
+    identity = jnp.expand_dims(jnp.eye(min(x.shape[-2:]), dtype=jnp.float32), tuple(range(x.ndim - 2)))
     for start in range(0, steps, RESTART):
         form = "...ij,...ik->...jk" if tall else "...ij,...kj->...ik"
         gram, poly, whole = jnp.einsum(form, x, x, preferred_element_type=jnp.float32), identity, None
