@@ -63,18 +63,16 @@ Checks = Callable[[Config, str], Iterable[dict[str, Any]]]
 def two_layers(config: Config) -> Config:
     """The config's first two layers at their own width, for one microbatch, with a small vocabulary."""
     m, t = config.model, config.train
-    changes = {"model.depth": 2, "model.width": m.D, "model.vocab": min(m.V, 4096), "data.kind": "text"}
+    tokens = t.microbatch * config.row
+    changes = {"model.depth": 2, "model.width": m.D, "model.vocab": min(m.V, 4096), "model.seq": config.row}
     changes |= {
-        "model.seq": config.row,
-        "train.tokens_per_step": t.microbatch * config.row,
+        "data.kind": "text",
+        "train.tokens_per_step": tokens,
         "train.steps": 1,
         "train.init": "",
         "train.extend": 0,
     }
-    changes |= {
-        "optim.steps_before": 0,
-        "compute.loss_chunk": math.gcd(config.compute.loss_chunk, t.microbatch * config.row),
-    }
+    changes |= {"optim.steps_before": 0, "compute.loss_chunk": math.gcd(config.compute.loss_chunk, tokens)}
     if config.compute.residuals == "auto":
         changes["compute.residuals"] = "cheap"
     return configs.resolve(configs.override(config, changes))

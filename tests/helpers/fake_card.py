@@ -15,7 +15,7 @@ from nanojax.card import start
 from nanojax.card.facts import Facts
 from nanojax.card.questions import Answer, Outcome, answering
 from nanojax.config import Config
-from nanojax.ops import attention, columns, rope, rows
+from nanojax.ops import attention, columns, linear, rope, rows
 
 GIB = 2**30
 WANTED = {"jax-cuda12-pjrt": "==0.10.2", "nvidia-cudnn-cu12": "<10.0,>=9.8", "nvidia-cublas-cu12": ">=12.1.3.1"}
@@ -37,7 +37,7 @@ def facts(**changes: Any) -> Facts:
 
 def runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row kernels and cuDNN's attention, where they are chosen, are computed by XLA on the CPU."""
-    for module in (rows, rope, columns):
+    for module in (rows, rope, columns, linear):
         monkeypatch.setattr(module, "implementation", lambda choice: "xla")
     monkeypatch.setattr(attention, "default_implementation", lambda choice: "chunked")
 
