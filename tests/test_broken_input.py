@@ -18,6 +18,7 @@ from helpers import tiny_run
 
 from nanojax import config as configs
 from nanojax import sample, train, xla
+from nanojax.card import memory
 from nanojax.cli import run_main
 from nanojax.evaluate import __main__ as evaluate
 from nanojax.evaluate import bpb
@@ -101,9 +102,9 @@ def outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     for place, name in ((metrics, "Metrics"), (bpb, "measure"), (planner, "make"), (planner, "best_residuals")):
         monkeypatch.setattr(place, name, reached)
     monkeypatch.setattr(sample, "_stream", reached)
-    monkeypatch.setattr(xla, "compiled", lambda *_: None)
-    monkeypatch.setattr(planner, "check", lambda *_: "")
-    monkeypatch.setattr(xla, "configure", lambda: None)
+    monkeypatch.setattr(memory, "fitting", lambda config, *_: (config, None, ""))
+    for name in ("configure", "settings", "start"):
+        monkeypatch.setattr(xla, name, lambda: None)
 
     def run(main: Callable[[], None], *arguments: Any) -> bool:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
