@@ -61,13 +61,15 @@ def texts(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
     return found
 
 
+def names(folder: Path) -> list[str]:
+    """Every shard file's name; one that is listed may be gone while a command works there."""
+    shards = [p for p in folder.iterdir() if p.suffix in (".bin", ".json")]
+    return sorted(p.name for p in shards if p.name.startswith(("train_", "valid_")))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every shard file's bytes, by name."""
-    return {
-        p.name: p.read_bytes()
-        for p in sorted(folder.iterdir())
-        if p.suffix in (".bin", ".json") and p.name.startswith(("train_", "valid_"))
-    }
+    return {name: (folder / name).read_bytes() for name in names(folder)}
 
 
 @pytest.fixture
@@ -460,7 +462,7 @@ def test_killed_at_any_moment_restarts_exactly(data: Path, tokenizer: Tokenizer)
     killed = 0
     for wanted in (1, 6, 11):  # when this many shard files are there
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(files(data / "out")) < wanted:
+        while process.poll() is None and len(names(data / "out")) < wanted:
             time.sleep(0.002)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
