@@ -2,7 +2,7 @@
 
 4.6 B tokens, 1.7e19 FLOPs. CORE by the line through published runs (nanojax.plan --days): 0.24, from 0.23 to 0.26.
 
-plan (rtx4070_laptop): peak 6.5 GiB, 13.6k tok/s modelled, 3.9 days
+plan (rtx4070_laptop): peak 6.6 GiB, 14.8k tok/s modelled, 3.6 days
 
 python -m nanojax.train --config=d22_2026_4070_laptop
 """

@@ -2,7 +2,7 @@
 
 5.8 B tokens, 2.8e19 FLOPs. Published: CORE 0.263 (mean of 5 runs, nanochat's leaderboard, run 6); GPT-2 has 0.2565.
 
-plan (rtx4070): peak 8.5 GiB, 20.9k tok/s modelled, 3.2 days
+plan (rtx4070): peak 8.5 GiB, 21.0k tok/s modelled, 3.2 days
 
 python -m nanojax.train --config=d24_2026_4070
 """

@@ -2,7 +2,7 @@
 
 13.7 B tokens, 1.0e20 FLOPs. No d28 is published. Extrapolated: CORE 0.304, from 0.290 to 0.319; d32 of 2025 has 0.317.
 
-plan (rtx4070): peak 10.4 GiB, 13.2k tok/s modelled, 12 days
+plan (rtx4070): peak 10.4 GiB, 13.3k tok/s modelled, 12 days
 
 python -m nanojax.train --config=d28_2026_4070
 """

@@ -157,7 +157,10 @@ def test_two_layers_of_a_config(tiny: Tiny) -> None:
 def test_a_wrong_kernel_is_found_in_real_gradients(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers in int8: equal to themselves; bf16 attention stays within the bound, a norm or a window off does not."""
     small = questions.two_layers(
-        tiny(compute=BF16 | {"forward": "int8", "dx": "int8", "dw": "int8"}, stored={"blocks": "int8"})
+        tiny(
+            compute=BF16 | {"forward": "int8", "dx": "int8", "dw": "int8", "head": "int8", "held": 2},
+            stored={"blocks": "int8"},
+        )
     )
     plain = questions.run_two_layers(small)
     assert np.isfinite(plain.loss) and plain.seconds > 0
