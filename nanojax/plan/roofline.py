@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import re
 
-from nanojax.hardware import Card
+from nanojax.hardware import Card, Link
 from nanojax.plan import hlo
 
 
@@ -45,6 +45,7 @@ def efficiency_of(card: Card) -> Efficiency:
     return HOPPER if card.capability == "9.0" else Efficiency()
 
 
+EXCHANGE = "communication"  # the kind of Kernel
 TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas kernel
 
 
@@ -59,7 +60,7 @@ class Kernel:
     seconds: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
-    bound: str = ""  # "tensor", "memory" or "vector"
+    bound: str = ""  # "tensor", "memory", "vector" or "link"
 
 
 @dataclasses.dataclass
@@ -72,6 +73,12 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return sum(k.seconds for k in self.kernels)
+
+    @property
+    def communication(self) -> tuple[float, float]:
+        """(seconds, bytes that a card sends) of a program's exchanges with other cards."""
+        exchanges = [k for k in self.kernels if k.kind == EXCHANGE]
+        return sum(k.seconds for k in exchanges), sum(k.bytes for k in exchanges)
 
     def by_kind(self) -> dict[str, Kernel]:
         """Totals per kind, slowest first."""
@@ -123,8 +130,8 @@ def _operand_class(dot: hlo.Instruction, dtype: str) -> str:
 
 
 class _Program:
-    def __init__(self, module: hlo.Module, card: Card, efficiency: Efficiency):
-        self.module, self.card, self.eff = module, card, efficiency
+    def __init__(self, module: hlo.Module, card: Card, efficiency: Efficiency, link: Link | None = None):
+        self.module, self.card, self.eff, self.link = module, card, efficiency, link
         self.kernels: dict[str, Kernel] = {}
         self.unknown: dict[str, None] = {}
 
@@ -298,7 +305,31 @@ class _Program:
         seconds, bound = max((tensor, "tensor"), (memory, "memory"), (vector, "vector"))
         return seconds + self.eff.launch, bound
 
+    def sent(self, computation: hlo.Computation, i: hlo.Instruction) -> float | None:
+        """Bytes that each of n cards sends in an exchange, in rings; None of any other instruction.
+
+        Of the whole array all but an n-th, when it is gathered, or reduced and scattered; twice that when it is reduced.
+        """
+        if i.opcode == "async-start":
+            inner = self.module.computations[i.called("calls")]
+            return self.sent(inner, inner.root)
+        given, opcode = self.operand_bytes(computation, i), i.opcode.removesuffix("-start")
+        if opcode == "all-gather":
+            return (i.bytes - given if i.opcode.endswith("-start") else i.bytes) - given
+        if opcode == "reduce-scatter":
+            return given - i.bytes
+        return 2.0 * given if opcode == "all-reduce" else None
+
     def kernel(self, computation: hlo.Computation, i: hlo.Instruction, times: int) -> None:
+        sent = self.sent(computation, i)
+        if sent is not None:
+            if self.link is None:
+                self.unknown[i.opcode] = None
+            seconds = self.link.seconds(sent) if self.link else 0.0
+            self.kernels[i.name] = Kernel(
+                i.name, EXCHANGE, i.op_name, times, seconds * times, 0.0, sent * times, "link"
+            )
+            return
         work = self.work(computation, i)
         if i.opcode == "custom-call" and not work.bytes:
             return
@@ -346,22 +377,23 @@ class _Program:
             names = [i.called("true_computation"), i.called("false_computation")]
 
         def seconds(name: str) -> float:
-            probe = _Program(self.module, self.card, self.eff)
+            probe = _Program(self.module, self.card, self.eff, self.link)
             probe.walk(name, 1)
             return sum(k.seconds for k in probe.kernels.values())
 
         return max(names, key=seconds)
 
 
-def estimate(text: str, card: Card, efficiency: Efficiency | None = None) -> Estimate:
-    """Models the time of a program on `card`.
+def estimate(text: str, card: Card, efficiency: Efficiency | None = None, link: Link | None = None) -> Estimate:
+    """Models the time of a program on `card`, or on one of several.
 
     Args:
       text: its optimised HLO, `compiled.as_text()`, compiled for a GPU.
       efficiency: shares of the card's peaks; None: the defaults for the card.
+      link: what joins it to the others.
     """
     module = hlo.parse(text)
-    program = _Program(module, card, efficiency or efficiency_of(card))
+    program = _Program(module, card, efficiency or efficiency_of(card), link)
     program.walk(module.entry, 1)
     return program.estimate()
 

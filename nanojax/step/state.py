@@ -98,6 +98,12 @@ def block_bits(config: Config) -> tuple[float, float]:
     return stored, rest
 
 
+def accumulator_bytes(config: Config) -> int:
+    """Bytes of the accumulators of a config whose state has none."""
+    arrays = jax.tree.leaves(jax.eval_shape(lambda: _empty(config)))
+    return sum(a.size * a.dtype.itemsize for a in arrays)
+
+
 def _moment(weight: weights.Weight, shape: tuple[int, ...], form: Format) -> Any:
     """Zeros of one of the optimizer's arrays, whose shape for one weight is `shape`."""
     if weight.use == "layer":

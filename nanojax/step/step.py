@@ -87,14 +87,11 @@ def abstract_batch(config: Config) -> Batch:
 
 def _squares(config: Config, totals: Arrays, share: Share) -> jax.Array:
     """Sum of squares of all gradients, f32."""
-    table = weights.table(config.model)
     layered = [(name, a) for name in sorted(totals) if isinstance(totals[name], tuple) for a in totals[name]]
-    once = [(name, a) for name, a in totals.items() if not isinstance(a, tuple)]
-    squares = [(name, jnp.sum(jnp.square(a.astype(jnp.float32)))) for name, a in (*layered, *once)]
+    arrays = [*layered, *((name, a) for name, a in totals.items() if not isinstance(a, tuple))]
+    total = lambda some: sum((jnp.sum(jnp.square(a.astype(jnp.float32))) for _, a in some), jnp.float32(0))
     if not share.several:
-        return sum((square for _, square in squares), jnp.float32(0))
-    divided, whole = (
-        sum((square for name, square in squares if share.divides(table[name]) == part), jnp.float32(0))
-        for part in (True, False)
-    )
-    return share.summed(divided) + whole
+        return total(arrays)
+    table = weights.table(config.model)
+    divided = [(name, a) for name, a in arrays if share.divides(table[name])]
+    return share.summed(total(divided)) + total([(name, a) for name, a in arrays if not share.divides(table[name])])
