@@ -52,6 +52,7 @@ examples:
   python -m nanojax.train --config=demo
   python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
   python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
+  python -m nanojax.train --config=d32_4070 --parallel.devices=all                     all cards of this machine
   python -m nanojax.train --config=demo --train.steps=320 --train.extend=120          more steps, from checkpoint 120
   python -m nanojax.train --config=demo --train.run=runs/second --train.init=runs/demo     from another run's weights
 """

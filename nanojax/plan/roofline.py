@@ -306,19 +306,21 @@ class _Program:
         return seconds + self.eff.launch, bound
 
     def sent(self, computation: hlo.Computation, i: hlo.Instruction) -> float | None:
-        """Bytes that each of n cards sends in an exchange, in rings; None of any other instruction.
+        """Bytes that each card sends in an exchange, in rings; None of any other instruction.
 
-        Of the whole array all but an n-th, when it is gathered, or reduced and scattered; twice that when it is reduced.
+        Of n cards, all but an n-th of the whole array when it is gathered, or reduced and scattered; about twice all of it when
+        it is summed everywhere.
         """
         if i.opcode == "async-start":
             inner = self.module.computations[i.called("calls")]
             return self.sent(inner, inner.root)
         given, opcode = self.operand_bytes(computation, i), i.opcode.removesuffix("-start")
-        if opcode == "all-gather":
-            return (i.bytes - given if i.opcode.endswith("-start") else i.bytes) - given
-        if opcode == "reduce-scatter":
-            return given - i.bytes
-        return 2.0 * given if opcode == "all-reduce" else None
+        if opcode == "all-reduce":
+            return 2.0 * given
+        if opcode not in ("all-gather", "reduce-scatter"):
+            return None
+        made = i.bytes - given if i.opcode.endswith("-start") else i.bytes  # a start's shape has its operands, too
+        return abs(made - given)
 
     def kernel(self, computation: hlo.Computation, i: hlo.Instruction, times: int) -> None:
         sent = self.sent(computation, i)
