@@ -201,6 +201,22 @@ def _rollouts(a: argparse.Namespace, config: Config, card: Card, console: Consol
         report.show_rollouts(plan, console)
 
 
+def _measured(a: argparse.Namespace, config: Config, card: Card, prices: dict[str, float]) -> tuple[Any, list[str]]:
+    """The plan with measured times, and lines on them."""
+    from nanojax.plan import measure
+
+    reading = hardware.read_gpu()
+    if reading is None:
+        raise UserError(
+            "--measure: no NVIDIA GPU with a driver in this machine; without --measure the plan is modelled"
+        )
+    if card.name != reading.name:
+        raise UserError(f"--measure: this machine has {reading.name}, not {card.name}; leave out --card")
+    if config.several:
+        raise UserError(f"--measure: times one card; leave out --parallel.devices={config.parallel.devices}")
+    return measure.plan(config, card, prices=prices, watts=a.watts, say=_say)
+
+
 def _write_hlo(path: Path, text: str) -> None:
     with files.write_atomic(path) as file:
         file.write(text.encode())
@@ -232,15 +248,7 @@ def main() -> None:
     if a.decode is not None:
         return _decoders(a, config, card, out)
     if a.measure:
-        from nanojax.plan import measure
-
-        if reading is None:
-            raise UserError(
-                "--measure: no NVIDIA GPU with a driver in this machine; without --measure the plan is modelled"
-            )
-        if card.name != reading.name:
-            raise UserError(f"--measure: this machine has {reading.name}, not {card.name}; leave out --card")
-        plan, lines = measure.plan(config, card, prices=prices, watts=a.watts, say=_say)
+        plan, lines = _measured(a, config, card, prices)
     else:
         axes = _axes(a.axes)
         if axes:
