@@ -10,7 +10,7 @@ import dataclasses
 import re
 
 from nanojax.hardware import Card, Link
-from nanojax.plan import hlo
+from nanojax.plan import exchange, hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,6 @@ def efficiency_of(card: Card) -> Efficiency:
     return HOPPER if card.capability == "9.0" else Efficiency()
 
 
-EXCHANGE = "communication"  # the kind of Kernel
 TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas kernel
 
 
@@ -76,9 +75,9 @@ class Estimate:
 
     @property
     def communication(self) -> tuple[float, float]:
-        """(seconds, bytes that a card sends) of a program's exchanges with other cards."""
-        exchanges = [k for k in self.kernels if k.kind == EXCHANGE]
-        return sum(k.seconds for k in exchanges), sum(k.bytes for k in exchanges)
+        """(seconds, bytes that a card sends) of the program's exchanges."""
+        total = self.by_kind().get(exchange.KIND)
+        return (total.seconds, total.bytes) if total else (0.0, 0.0)
 
     def by_kind(self) -> dict[str, Kernel]:
         """Totals per kind, slowest first."""
@@ -305,32 +304,13 @@ class _Program:
         seconds, bound = max((tensor, "tensor"), (memory, "memory"), (vector, "vector"))
         return seconds + self.eff.launch, bound
 
-    def sent(self, computation: hlo.Computation, i: hlo.Instruction) -> float | None:
-        """Bytes that each card sends in an exchange, in rings; None of any other instruction.
-
-        Of n cards, all but an n-th of the whole array when it is gathered, or reduced and scattered; about twice all of it when
-        it is summed everywhere.
-        """
-        if i.opcode == "async-start":
-            inner = self.module.computations[i.called("calls")]
-            return self.sent(inner, inner.root)
-        given, opcode = self.operand_bytes(computation, i), i.opcode.removesuffix("-start")
-        if opcode == "all-reduce":
-            return 2.0 * given
-        if opcode not in ("all-gather", "reduce-scatter"):
-            return None
-        made = i.bytes - given if i.opcode.endswith("-start") else i.bytes  # a start's shape has its operands, too
-        return abs(made - given)
-
     def kernel(self, computation: hlo.Computation, i: hlo.Instruction, times: int) -> None:
-        sent = self.sent(computation, i)
+        sent = exchange.sent(self.module, computation, i)
         if sent is not None:
             if self.link is None:
                 self.unknown[i.opcode] = None
-            seconds = self.link.seconds(sent) if self.link else 0.0
-            self.kernels[i.name] = Kernel(
-                i.name, EXCHANGE, i.op_name, times, seconds * times, 0.0, sent * times, "link"
-            )
+            seconds = times * self.link.seconds(sent) if self.link else 0.0
+            self.kernels[i.name] = Kernel(i.name, exchange.KIND, i.op_name, times, seconds, 0.0, sent * times, "link")
             return
         work = self.work(computation, i)
         if i.opcode == "custom-call" and not work.bytes:
