@@ -307,8 +307,7 @@ class _Program:
     def kernel(self, computation: hlo.Computation, i: hlo.Instruction, times: int) -> None:
         sent = exchange.sent(self.module, computation, i)
         if sent is not None:
-            if self.link is None:
-                self.unknown[i.opcode] = None
+            self.unknown |= {} if self.link else {i.opcode: None}
             seconds = times * self.link.seconds(sent) if self.link else 0.0
             self.kernels[i.name] = Kernel(i.name, exchange.KIND, i.op_name, times, seconds, 0.0, sent * times, "link")
             return
