@@ -282,6 +282,13 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The devices that share each step."""
+
+    devices: str = _key("1", "devices that share each step's microbatches: a number, or all", effect="rounding")
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """Validation during training."""
 
@@ -324,6 +331,7 @@ class Config:
     data: Data = Data()
     rl: Rollouts = Rollouts()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     eval: Eval = _harmless(Eval())
     checkpoint: Checkpoint = _harmless(Checkpoint())
     profile: Profile = _harmless(Profile())
@@ -359,6 +367,16 @@ class Config:
     def microbatches(self) -> int:
         """A, the microbatches whose gradients one step sums."""
         return self.train.tokens_per_step // (self.train.microbatch * self.row)
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one device shares a step."""
+        return self.parallel.devices != "1"
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a step, once parallel.devices is a number."""
+        return int(self.parallel.devices)
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
@@ -520,6 +538,8 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"--model.width={model.D}: formats below 8 bits have one scale per 64 values; choose a multiple of 64"
         )
+    if config.several:
+        _check_devices(config)
     if config.accumulate.blocks == "momentum":
         _check_accumulating_into_momentum(config)
     if optim.steps_before and not train.init:
@@ -539,6 +559,24 @@ def _check_rollouts(config: Config) -> None:
     if train.tokens_per_step != step:
         raise UserError(
             f"--train.tokens_per_step={train.tokens_per_step}: must be rl.questions*rl.samples*rl.row = {step}; omit it"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    """UserError where the step cannot be shared by so many devices."""
+    key, A = f"--parallel.devices={config.parallel.devices}", config.microbatches
+    if config.data.kind == "rollouts":
+        raise UserError(f"{key}: reinforcement learning has one device; leave it out")
+    if config.accumulate.blocks == "momentum":
+        raise UserError(f"{key}: each device needs sums of its own; set --accumulate.blocks to f32 or bf16")
+    if config.parallel.devices == "all":
+        return
+    if not config.parallel.devices.isascii() or not config.parallel.devices.isdecimal() or config.devices < 1:
+        raise UserError(f"{key}: expected a number of devices from 1, or all")
+    if A % config.devices:
+        fits = ", ".join(str(n) for n in range(1, A + 1) if A % n == 0 and n <= 64)
+        raise UserError(
+            f"{key}: does not divide the step's {A} microbatches of train.microbatch rows; these do: {fits}"
         )
 
 

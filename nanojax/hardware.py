@@ -150,6 +150,31 @@ def card_of_config(config_name: str) -> Card:
     return tails[max(inside, key=len)] if inside else CARDS["rtx4070"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What joins the cards of a step. `gb_per_s`: 10^9 bytes per second that a card sends and receives at the same time."""
+
+    key: str
+    name: str
+    gb_per_s: float
+    microseconds: float  # before the first byte of an exchange arrives
+
+    def seconds(self, size: float) -> float:
+        """The time in which each card sends `size` bytes and receives as many."""
+        return size / (self.gb_per_s * 1e9) + self.microseconds * 1e-6
+
+
+# Assumed shares of the nominal rate: sockets 90 % of 1.25 GB/s; PCIe 4 x8 60 % of 15.75 GB/s, because GeForce cards exchange
+# through the host's memory; NVLink of an H100 80 % of 450 GB/s.
+LINKS = {
+    link.key: link
+    for link in (
+        Link("10GbE", "10 Gbit Ethernet", 1.125, 100),
+        Link("pcie4", "PCIe 4 x8, through the host's memory", 9.45, 30),
+        Link("nvlink", "NVLink of an H100", 360, 10),
+    )
+}
+
 # -- this machine's GPU ------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ HARMLESS: dict[str, Any] = {
     "eval.core_every": 0,
     "checkpoint.every": 60,
     "profile.start": -1,
+    "parallel.devices": "1",
 }
 TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--task"}  # the keys that this command sets
 DESCRIPTION = f"""Trains a fine-tuned model on rewards: it answers questions, and right answers become likelier.

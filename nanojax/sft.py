@@ -43,6 +43,7 @@ HARMLESS: dict[str, Any] = {
     "eval.prompt": "What is the capital of France?",
     "checkpoint.every": 200,
     "profile.start": -1,
+    "parallel.devices": "1",
 }
 TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--data"}  # the keys that this command sets
 DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.

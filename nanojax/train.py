@@ -35,6 +35,7 @@ from nanojax.run import watch as watching
 from nanojax.run.exits import Diverged
 from nanojax.run.trace import Trace
 from nanojax.source import Source
+from nanojax.step import devices
 from nanojax.tokenizer import Tokenizer
 
 Late = collections.deque[tuple[int, dict[str, Any]]]  # (step, its metrics)
@@ -51,6 +52,7 @@ examples:
   python -m nanojax.train --config=demo
   python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
   python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
+  python -m nanojax.train --config=d32_4070 --parallel.devices=all                     all cards of this machine
   python -m nanojax.train --config=demo --train.steps=320 --train.extend=120          more steps, from checkpoint 120
   python -m nanojax.train --config=demo --train.run=runs/second --train.init=runs/demo     from another run's weights
 """
@@ -89,6 +91,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
         config = started.config
         if told := xla.start():
             print(told)
+        config = devices.concrete(config)
         if config.compute.residuals == "auto":
             config = _with_residuals(config, run)
 
@@ -107,8 +110,9 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
         # the step, compiled before the state exists: autotuning on a GPU wants scratch memory
         begin = time.monotonic()
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
-        print(f"compiling for {jax.devices()[0].device_kind} ...", flush=True)
-        take = card.take if started.on_gpu else None
+        mesh = devices.mesh_here(config) if config.several else None
+        print(f"compiling for {f'{config.devices} x ' if mesh else ''}{jax.devices()[0].device_kind} ...", flush=True)
+        take = card.take if started.on_gpu and not config.several else None
         fitting, train_step, line = memory.fitting(config, _compiled, take, may_lower, print)
         print(f"compiled in {time.monotonic() - begin:.0f} s; {line}")
         if fitting != config:
@@ -134,6 +138,8 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
             records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step, "momenta": momenta}]
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
+        if mesh:
+            state = devices.spread(config, mesh, state)
         done = first = int(state.step)
         if done >= t.steps and not any(_due(config, tasks, done, metrics.measured(metrics.read(run)))):
             print(f"{run}: all {t.steps} steps are done")
@@ -167,10 +173,12 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                         guard.attempt(log, "trace", trace.end, train_step)
                         if started.on_gpu:
                             guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say, True)
+                    model = devices.model_of(state) if mesh else state
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
+                        guard.attempt(log, "evaluation", _evaluate, model, source, log, alive)
                     if run_core:
-                        guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
+                        guard.attempt(log, "CORE", _core, config, model, tokenizer, tasks, log, alive)
+                    del model  # it would keep what the next step is given
                     log.restart_clock(done)
                 if last or stopping:
                     break
@@ -186,6 +194,8 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                 except guard.AskedToStop:  # in the middle of answers, which the resumed run writes again
                     batches.set_state(batches.get_state(unused=1))
                     continue
+                if mesh and batch:
+                    batch = devices.batch_on(mesh, batch)
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
                     state, new = train_step(state, batch) if batch else (state._replace(step=state.step + 1), {})
                 done += 1
@@ -206,8 +216,11 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
 
 def _compiled(config: Config) -> Any:
     """The step, compiled for this machine."""
-    shapes = steps.abstract_state(config), steps.abstract_batch(config)
     fused = config.compute.fused != "off"
+    if config.several:
+        mesh = devices.mesh_here(config)
+        return xla.compiled(devices.train_step(config, mesh), *devices.abstract(config, mesh), fused=fused)
+    shapes = steps.abstract_state(config), steps.abstract_batch(config)
     return xla.compiled(functools.partial(steps.train_step, config), *shapes, fused=fused)
 
 

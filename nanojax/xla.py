@@ -88,11 +88,17 @@ def start_cuda_compiler(target_config: str) -> None:
 
 def absent_gpu(target_config: str) -> Any:
     """A jax device to compile for, of a GPU that need not be present (`Card.target_config`)."""
+    return absent_gpus(target_config, 1)[0]
+
+
+def absent_gpus(target_config: str, count: int) -> list[Any]:
+    """So many of them, as of hosts with one GPU each."""
     with _no_stderr():
         from jax.experimental import topologies
 
-        described = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target_config)
-    return described.devices[0]
+        shape = f"1x{count}x1"
+        described = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target_config)
+    return list(described.devices)
 
 
 @contextlib.contextmanager

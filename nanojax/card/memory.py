@@ -24,12 +24,16 @@ Take = Callable[[Sequence[int]], None]
 
 
 def planned(config: Config) -> list[int]:
-    """Bytes of the buffers that a run holds at once, before its step is compiled: the state's arrays, then temporaries."""
+    """Bytes of the buffers that a run holds at once, before its step is compiled: the state's arrays, then temporaries.
+
+    Of several devices' state what one of them would hold: no device holds more.
+    """
     if config.compute.residuals == "auto":
         config = configs.override(config, {"compute.residuals": "inputs"})
     state = [_bytes(leaf) for leaf in jax.tree.leaves(steps.abstract_state(config))]
     logits = min(config.compute.loss_chunk, config.train.microbatch * config.row) * config.model.V * 4
-    return [*state, steps.residual_bytes(config) + max(SLACK, logits)]
+    within = steps.accumulator_bytes(config) if config.several else 0
+    return [*state, within + steps.residual_bytes(config) + max(SLACK, logits)]
 
 
 def compiled(config: Config, train_step: Any) -> list[int]:

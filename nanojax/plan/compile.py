@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import sys
 import tempfile
@@ -84,10 +85,11 @@ def _named(sharding: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of their shapes."""
+    """Bytes of all arrays of a tree, or of their shapes; of an array that several devices divide, those of one device."""
     import jax
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    own = lambda a: a.sharding.shard_shape(a.shape) if getattr(a, "sharding", None) else a.shape
+    return sum(math.prod(own(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compile_for(
@@ -100,15 +102,19 @@ def compile_for(
     """Compiles `function(*arguments)` for `card`. UserError if XLA cannot.
 
     Args:
-      arguments: pytrees of anything with a shape and a dtype. If the first is a State, its fields are the groups.
+      arguments: pytrees of anything with a shape and a dtype, or of shapes with the shardings of several absent cards. If the
+        first is a State, its fields are the groups.
       donate: index of the donated argument.
       as_trained: with xla.GPU_OPTIONS, as steps run; False: as jax.jit compiles.
     """
     start_compiler()
     import jax
 
-    sharding = _sharding(card)
-    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    specs = arguments
+    sharding: Any = getattr(jax.tree.leaves(arguments)[0], "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = _sharding(card)
+        specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanojax-plan-") as folder, xla.no_remat_pass(), xla.unkept_programs():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -122,7 +128,7 @@ def compile_for(
         dumps = sorted(Path(folder).glob("*-buffer-assignment.txt"), key=lambda p: p.stat().st_size)
         temporaries = read_temporaries(dumps[-1].read_text()) if dumps else ()
     stats: Any = compiled.memory_analysis()
-    state = arguments[0]
+    state = specs[0]
     groups = {name: tree_bytes(getattr(state, name)) for name in ("params", "opt", "accum") if hasattr(state, name)}
     groups["other"] = stats.argument_size_in_bytes - sum(groups.values())
     return Program(
@@ -184,14 +190,24 @@ def flash(config: Config) -> bool:
 
 
 def compile_step(config: Config, card: Card, cache: bool = True) -> Program:
-    """The train step of a resolved config, compiled for `card`; from the cache if neither code nor versions changed."""
+    """The train step of a resolved config, compiled for `card`, or for as many as share a step (parallel.devices).
+
+    From the cache if neither code nor versions changed.
+    """
     start_compiler()
     from nanojax import step
+    from nanojax.step import devices
 
     config = for_gpu(config)
-    trained = functools.partial(step.train_step, config)
     fused = config.compute.fused != "off"
-    build = lambda: compile_for(trained, step_arguments(config), card, as_trained=fused)
+
+    def build() -> Program:
+        if config.several:
+            mesh = devices.mesh_of(xla.absent_gpus(card.target_config(), config.devices))
+            shared = devices.train_step(config, mesh)
+            return compile_for(shared, devices.abstract(config, mesh), card, as_trained=fused)
+        return compile_for(functools.partial(step.train_step, config), step_arguments(config), card, as_trained=fused)
+
     return kept(key(config, card), build) if cache else build()
 
 
@@ -236,21 +252,26 @@ def least_bytes(config: Config) -> int:
     return state_bytes(config) + step.residual_bytes(config)
 
 
-def memory_of(program: Program, residuals: int, operands: int) -> Memory:
-    """The Memory of `program`, which holds `residuals` and `operands` bytes (step.residual_bytes, step.operand_bytes)."""
+def memory_of(program: Program, residuals: int, operands: int, accum: int = 0) -> Memory:
+    """The Memory of `program`, which holds `residuals` and `operands` bytes (step.residual_bytes, step.operand_bytes).
+
+    Args:
+      accum: bytes of accumulators that exist within the step only (step.accumulator_bytes).
+    """
     module = hlo.parse(program.hlo)
-    residuals = min(residuals, program.temp_bytes)
-    operands = min(operands, program.temp_bytes - residuals)
+    accum = min(accum, program.temp_bytes)
+    residuals = min(residuals, program.temp_bytes - accum)
+    operands = min(operands, program.temp_bytes - accum - residuals)
     groups = program.groups
     state = groups.get("params", 0) + groups.get("opt", 0) + groups.get("accum", 0)
     return Memory(
         params=groups.get("params", 0),
         opt=groups.get("opt", 0),
-        accum=groups.get("accum", 0),
+        accum=groups.get("accum", 0) + accum,
         other=groups["other"] + program.output_bytes - program.alias_bytes,
         residuals=residuals,
         operands=operands,
-        temporaries=program.temp_bytes - residuals - operands,
+        temporaries=program.temp_bytes - accum - residuals - operands,
         peak=program.peak_bytes,
         not_reused=max(0, state - program.alias_bytes),
         largest=tuple(_coverage(module, program.temporaries)),
@@ -319,6 +340,7 @@ def key(config: Config, card: Card, sources: tuple[str, ...] = STEP_SOURCES, oth
     parts += [
         config.batch_shape,
         config.data.kind,
+        config.parallel.devices,
         card.target_config(),
         *(others or []),
     ]  # not the number of steps, a constant in the schedules

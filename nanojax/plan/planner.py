@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanojax import hardware, weights, xla
 from nanojax.cli import UserError
 from nanojax.config import Config, override, resolve
-from nanojax.hardware import GIB, Card
+from nanojax.hardware import GIB, LINKS, Card, Link
 from nanojax.plan import compile, energy, roofline
 
 Say = Callable[[str], None]
@@ -31,10 +32,20 @@ class Plan:
     bill: energy.Bill
     block_bits: tuple[float, float]  # step.block_bits
     measured: bool = False
+    link: Link | None = None  # of several cards; program, memory and estimate are one card's
 
     @property
     def fits(self) -> bool:
         return self.memory.peak <= self.card.budget_bytes
+
+    @property
+    def cards(self) -> int:
+        return self.config.devices
+
+    @property
+    def efficiency(self) -> float:
+        """The share of a step's time in which cards do not wait for each other's bytes."""
+        return 1 - self.estimate.communication[0] / self.estimate.seconds
 
     @property
     def verdict(self) -> str:
@@ -47,7 +58,8 @@ class Plan:
         speed = f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
         length = f"{days:.0f} days" if days >= 10 else f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
         word = "measured" if self.measured else "modelled"
-        return f"plan ({self.card.key}): peak {self.memory.peak / GIB:.1f} GiB, {speed} tok/s {word}, {length}"
+        cards = f"{self.cards} x {self.card.key}, {self.link.key}" if self.link else self.card.key
+        return f"plan ({cards}): peak {self.memory.peak / GIB:.1f} GiB, {speed} tok/s {word}, {length}"
 
     def as_json(self) -> dict[str, Any]:
         """The plan for scripts: bytes, tokens, FLOPs, seconds."""
@@ -90,7 +102,13 @@ class Plan:
             "not_modelled": self.estimate.unknown,
             "compile_seconds": self.program.compile_seconds,
             "cached": self.program.cached,
-        }
+        } | (self._link_as_json() if self.link else {})
+
+    def _link_as_json(self) -> dict[str, Any]:
+        """What several cards add. Bytes elsewhere are one card's, tokens, watts and money those of all."""
+        seconds, sent = self.estimate.communication
+        told = {"cards": self.cards, "link": self.link.key if self.link else None, "sent_bytes": sent}
+        return told | {"communication_seconds": seconds, "efficiency": self.efficiency, "advice": advice(self)}
 
 
 def make(
@@ -101,30 +119,58 @@ def make(
     watts: float | None = None,
     prices: dict[str, float] | None = None,
     efficiency: roofline.Efficiency | None = None,
+    link: Link = LINKS["pcie4"],
     say: Say = _quiet,
 ) -> Plan:
     """The Plan of a resolved config on `card`; compute.residuals=auto becomes the best that fits.
+
+    On as many such cards as the config's parallel.devices.
 
     Args:
       cache: take a compiled step from the user's cache folder, and keep it there.
       watts: power while training; None: the card's limit.
       prices: money per kWh by currency; None: energy.PRICES.
       efficiency: measured shares of the card's peaks; None: the model's defaults.
+      link: what joins several cards.
       say: called with a line before each compilation.
     """
     compile.start_compiler()
     if config.compute.residuals == "auto":
-        options: dict[str, Any] = dict(cache=cache, watts=watts, prices=prices, efficiency=efficiency, say=say)
+        options: dict[str, Any] = dict(
+            cache=cache, watts=watts, prices=prices, efficiency=efficiency, link=link, say=say
+        )
         return best_residuals(config, card, **options)
-    say(f"compiling {config.name or 'the step'} for {card.key}: {_essence(config)}")
+    several = f"{config.devices} x " if config.several else ""
+    say(f"compiling {config.name or 'the step'} for {several}{card.key}: {_essence(config)}")
     program = compile.compile_step(config, card, cache)
     from nanojax import step  # imports jax, after the compiler is set up
 
-    measured = compile.memory_of(program, step.residual_bytes(config), step.operand_bytes(config))
-    estimate = roofline.estimate(program.hlo, card, efficiency)
+    within = step.accumulator_bytes(config) if config.several else 0
+    measured = compile.memory_of(program, step.residual_bytes(config), step.operand_bytes(config), within)
+    joined = link if config.several else None
+    estimate = roofline.estimate(program.hlo, card, efficiency, joined)
     rate = config.train.tokens_per_step / estimate.seconds
-    bill = energy.bill(config.train.tokens, rate, card.watts if watts is None else watts, prices)
-    return Plan(config, card, program, measured, estimate, rate, bill, step.block_bits(config))
+    power = config.devices * (card.watts if watts is None else watts)
+    bill = energy.bill(config.train.tokens, rate, power, prices)
+    return Plan(config, card, program, measured, estimate, rate, bill, step.block_bits(config), link=joined)
+
+
+SLOW_LINK = 0.9  # efficiency below which a link is called too slow
+
+
+def advice(plan: Plan) -> str | None:
+    """What would help where cards wait for each other for more than a tenth of a step; None where they do not."""
+    if plan.link is None or plan.efficiency >= SLOW_LINK:
+        return None
+    seconds, _ = plan.estimate.communication
+    times = math.ceil(seconds / (plan.estimate.seconds - seconds) * SLOW_LINK / (1 - SLOW_LINK))
+    larger = 2 ** math.ceil(math.log2(times)) * plan.config.train.tokens_per_step
+    helps = [f"--train.tokens_per_step={larger} (fewer exchanges of as many bytes)"]
+    if plan.config.accumulate.blocks == "f32":
+        helps.append("--accumulate.blocks=bf16 (half the bytes of gradients)")
+    if plan.config.stored.blocks in ("f32", "bf16"):
+        helps.append("--stored.blocks=int8 (fewer bytes of new weights)")
+    return f"{plan.link.name} is slow for this: cards wait {1 - plan.efficiency:.0%} of the time; {'; or '.join(helps)}"
 
 
 def _essence(config: Config) -> str:
@@ -265,7 +311,8 @@ def try_changes(
         except UserError:  # the config's rules forbid it
             return None
         say(f"trying {' '.join(f'--{key}={value}' for key, value in change.items())}")
-        return make(trial, plan.card, cache=cache, watts=plan.bill.watts)
+        link = plan.link or LINKS["pcie4"]
+        return make(trial, plan.card, cache=cache, watts=plan.bill.watts / plan.cards, link=link)
 
     singles = changes(plan.config)
     found = []
@@ -287,11 +334,15 @@ def try_changes(
 
 
 def sweep(
-    config: Config, card: Card, axes: Sequence[tuple[str, Sequence[str]]], *, cache: bool = True, say: Say = _quiet
+    config: Config, card: Card, axes: Sequence[tuple[str, Sequence[str]]], **options: Any
 ) -> list[tuple[dict[str, str], Plan]]:
-    """A Plan for every combination of `axes` (key, values): those that fit first, then by speed."""
+    """A Plan for every combination of `axes` (key, values): those that fit first, then by speed.
+
+    Args:
+      options: as for `make`.
+    """
     out = []
     for values in itertools.product(*(v for _, v in axes)):
         change = {key: value for (key, _), value in zip(axes, values)}
-        out.append((change, make(resolve(override(config, change)), card, cache=cache, say=say)))
+        out.append((change, make(resolve(override(config, change)), card, **options)))
     return sorted(out, key=lambda item: (not item[1].fits, -item[1].tokens_per_second))

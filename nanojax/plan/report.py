@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanojax.hardware import GIB, Card
-from nanojax.plan import core_of_flops, days, energy, rollouts
+from nanojax.plan import core_of_flops, days, energy, planner, rollouts
 from nanojax.plan.compile import Memory
 from nanojax.plan.core_of_flops import Core
 from nanojax.plan.decoding import Decoding
@@ -104,7 +104,7 @@ def _time(plan: Plan, top: int) -> RenderableType:
         ),
         Text(
             f"{rate:,.0f} tokens/s {word}, {train.tokens_per_step / rate:.1f} s per step, "
-            f"{flops / 1e12:.1f} model TFLOP/s ({flops / plan.card.peak('bf16'):.0%} of the card's bf16 peak)",
+            f"{flops / 1e12:.1f} model TFLOP/s ({flops / plan.cards / plan.card.peak('bf16'):.0%} of the card's bf16 peak)",
             style="bold",
         ),
         Text(""),
@@ -126,8 +126,53 @@ def _money(bill: energy.Bill, prices: dict[str, float]) -> Text:
 
 def show(plan: Plan, console: Console, prices: dict[str, float], top: int = 10) -> None:
     """The whole plan."""
-    console.rule(f"{plan.config.name} on {plan.card.name}", align="left")
-    console.print(_memory(plan), Text(""), _time(plan, top), Text(""), _money(plan.bill, prices), sep="\n")
+    several = f"{plan.cards} x " if plan.link else ""
+    console.rule(f"{plan.config.name} on {several}{plan.card.name}", align="left")
+    exchange = [_exchange(plan), Text("")] if plan.link else []
+    console.print(_memory(plan), Text(""), _time(plan, top), Text(""), *exchange, _money(plan.bill, prices), sep="\n")
+
+
+def _exchange(plan: Plan) -> Text:
+    """What several cards send each other in a step."""
+    assert plan.link is not None
+    seconds, sent = plan.estimate.communication
+    text = (
+        f"{plan.cards} cards over {plan.link.name}, {plan.link.gb_per_s:g} GB/s each way assumed: each sends "
+        f"{sent / 1e9:.2f} GB a step, {seconds:.2f} s modelled, {plan.efficiency:.1%} of the step is computation"
+    )
+    slow = planner.advice(plan)
+    return Text(text + (f"\n{slow}" if slow else ""), style="yellow" if slow else "")
+
+
+def show_cards(plans: Sequence[Plan], console: Console, prices: dict[str, float]) -> None:
+    """One row per number of cards that share a step."""
+    head = (
+        "cards",
+        "peak GiB\na card",
+        "fits",
+        "GB sent\na step",
+        "s",
+        "tokens/s",
+        "efficiency",
+        "days",
+        "kWh",
+        *prices,
+    )
+    first = plans[0]
+    title = f"{first.config.name}: {first.card.key}, {first.config.train.tokens_per_step:,} tokens a step (modelled)"
+    table = Table(*head, title=title, title_justify="left", box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for p in plans:
+        seconds, sent = p.estimate.communication
+        size = (f"{p.memory.peak / GIB:.2f}", "yes" if p.fits else "NO", f"{sent / 1e9:.2f}", f"{seconds:.2f}")
+        costs = [f"{p.bill.cost[c]:,.0f}" for c in prices]
+        speed = (f"{p.tokens_per_second:,.0f}", f"{p.efficiency:.1%}", f"{p.bill.days:,.1f}", f"{p.bill.kwh:,.0f}")
+        table.add_row(f"{p.cards}", *size, *speed, *costs)
+    console.print(table)
+    for p in plans:
+        if slow := planner.advice(p):
+            console.print(f"{p.cards} cards: {slow}")
 
 
 def show_changes(found: Sequence[tuple[dict[str, str], Plan]], console: Console) -> None:

@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import re
 
-from nanojax.hardware import Card
-from nanojax.plan import hlo
+from nanojax.hardware import Card, Link
+from nanojax.plan import exchange, hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Kernel:
     seconds: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
-    bound: str = ""  # "tensor", "memory" or "vector"
+    bound: str = ""  # "tensor", "memory", "vector" or "link"
 
 
 @dataclasses.dataclass
@@ -72,6 +72,12 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return sum(k.seconds for k in self.kernels)
+
+    @property
+    def communication(self) -> tuple[float, float]:
+        """(seconds, bytes that a card sends) of the program's exchanges."""
+        total = self.by_kind().get(exchange.KIND)
+        return (total.seconds, total.bytes) if total else (0.0, 0.0)
 
     def by_kind(self) -> dict[str, Kernel]:
         """Totals per kind, slowest first."""
@@ -123,8 +129,8 @@ def _operand_class(dot: hlo.Instruction, dtype: str) -> str:
 
 
 class _Program:
-    def __init__(self, module: hlo.Module, card: Card, efficiency: Efficiency):
-        self.module, self.card, self.eff = module, card, efficiency
+    def __init__(self, module: hlo.Module, card: Card, efficiency: Efficiency, link: Link | None = None):
+        self.module, self.card, self.eff, self.link = module, card, efficiency, link
         self.kernels: dict[str, Kernel] = {}
         self.unknown: dict[str, None] = {}
 
@@ -299,6 +305,12 @@ class _Program:
         return seconds + self.eff.launch, bound
 
     def kernel(self, computation: hlo.Computation, i: hlo.Instruction, times: int) -> None:
+        sent = exchange.sent(self.module, computation, i)
+        if sent is not None:
+            self.unknown |= {} if self.link else {i.opcode: None}
+            seconds = times * self.link.seconds(sent) if self.link else 0.0
+            self.kernels[i.name] = Kernel(i.name, exchange.KIND, i.op_name, times, seconds, 0.0, sent * times, "link")
+            return
         work = self.work(computation, i)
         if i.opcode == "custom-call" and not work.bytes:
             return
@@ -346,22 +358,23 @@ class _Program:
             names = [i.called("true_computation"), i.called("false_computation")]
 
         def seconds(name: str) -> float:
-            probe = _Program(self.module, self.card, self.eff)
+            probe = _Program(self.module, self.card, self.eff, self.link)
             probe.walk(name, 1)
             return sum(k.seconds for k in probe.kernels.values())
 
         return max(names, key=seconds)
 
 
-def estimate(text: str, card: Card, efficiency: Efficiency | None = None) -> Estimate:
-    """Models the time of a program on `card`.
+def estimate(text: str, card: Card, efficiency: Efficiency | None = None, link: Link | None = None) -> Estimate:
+    """Models the time of a program on `card`, or on one of several.
 
     Args:
       text: its optimised HLO, `compiled.as_text()`, compiled for a GPU.
       efficiency: shares of the card's peaks; None: the defaults for the card.
+      link: what joins it to the others.
     """
     module = hlo.parse(text)
-    program = _Program(module, card, efficiency or efficiency_of(card))
+    program = _Program(module, card, efficiency or efficiency_of(card), link)
     program.walk(module.entry, 1)
     return program.estimate()
 

@@ -29,6 +29,7 @@ from nanojax.config import Config
 from nanojax.quant import decode_tree
 from nanojax.run import exits, legacy, run_folder
 from nanojax.run.run_folder import CHECKPOINTS, available
+from nanojax.step import devices
 from nanojax.tokenizer import Tokenizer
 from nanojax.xla import is_out_of_memory
 
@@ -64,6 +65,7 @@ def save(
       fingerprint: the tokenizer's.
     Raises NotFinite before anything is written; UserError when the save cannot begin (disk full, ...).
     """
+    state = devices.plain(config, state)
     parts = {"params": state.params, "opt": {"step": state.step, "opt": state.opt}}
     sums, finite = jax.device_get(checks(parts))
     for path, ok in finite.items():

@@ -60,7 +60,8 @@ class Metrics:
         self.warnings: dict[str, int] = {}
         self.outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
         device = jax.devices()[0]
-        self.peak = peak_flops(device.device_kind)
+        peak = peak_flops(device.device_kind)
+        self.peak = peak * config.devices if peak else None
         try:
             forget_after(run, step)
             earlier = read(run)
@@ -85,7 +86,8 @@ class Metrics:
         self.measured: list[str] = []  # the last evaluation's figure, as the progress shows it
         self.line_time = -math.inf
         started = {"device": device.device_kind, "jax": jax.__version__, "command": cli.command()}
-        self._write({"kind": "start", "step": step, **started})
+        several = {"devices": config.devices} if config.several else {}
+        self._write({"kind": "start", "step": step, **started, **several})
         if config.train.tensorboard:
             try:
                 self.board = Board(run / "tensorboard", purge_step=step + 1)

@@ -27,8 +27,8 @@ class State(NamedTuple):
         a layer's weight are stacked over its layers. Of a momentum that gradients are summed into, and of a layer's
         embedding, there is one array per layer.
       accum: {weight: where its gradients are summed}, one array per layer for a layer's weight; zeros between steps. A weight
-        whose gradients are summed into its momentum has none. Empty with rollouts: there they exist within a step only, and
-        between two steps their memory is the answers' cache.
+        whose gradients are summed into its momentum has none. Empty with rollouts and on several devices: there
+        they exist within a step only, and between two steps their memory is free for the answers' cache or for checkpoints.
     """
 
     step: jax.Array
@@ -57,7 +57,7 @@ def init_state(config: Config) -> State:
         if remainder_bits(config, weight):
             *rows, columns = (len(weight.layers), *weight.shape)
             opt[name]["remainder"] = jnp.zeros((*rows, columns * config.stored.remainder // 8), jnp.uint8)
-    accum = {} if config.data.kind == "rollouts" else _empty(config)
+    accum = {} if config.data.kind == "rollouts" or config.several else _empty(config)
     return State(jnp.int32(0), init_params(config, jax.random.key(config.train.seed)), opt, accum)
 
 
@@ -96,6 +96,12 @@ def block_bits(config: Config) -> tuple[float, float]:
         8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / count for tree in (params, remainders)
     )
     return stored, rest
+
+
+def accumulator_bytes(config: Config) -> int:
+    """Bytes of the accumulators of a config whose state has none."""
+    arrays = jax.tree.leaves(jax.eval_shape(lambda: _empty(config)))
+    return sum(a.size * a.dtype.itemsize for a in arrays)
 
 
 def _moment(weight: weights.Weight, shape: tuple[int, ...], form: Format) -> Any:

@@ -10,6 +10,7 @@ from nanojax import weights
 from nanojax.config import Config
 from nanojax.step import optim
 from nanojax.step.backward import as_operands, forward_backward
+from nanojax.step.share import ALONE, Share
 from nanojax.step.state import Arrays, State, accumulators
 from nanojax.step.update import apply_all
 
@@ -29,11 +30,15 @@ class Batch(NamedTuple):
     weights: jax.Array | None = None
 
 
-def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None = None) -> tuple[State, Metrics]:
+def train_step(
+    config: Config, state: State, batch: Batch, key: jax.Array | None = None, share: Share = ALONE
+) -> tuple[State, Metrics]:
     """One update. Read next: backward.py (how gradients arise) and update.py (how they are applied).
 
     Args:
+      batch: of several devices, this one's microbatches.
       key: for stochastic rounding. None: fold_in(key(seed + 1), step), so that a resumed run rounds as an uninterrupted one.
+      share: this device's, if it is one of several (devices.py).
 
     Returns:
       The new state, and loss (nats per token, or sum(weights*nll)), lr (factor), momentum and grad_norm (before clipping;
@@ -51,22 +56,24 @@ def train_step(config: Config, state: State, batch: Batch, key: jax.Array | None
     ) -> tuple[tuple[Arrays, jax.Array], None]:
         accum, loss = carry
         i, (tokens, weights_BT) = part
-        more, accum = forward_backward(config, params, accum, tokens, weights_BT, mix(i), jax.random.fold_in(key, i))
+        draw = jax.random.fold_in(key, share.number(i, A))
+        more, accum = forward_backward(config, params, accum, tokens, weights_BT, mix(i), draw)
         return (accum, loss + more), None
 
     (totals, loss), _ = lax.scan(microbatch, (accum, jnp.float32(0)), (jnp.arange(A), batch))
+    totals, loss = share.met(weights.table(config.model), totals), share.summed(loss)
     if batch.weights is None:
         loss = loss / config.train.tokens_per_step
     metrics = {"loss": loss, "lr": jnp.asarray(rate(state.step)), "momentum": jnp.asarray(momentum(state.step))}
 
     scale = jnp.float32(1)
     if not any(optim.summed_into_momentum(config, weight) for weight in weights.table(config.model).values()):
-        norm = jnp.sqrt(_squares(totals))
+        norm = jnp.sqrt(_squares(config, totals, share))
         metrics["grad_norm"] = norm
         if config.optim.clip:
             scale = jnp.minimum(1.0, config.optim.clip / (norm + 1e-6))
 
-    params, opt, accum = apply_all(config, state, totals, scale, jax.random.fold_in(key, A))
+    params, opt, accum = apply_all(config, state, totals, scale, jax.random.fold_in(key, share.devices * A), share)
     return State(state.step + 1, params, opt, accum if state.accum else {}), metrics
 
 
@@ -78,8 +85,13 @@ def abstract_batch(config: Config) -> Batch:
     return Batch(tokens, weights_ABT if config.data.kind != "text" else None)
 
 
-def _squares(totals: Arrays) -> jax.Array:
+def _squares(config: Config, totals: Arrays, share: Share) -> jax.Array:
     """Sum of squares of all gradients, f32."""
-    layered = [a for name in sorted(totals) if isinstance(totals[name], tuple) for a in totals[name]]
-    once = [a for a in totals.values() if not isinstance(a, tuple)]
-    return sum((jnp.sum(jnp.square(a.astype(jnp.float32))) for a in (*layered, *once)), jnp.float32(0))
+    layered = [(name, a) for name in sorted(totals) if isinstance(totals[name], tuple) for a in totals[name]]
+    arrays = [*layered, *((name, a) for name, a in totals.items() if not isinstance(a, tuple))]
+    total = lambda some: sum((jnp.sum(jnp.square(a.astype(jnp.float32))) for _, a in some), jnp.float32(0))
+    if not share.several:
+        return total(arrays)
+    table = weights.table(config.model)
+    divided = [(name, a) for name, a in arrays if share.divides(table[name])]
+    return share.summed(total(divided)) + total([(name, a) for name, a in arrays if not share.divides(table[name])])

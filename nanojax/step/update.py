@@ -15,6 +15,7 @@ from nanojax.quant import decode, encode, packed
 from nanojax.quant.formats import Stored
 from nanojax.quant.rounding import dither
 from nanojax.step import optim
+from nanojax.step.share import ALONE, Share
 from nanojax.step.state import Arrays, Opt, State, remainder_bits
 
 F32 = jnp.float32
@@ -22,11 +23,14 @@ ROWS_BYTES = 32 << 20  # f32 bytes of the embedding's or head's rows that are up
 
 
 def apply_all(
-    config: Config, state: State, totals: Arrays, scale: jax.Array, key: jax.Array
+    config: Config, state: State, totals: Arrays, scale: jax.Array, key: jax.Array, share: Share = ALONE
 ) -> tuple[Params, Opt, Arrays]:
     """(params, opt, accumulators) after every weight's optimizer has seen scale*total.
 
     Accumulators come back as zeros; those that are momenta become the optimizer's.
+
+    Args:
+      share: what this device updates, if it is one of several: `totals` and state.opt have its own layers and rows only.
     """
     table = weights.table(config.model)
     layered = sorted(name for name, weight in table.items() if weight.use == "layer")
@@ -36,14 +40,16 @@ def apply_all(
     new: dict[str, Any] = {}
     for j, name in enumerate(layered):
         with jax.named_scope(optim.group_of(config, name, table[name]).optimizer):
-            new[name], opt[name], cleared[name] = _update_layers(config, state, name, totals[name], scale, j, layer_key)
+            new[name], opt[name], cleared[name] = _update_layers(
+                config, state, name, totals[name], scale, j, layer_key, share
+            )
         # One weight after the other: each holds its new layers twice.
         new, opt, cleared, scale = lax.optimization_barrier((new, opt, cleared, scale))
     params: Params = {}
     for name, weight_key in zip((name for name in table if name not in layered), other_keys):
         update: Any = _update_embeddings if table[name].layered else _update_once
         with jax.named_scope(f"{optim.group_of(config, name, table[name]).optimizer}_{name}"):
-            made, opt[name], cleared[name] = update(config, state, name, totals[name], scale, weight_key)
+            made, opt[name], cleared[name] = update(config, state, name, totals[name], scale, weight_key, share)
         (new if table[name].layered else params)[name] = made
     params["blocks"] = _by_layer(table, new)
     for name, weight in table.items():
@@ -53,11 +59,18 @@ def apply_all(
 
 
 def _update_layers(
-    config: Config, state: State, name: str, totals: tuple[jax.Array, ...], scale: jax.Array, j: int, key: jax.Array
+    config: Config,
+    state: State,
+    name: str,
+    totals: tuple[jax.Array, ...],
+    scale: jax.Array,
+    j: int,
+    key: jax.Array,
+    share: Share,
 ) -> tuple[tuple[Stored, ...], dict[str, Any], tuple[jax.Array, ...]]:
     """(its arrays by layer, its entry of opt, its accumulators) of the j-th of the layers' weights."""
     weight = weights.table(config.model)[name]
-    layers = tuple(state.params["blocks"][i][name] for i in weight.layers)
+    layers = share.layers(tuple(state.params["blocks"][i][name] for i in weight.layers))
     into_momentum = optim.summed_into_momentum(config, weight)
     opt = {m: a for m, a in state.opt[name].items() if not (into_momentum and m == "momentum")}
     tx: Any = optim.transform(config, name, weight)
@@ -65,7 +78,8 @@ def _update_layers(
     phases = jax.random.key(config.train.seed)
 
     def layer(opt: Any, k: jax.Array) -> tuple[Any, Stored]:
-        keys = jax.random.split(jax.random.fold_in(key, k))
+        number = share.number(k, len(layers))
+        keys = jax.random.split(jax.random.fold_in(key, number))
         total, p = _pick(tuple(zip(totals, layers)), k)
         old = at(opt, k)
         remainder = old.pop("remainder", None)
@@ -73,7 +87,7 @@ def _update_layers(
         updates, after = tx.update(total.astype(F32) * scale, before, p, key=keys[0])
         moments = dict(after.moments)
         if isinstance(p, packed.Packed):
-            phase = jax.random.fold_in(jax.random.fold_in(phases, k), j)
+            phase = jax.random.fold_in(jax.random.fold_in(phases, number), j)
             p, rest = apply_with_remainder(p, remainder, updates, remainder_bits(config, weight), phase, state.step)
             if rest is not None:
                 moments["remainder"] = rest
@@ -83,7 +97,8 @@ def _update_layers(
         return _put(opt, moments, k), p
 
     opt, stack = lax.scan(layer, opt, jnp.arange(len(layers)))
-    new = tuple(at(stack, k) for k in range(len(layers)))
+    stack = share.gathered(stack, len(weight.layers))
+    new = tuple(at(stack, k) for k in range(len(weight.layers)))
     if into_momentum:
         return new, opt, totals
     new, opt, totals = lax.optimization_barrier((new, opt, totals))
@@ -91,14 +106,20 @@ def _update_layers(
 
 
 def _update_once(
-    config: Config, state: State, name: str, total: jax.Array, scale: jax.Array, key: jax.Array
+    config: Config, state: State, name: str, total: jax.Array, scale: jax.Array, key: jax.Array, share: Share
 ) -> tuple[Stored, dict[str, Any], jax.Array]:
     """(its array, its entry of opt, its accumulator) of a weight that exists once."""
-    return _update_rows(config, state.step, name, (state.params[name], state.opt[name], total), scale, key)
+    return _update_rows(config, state.step, name, (state.params[name], state.opt[name], total), scale, key, share)
 
 
 def _update_embeddings(
-    config: Config, state: State, name: str, totals: tuple[jax.Array, ...], scale: jax.Array, key: jax.Array
+    config: Config,
+    state: State,
+    name: str,
+    totals: tuple[jax.Array, ...],
+    scale: jax.Array,
+    key: jax.Array,
+    share: Share,
 ) -> tuple[tuple[Stored, ...], dict[str, Any], tuple[jax.Array, ...]]:
     """(its arrays by layer, its entry of opt, its accumulators) of an embedding that layers have, one after the other."""
     weight = weights.table(config.model)[name]
@@ -106,18 +127,24 @@ def _update_embeddings(
     for place, i in enumerate(weight.layers):
         opt = {m: arrays[place] for m, arrays in state.opt[name].items()}
         carry = state.params["blocks"][i][name], opt, totals[place]
-        new = _update_rows(config, state.step, name, carry, scale, jax.random.fold_in(key, i))
+        new = _update_rows(config, state.step, name, carry, scale, jax.random.fold_in(key, i), share)
         new, scale = lax.optimization_barrier((new, scale))
         done.append(new)
     params, opts, cleared = zip(*done)
     return params, {m: tuple(opt[m] for opt in opts) for m in opts[0]}, cleared
 
 
-def _update_rows(config: Config, step: jax.Array, name: str, carry: Any, scale: jax.Array, key: jax.Array) -> Any:
+def _update_rows(
+    config: Config, step: jax.Array, name: str, carry: Any, scale: jax.Array, key: jax.Array, share: Share
+) -> Any:
     """`carry` (parameter, the optimizer's arrays, accumulator) updated a chunk of rows at a time."""
     weight = weights.table(config.model)[name]
+    if not share.divides(weight):
+        share = ALONE
     tx: Any = optim.transform(config, name, weight)
-    n = _chunks(weight)
+    carry = (share.rows(carry[0]), *carry[1:])
+    key = share.key(key)
+    n = _chunks((share.of(weight.shape[0]), *weight.shape[1:]))
     form = config.stored_as(weight)
 
     def rows(carry: Any, k: jax.Array) -> tuple[Any, None]:
@@ -132,13 +159,14 @@ def _update_rows(config: Config, step: jax.Array, name: str, carry: Any, scale: 
 
     carry = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), carry)
     carry, _ = lax.scan(rows, carry, jnp.arange(n))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carry)
+    params, *others = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carry)
+    return share.gathered(params, weight.shape[0]), *others
 
 
-def _chunks(weight: weights.Weight) -> int:
-    """Chunks of rows in which a weight that exists once is updated: the fewest equal ones below ROWS_BYTES in f32."""
-    rows = weight.shape[0]
-    least = math.ceil(math.prod(weight.shape) * 4 / ROWS_BYTES)
+def _chunks(shape: tuple[int, ...]) -> int:
+    """Chunks of rows in which an array of this shape is updated: the fewest equal ones below ROWS_BYTES in f32."""
+    rows = shape[0]
+    least = math.ceil(math.prod(shape) * 4 / ROWS_BYTES)
     return next(n for n in range(least, rows + 1) if rows % n == 0)
 
 

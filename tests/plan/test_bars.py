@@ -21,7 +21,7 @@ from nanojax import config as configs
 from nanojax import config_files, hardware, step, xla
 from nanojax.config import Config
 from nanojax.hardware import GIB
-from nanojax.plan import compile, energy, planner, report
+from nanojax.plan import compile, energy, planner, report, roofline
 
 NO_COMPILER = pytest.mark.skipif(not xla.cuda_compiler_installed(), reason="the plan extra is not installed")
 pytestmark = [pytest.mark.plan, NO_COMPILER]
@@ -294,3 +294,40 @@ def test_what_was_compiled_is_cached(small: Config, tmp_path: Path, monkeypatch:
     assert time.monotonic() - begin < 5
     assert (first.program.cached, second.program.cached) == (False, True)
     assert first.as_json() | {"cached": 0} == second.as_json() | {"cached": 0}
+
+
+def on_two(name: str, **changes: str) -> planner.Plan:
+    config = configs.resolve(configs.override(config_files.load(name), {"parallel.devices": "2", **changes}))
+    return planner.make(config, hardware.CARDS["rtx4070"], link=hardware.LINKS["10GbE"])
+
+
+@pytest.mark.xdist_group("d32_4070")
+def test_two_cards() -> None:
+    """d32 on two cards: 0.9 GiB less on each than on one (half of the optimizer's arrays is 1.0), 2^19 tokens a step at 97% on
+    PCIe 4 and 90% on 10 GbE, and what is sent is half of the gradients' sums and half of the stored parameters, once a step (1%),
+    so nothing else is exchanged, and no second copy of the parameters is held."""
+    plan = on_two("d32_4070")
+    assert plan.memory.peak <= plan_of("d32_4070").memory.peak - 0.9 * GIB and plan.memory.not_reused == 0
+    assert plan.efficiency >= 0.90 and planner.advice(plan) is None
+    pcie = roofline.estimate(plan.program.hlo, plan.card, link=hardware.LINKS["pcie4"])
+    assert pcie.communication[0] / pcie.seconds <= 0.03
+    assert plan.estimate.communication[1] == pytest.approx((plan.memory.accum + plan.memory.params) / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_newest_d32_fits_two_cards() -> None:
+    """2.82 B parameters of the recipe of July 2026, which do not fit one card of 12 GB."""
+    plan = on_two("d28_2026_4070", **{"model.depth": "32"})
+    assert plan.config.model.parameters > 2.8e9 and plan.fits
+
+
+def test_a_slow_link_is_told(small: Config) -> None:
+    """A tiny model on 10 GbE waits for most of its time; the plan says so, and a step that is large enough."""
+    config = configs.resolve(configs.override(small, {"parallel.devices": "2"}))
+    plan = planner.make(config, hardware.CARDS["rtx4070"], link=hardware.LINKS["10GbE"])
+    told = planner.advice(plan)
+    assert told and "10 Gbit Ethernet is slow" in told and plan.as_json()["advice"] == told
+    larger = int(re.search(r"tokens_per_step=(\d+)", told)[1])  # pyright: ignore[reportOptionalSubscript]
+    seconds, _ = plan.estimate.communication
+    computing = (plan.estimate.seconds - seconds) * larger / config.train.tokens_per_step
+    assert 0.9 <= computing / (computing + seconds) < 0.96

@@ -399,6 +399,15 @@ def test_cache_key_follows_what_the_step_depends_on(monkeypatch):
         (["--config=demo", "--cache=int8"], "add --decode"),
         (["--config=demo", "--decode", "--try=train.microbatch=1,2"], "leave out --try"),
         (["--days=7", "--decode"], "leave out --decode"),
+        (["--config=demo", "--cards=rtx4070"], "expected a number from 1 to 64 and a card"),
+        (["--config=demo", "--cards=2xrtx9999"], "unknown card"),
+        (["--config=demo", "--cards=3xrtx4070"], "does not divide the step's 1 microbatches"),
+        (["--config=demo", "--cards=2xrtx4070", "--card=h100"], "leave out --card"),
+        (["--config=demo", "--cards=2xrtx4070", "--decode"], "leave out --decode"),
+        (["--config=demo", "--link=10GbE"], "add --cards"),
+        (["--config=demo", "--link=wire", "--cards=2xrtx4070"], "--link"),
+        (["--config=demo", "--parallel.devices=all"], "a plan needs a number"),
+        (["--cards=2xrtx4070", "--table"], "--config: missing"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, message, monkeypatch, capsys):

@@ -277,3 +277,36 @@ def test_buffer_assignment_names_the_temporaries():
         ("while.6", 20000, 0),
         ("late", 9000, 20000),
     ]
+
+
+EXCHANGES = """HloModule jit_step, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+ENTRY %main (g: bf16[4,1000], w: s8[250,8], s: f32[250,1], n: f32[2]) -> bf16[1,1000] {
+  %g = bf16[4,1000]{1,0} parameter(0)
+  %w = s8[250,8]{1,0} parameter(1)
+  %s = f32[250,1]{1,0} parameter(2)
+  %n = f32[2]{0} parameter(3)
+  %rs = ((bf16[4,1000]{1,0}), bf16[1,1000]{1,0}) reduce-scatter-start(%g), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
+  %ag = ((s8[250,8]{1,0}, f32[250,1]{1,0}), (s8[1000,8]{1,0}, f32[1000,1]{1,0})) all-gather-start(%w, %s), replica_groups={{0,1,2,3}}, dimensions={0}
+  %plain = s8[1000,8]{1,0} all-gather(%w), replica_groups={{0,1,2,3}}, dimensions={0}
+  %ar = f32[2]{0} all-reduce-start(%n), replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %done = bf16[1,1000]{1,0} reduce-scatter-done(%rs)
+}
+"""
+
+
+def test_exchanges_take_the_bytes_that_a_card_sends() -> None:
+    """Of four cards: three quarters of what is scattered or gathered, twice what is summed; latency once each; no link, no time."""
+    link = hardware.Link("test", "a test", 1.0, 5.0)
+    estimate = roofline.estimate(EXCHANGES, CARD, IDEAL, link)
+    sent = {kernel.name: kernel.bytes for kernel in estimate.kernels}
+    assert sent == {"rs": 6000, "ag": 3 * (2000 + 1000), "plain": 3 * 2000, "ar": 16}
+    assert estimate.communication == (pytest.approx(4 * 5e-6 + sum(sent.values()) / 1e9), sum(sent.values()))
+    alone = roofline.estimate(EXCHANGES, CARD, IDEAL)
+    assert alone.communication[0] == 0 and "all-reduce-start" in alone.unknown

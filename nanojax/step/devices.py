@@ -1,0 +1,124 @@
+"""The step on several devices: what lies on which, and the ways from a plain state to a shared one and back.
+
+Parameters are on every device, optimizer arrays divided by layers or rows (share.py), and a batch by microbatches.
+Accumulators exist within a step only. Checkpoints, evaluations and texts see plain arrays of the first device: a run goes on
+from a checkpoint on any number of devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanojax import config as configs
+from nanojax import weights
+from nanojax.cli import UserError
+from nanojax.config import Config
+from nanojax.step import step
+from nanojax.step.share import AXIS, Share
+from nanojax.step.state import State, abstract_state
+
+EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec(AXIS)
+
+
+def concrete(config: Config) -> Config:
+    """`config` with parallel.devices as a number that this machine has. UserError where it has fewer."""
+    if not config.several:
+        return config
+    here = jax.device_count()
+    if config.parallel.devices == "all":
+        config = configs.resolve(configs.override(config, {"parallel.devices": str(here)}))
+    if config.devices > here:
+        more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
+        more = more if jax.default_backend() == "cpu" else ""
+        raise UserError(f"--parallel.devices={config.devices}: jax sees {here} here{more}")
+    return config
+
+
+def mesh_here(config: Config) -> Mesh:
+    """The first of this machine's devices, as many as the config asks for."""
+    return mesh_of(jax.devices()[: config.devices])
+
+
+def mesh_of(devices: list[Any]) -> Mesh:
+    """The mesh of these devices, present or not."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def train_step(config: Config, mesh: Mesh) -> Callable[[State, step.Batch], tuple[State, step.Metrics]]:
+    """step.train_step of a shared state and batch; to be compiled for the shapes of `abstract`."""
+    specs = _specs(config)
+    inside = lambda state, batch: step.train_step(config, state, batch, share=Share(config.devices))
+    return jax.shard_map(inside, mesh=mesh, in_specs=(specs, DIVIDED), out_specs=(specs, EVERYWHERE), check_vma=False)
+
+
+def abstract(config: Config, mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes, dtypes and shardings of the shared state and of the batch."""
+    state, specs = jax.eval_shape(functools.partial(_padded, config), abstract_state(config)), _specs(config)
+    place = lambda spec, tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), tree
+    )
+    shared = jax.tree.map(place, specs, state, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return shared, place(DIVIDED, step.abstract_batch(config))
+
+
+def _specs(config: Config) -> State:
+    """Where the state's arrays lie: a tree of prefixes."""
+    share = Share(config.devices)
+    opt = {
+        name: DIVIDED if share.divides(weight) else EVERYWHERE for name, weight in weights.table(config.model).items()
+    }
+    return State(EVERYWHERE, EVERYWHERE, opt, EVERYWHERE)  # pyright: ignore[reportArgumentType]
+
+
+def _padded(config: Config, state: State) -> State:
+    """A plain state with as many layers and rows of optimizer arrays on each device."""
+    share, table = Share(config.devices), weights.table(config.model)
+    pad = lambda name, arrays: jax.tree.map(share.padded, arrays) if share.divides(table[name]) else arrays
+    return state._replace(opt={name: pad(name, arrays) for name, arrays in state.opt.items()})
+
+
+def spread(config: Config, mesh: Mesh, state: State) -> State:
+    """A plain state on all devices of `mesh`, array after array; the plain arrays are deleted.
+
+    Copied by jit: a donated buffer that device_put made is accepted but not reused.
+    """
+    shardings = jax.tree.map(lambda a: a.sharding, abstract(config, mesh)[0])
+    leaves, tree = jax.tree.flatten(state)
+    for i, sharding in enumerate(jax.tree.leaves(shardings)):
+        plain = leaves[i]
+        padded = Share(config.devices).padded(plain) if sharding.spec == DIVIDED else plain
+        put = jax.device_put(padded, sharding)
+        leaves[i] = jax.block_until_ready(jax.jit(jnp.copy, out_shardings=sharding)(put))
+        plain.delete()
+    return jax.tree.unflatten(tree, leaves)
+
+
+def batch_on(mesh: Mesh, batch: step.Batch) -> step.Batch:
+    """Each device's microbatches of a batch."""
+    return jax.device_put(batch, NamedSharding(mesh, DIVIDED))
+
+
+def model_of(state: State) -> State:
+    """Step and parameters on the first device, without a copy: for evaluations and texts."""
+    first = lambda a: a.addressable_data(0)
+    return State(first(state.step), jax.tree.map(first, state.params), {}, {})
+
+
+def plain(config: Config, state: State) -> State:
+    """The whole state on the first device, as checkpoints have it."""
+    if not config.several:
+        return state
+    shapes = abstract_state(config).opt
+    whole = jax.tree.map(lambda a, shape: a if a.is_fully_replicated else _gather(a, shape.shape[0]), state.opt, shapes)
+    return model_of(state)._replace(opt=jax.tree.map(lambda a: a.addressable_data(0), whole))
+
+
+def _gather(a: jax.Array, count: int) -> jax.Array:
+    """The first `count` layers or rows of a divided array, on every device."""
+    mesh: Any = a.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.jit(lambda a: a[:count], out_shardings=NamedSharding(mesh, EVERYWHERE))(a)
