@@ -2,7 +2,7 @@
 
 1.3 B tokens, 1.0e18 FLOPs. Published: CORE 0.145 at 8.8e17 FLOPs (d12, nanochat pull request 563).
 
-plan (rtx4070): peak 1.8 GiB, 81.9k tok/s modelled, 4.5 hours
+plan (rtx4070): peak 1.9 GiB, 97.8k tok/s modelled, 3.8 hours
 
 python -m nanojax.train --config=d12_2026_4070
 """

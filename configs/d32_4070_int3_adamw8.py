@@ -12,5 +12,6 @@ from nanojax.config_files import load_unresolved
 def get_config() -> Config:
     changes = {"stored.blocks": "int3", "optim.matrix": "adamw", "optim.matrix_lr": 0.0015}
     # AdamW's second moment takes 1.5 GiB more than Muon: only 2-bit remainders and an int8 embedding leave room for it.
-    changes |= {"stored.remainder": 2, "stored.embed": "int8"}
+    # A head in int8 would take 0.25 GiB more.
+    changes |= {"stored.remainder": 2, "stored.embed": "int8", "compute.head": "float"}
     return override(load_unresolved("d32_4070"), changes)
