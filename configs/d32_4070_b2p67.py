@@ -2,7 +2,7 @@
 
 The optimizer's state holds 4 more bits per weight, the remainder, which carries the rounding error to the next update.
 
-plan (rtx4070): peak 9.4 GiB, 7.9k tok/s modelled, 55 days
+plan (rtx4070): peak 9.7 GiB, 8.9k tok/s modelled, 49 days
 
 python -m nanojax.train --config=d32_4070_b2p67
 """

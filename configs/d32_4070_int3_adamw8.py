@@ -1,6 +1,6 @@
 """d32_4070 with block matrices in int3 (3.25 bits per weight), remainders of 2 bits, and 8-bit AdamW instead of Muon.
 
-plan (rtx4070): peak 10.5 GiB, 8.1k tok/s modelled, 54 days
+plan (rtx4070): peak 10.5 GiB, 8.3k tok/s modelled, 53 days
 
 python -m nanojax.train --config=d32_4070_int3_adamw8
 """

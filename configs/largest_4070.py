@@ -1,6 +1,6 @@
 """The largest nanochat we found that learns from scratch in 12 GB: d40, 3,481,272,320 parameters.
 
-plan (rtx4070): peak 9.9 GiB, 3.8k tok/s modelled, 214 days
+plan (rtx4070): peak 10.0 GiB, 4.0k tok/s modelled, 200 days
 
 python -m nanojax.train --config=largest_4070
 
