@@ -2,7 +2,7 @@
 
 5.2 B tokens, 1.5e19 FLOPs. Published: CORE 0.239 at 1.5e19 FLOPs (mean of 20 seeds, nanochat pull request 807).
 
-plan (rtx4070): peak 5.3 GiB, 29.0k tok/s modelled, 2.1 days
+plan (rtx4070): peak 5.4 GiB, 32.2k tok/s modelled, 1.9 days
 
 python -m nanojax.train --config=d20_2026_4070
 """

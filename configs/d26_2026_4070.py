@@ -2,7 +2,7 @@
 
 7.3 B tokens, 4.4e19 FLOPs. Published: CORE 0.277 at 4.7e19 FLOPs (d26 at ratio 8.25, nanochat pull request 563).
 
-plan (rtx4070): peak 9.4 GiB, 15.8k tok/s modelled, 5.4 days
+plan (rtx4070): peak 9.5 GiB, 17.0k tok/s modelled, 5.0 days
 
 python -m nanojax.train --config=d26_2026_4070
 """

@@ -1,6 +1,6 @@
 """d32_4070 at depth 28: 1,313,865,728 parameters.
 
-plan (rtx4070): peak 6.9 GiB, 11.3k tok/s modelled, 27 days
+plan (rtx4070): peak 8.3 GiB, 13.3k tok/s modelled, 23 days
 
 python -m nanojax.train --config=d28_4070
 """

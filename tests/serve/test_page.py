@@ -75,7 +75,7 @@ def opened(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
     def go(width: int = 1200, scheme: str = "light") -> Any:
         contexts.append(browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme))
         tab = contexts[-1].new_page()
-        tab.set_default_timeout(15_000)
+        tab.set_default_timeout(60_000)
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(url)
         return tab
@@ -104,7 +104,7 @@ def test_talk(opened: Callable[..., Any], engine: Scripted) -> None:
     tab.click("#ideas button >> nth=0")
     tab.locator(".turn.assistant:not(.live) .stats", has_text="tokens/s").wait_for()
     tab.fill("#input", "long")
-    engine.pause = 0.01
+    engine.pause = 0.05  # a minute for the answer, so that a busy machine has time to click
     tab.click("#send")
     tab.locator(".turn.live .text", has_text="word word").wait_for()
     assert not tab.is_visible("#send")
