@@ -186,7 +186,7 @@ def test_schemathesis(url: str) -> None:
     assert len(posts) == 2
     for operation, mode in itertools.product(posts, schemathesis.GenerationMode):
 
-        @settings(max_examples=500, deadline=None, suppress_health_check=HealthCheck.all(), database=None)
+        @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def fuzz(case: Any) -> None:
             reply = case.call(timeout=20)
