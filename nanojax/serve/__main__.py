@@ -144,7 +144,7 @@ def _parser() -> Parser:
     add("--api-key-file", type=cli.path, help="a file with the key that clients must give")
     add("--without-key", action="store_true", help="other machines may ask without a key")
     add("--name", help="the model's name (the run folder's)")
-    add("--base", action="store_true", help="also a model that was not trained to chat, for /v1/completions")
+    add("--base", action="store_true", help="serves a model that was not trained to chat, for /v1/completions alone")
     add("--rows", type=int, default=8, help="answers that are written together (8)")
     add("--context", type=int, help="tokens of a conversation at most (the model's sequence)")
     add("--tokens", type=int, default=1024, help="of an answer at most (1024)")

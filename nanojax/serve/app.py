@@ -134,8 +134,7 @@ async def chat(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     """/v1/completions. A prompt of text begins a document; one of ids is taken as it is."""
     service, asked, tokenizer = await _read(request, CompletionRequest)
-    encode = lambda: [_ids(tokenizer, prompt) for prompt in asked.prompts]
-    prompts = await run_in_threadpool(encode)
+    prompts = await run_in_threadpool(lambda: [_ids(tokenizer, prompt) for prompt in asked.prompts])
     names = ["prompt" if len(prompts) == 1 else f"prompt[{i}]" for i in range(len(prompts))]
     limit = 16 if asked.max_tokens is None else asked.max_tokens
     return await _answer(request, Call(service, asked, prompts, names, limit, asked.logprobs))
@@ -146,9 +145,8 @@ def _ids(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
         return [tokenizer.bos, *tokenizer.encode(prompt)]
     for id in prompt:
         if not 0 <= id < tokenizer.vocab_size:
-            raise Refused(
-                400, f"prompt: {id} is no id of a vocabulary of {tokenizer.vocab_size}", "prompt", "invalid_value"
-            )
+            message = f"prompt: {id} is no id of a vocabulary of {tokenizer.vocab_size}"
+            raise Refused(400, message, "prompt", "invalid_value")
     return prompt
 
 
@@ -158,9 +156,8 @@ def _service(request: Request) -> Service:
 
 def _check_model(service: Service, name: str | None) -> None:
     if name is not None and name != service.model:
-        raise Refused(
-            404, f"model: there is no {name[:100]!r}; this server has {service.model}", "model", "model_not_found"
-        )
+        message = f"model: there is no {name[:100]!r}; this server has {service.model}"
+        raise Refused(404, message, "model", "model_not_found")
 
 
 async def _read(request: Request, kind: type[protocol.Read]) -> tuple[Service, protocol.Read, Tokenizer]:
@@ -179,6 +176,8 @@ async def _read(request: Request, kind: type[protocol.Read]) -> tuple[Service, p
 async def _body(request: Request) -> bytes:
     """The body. Refused where it is too long or too slow; what is too long is not kept."""
     kept, size = bytearray(), 0
+    if (length := request.headers.get("content-length", "")).isdecimal() and int(length) > DRAINED:
+        raise Refused(413, f"the body is longer than {BODY} bytes", code="body_too_large")
     try:
         async with asyncio.timeout(ARRIVAL):
             async for part in request.stream():
@@ -212,8 +211,10 @@ class Call:
         self.loop = asyncio.get_running_loop()
         samples = asked.n or 1
         if len(prompts) * samples > self.scheduler.queue:
+            where = "n" if samples > 1 else "prompt"
+            count = f"{len(prompts)} prompts with n={samples} are {len(prompts) * samples} answers"
             raise Refused(
-                400, f"{names[0]}: at most {self.scheduler.queue} answers a request", names[0], "invalid_value"
+                400, f"{where}: {count}; a request may ask for {self.scheduler.queue}", where, "invalid_value"
             )
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**32
         self.jobs: list[Job] = []

@@ -71,7 +71,8 @@ class Guard:
             raise Refused(403, f"this server does not answer for the host {host[:100]!r}", code="wrong_host")
         if self.key is not None and path not in OPEN:
             given = headers.get("authorization", "").encode("utf-8", "replace")
-            if not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            scheme, _, rest = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(rest, self.key.encode()):
                 raise Refused(401, "give the server's key as Authorization: Bearer KEY", code="invalid_api_key")
 
 

@@ -138,7 +138,7 @@ def read(kind: type[Read], body: bytes) -> Read:
         json.loads(text, parse_constant=_no_constant)
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = _reason(error)
         parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"] if _is_place(part)]
         where = "".join(parts).lstrip(".")
         if first["type"] == "json_invalid" or not where:
@@ -154,6 +154,24 @@ def read(kind: type[Read], body: bytes) -> Read:
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise Refused(400, "top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
     return request
+
+
+def _reason(error: ValidationError) -> Any:
+    """The first thing that is wrong, as pydantic tells it. Of the branches of a union the one that came furthest."""
+    found = error.errors(include_url=False)
+    same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+    values = [one for one in same if not one["type"].endswith("_type")]
+    first: Any = dict(found[0] if found[0] not in same or not values else values[0])
+    key = first["loc"][0] if first["loc"] else ""
+    if key == "prompt":
+        first |= {"loc": ("prompt",), "msg": "must be text, ids, or a list of either"}
+    elif key == "stop":
+        what = {"too_long": f"at most {MAX_STOPS} strings", "string_too_short": "an empty string stops nothing"}
+        other = first["msg"] if values else "must be a string or a list of strings"
+        first |= {"loc": ("stop",), "msg": what.get(first["type"], other)}
+    elif first["type"] == "too_short":
+        first["msg"] = "is empty"
+    return first
 
 
 def _no_constant(name: str) -> Any:

@@ -44,11 +44,7 @@ class Choice:
 
     def add(self, piece: Piece) -> None:
         self.tokens += piece.tokens
-        for part in piece.parts:
-            if self.parts and part["type"] == self.parts[-1]["type"] == "text":
-                self.parts[-1] = {"type": "text", "text": self.parts[-1]["text"] + part["text"]}
-            else:
-                self.parts.append(part)
+        self.parts = _joined([*self.parts, *piece.parts])
 
     def first(self, form: Form) -> dict[str, Any]:
         """The chunk that opens a stream."""
@@ -58,8 +54,9 @@ class Choice:
         """The chunk of a piece."""
         delta: Any = piece.text
         if form.chat:
-            delta = {"content": piece.text} | ({"parts": piece.parts} if piece.has_steps else {})
-        return self._chunk(form, delta, self._logprobs(form, piece.tokens))
+            delta = {"content": piece.text} | ({"parts": _joined(piece.parts)} if piece.parts else {})
+        silent = form.chat and not piece.tokens
+        return self._chunk(form, delta, None if silent else self._logprobs(form, piece.tokens))
 
     def last(self, form: Form) -> dict[str, Any]:
         """The chunk that says why it ended."""
@@ -78,7 +75,7 @@ class Choice:
         return {"index": self.index, **body, "finish_reason": self.finish, "logprobs": logprobs}
 
     def _logprobs(self, form: Form, tokens: Sequence[Scored]) -> dict[str, Any] | None:
-        if form.top is None or not (tokens or not form.chat):
+        if form.top is None:
             return None
         if form.chat:
             return {"content": [_listed(form, token) for token in tokens], "refusal": None}
@@ -105,6 +102,17 @@ class Choice:
             raw = b"" if token.id in special else tokenizer.decode_bytes([token.id])
             self.offset += len(self.offsets.decode(raw))
         return found
+
+
+def _joined(parts: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Pieces of text that follow each other are one part."""
+    out: list[dict[str, str]] = []
+    for part in parts:
+        if out and part["type"] == out[-1]["type"] == "text":
+            out[-1] = {"type": "text", "text": out[-1]["text"] + part["text"]}
+        else:
+            out.append(part)
+    return out
 
 
 def _listed(form: Form, token: Scored) -> dict[str, Any]:

@@ -160,6 +160,25 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("path", "wrong", "said"),
+    [
+        ("chat", {"stop": ["a"] * 5}, "stop: at most 4 strings"),
+        ("chat", {"stop": [""]}, "stop: an empty string"),
+        ("chat", {"messages": []}, "messages: is empty"),
+        ("completions", {"prompt": ["a", 1]}, "prompt: must be text, ids, or a list of either"),
+        ("completions", {"prompt": ["a"] * 60, "n": 8}, "n: 60 prompts with n=8 are 480 answers"),
+    ],
+)
+def test_messages_say_the_reason(client: Any, path: str, wrong: dict[str, Any], said: str) -> None:
+    """The reason is named, and not the type of another form that the value might have had."""
+    ask = client.chat.completions if path == "chat" else client.completions
+    whole = {"messages": HI} if path == "chat" else {"prompt": "a"}
+    with pytest.raises(openai.BadRequestError) as error:
+        ask.create(**{"model": "tiny", **whole, **wrong})
+    assert said in error.value.message
+
+
 @pytest.mark.parametrize(("wrong", "status", "param"), REFUSED, ids=[str(i) for i in range(len(REFUSED))])
 def test_refused(client: Any, wrong: dict[str, Any], status: int, param: str) -> None:
     """What is wrong or would change the meaning: the status, the parameter by name, and an id of the request."""

@@ -102,7 +102,7 @@ def test_talk(opened: Callable[..., Any], engine: Scripted) -> None:
     second conversation beside it, and its deletion."""
     tab = opened()
     tab.click("#ideas button >> nth=0")
-    tab.locator(".turn.assistant:not(.live) .stats", has_text="tokens/s").wait_for()
+    tab.locator(".turn.assistant:not(.live) .stats", has_text="tokens").wait_for()
     tab.fill("#input", "long")
     engine.pause = 0.05  # a minute for the answer, so that a busy machine has time to click
     tab.click("#send")
