@@ -452,14 +452,7 @@ def unknown(key: str, known: dict[str, Key]) -> UserError:
 
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
-    empty = Config()
-    for section in dataclasses.fields(empty):
-        part, expected = getattr(config, section.name), type(getattr(empty, section.name))
-        if not isinstance(part, expected):
-            raise UserError(f"{section.name}: is of type {type(part).__name__}, expected {expected.__name__}")
-    for name, _, field, value in _fields(config):
-        config = _with(config, name, fields.checked(name, field, value))
-    config = _with_sizes(config)
+    config = _with_sizes(checked(config))
     _check_together(config)
     model, train = config.model, config.train
     steps = train.steps or _steps(model, train)
@@ -470,6 +463,18 @@ def resolve(config: Config) -> Config:
     run = train.run or f"runs/{config.name or 'run'}"
     train = dataclasses.replace(train, steps=steps, tokens=steps * train.tokens_per_step, run=run)
     return dataclasses.replace(config, train=train)
+
+
+def checked(config: Config) -> Config:
+    """`config` with every key of its type and in its range, each by itself. UserError names the one that is not."""
+    empty = Config()
+    for section in dataclasses.fields(empty):
+        part, expected = getattr(config, section.name), type(getattr(empty, section.name))
+        if not isinstance(part, expected):
+            raise UserError(f"{section.name}: is of type {type(part).__name__}, expected {expected.__name__}")
+    for name, _, field, value in _fields(config):
+        config = _with(config, name, fields.checked(name, field, value))
+    return config
 
 
 def _with_sizes(config: Config) -> Config:

@@ -64,10 +64,15 @@ def load(task: str, rl: Rollouts, tokenizer: Tokenizer, room: int) -> Questions:
         parts.append([Question(p, text, reward) for p, (text, _, reward) in zip(prompts, part) if len(p) <= room])
         left_out += len(part) - len(parts[-1])
     train, held_out = parts
+    if left_out and not train:
+        raise UserError(
+            f"{task}: all its questions to train on are longer than {room} tokens; lower --rl.tokens or raise --rl.row"
+        )
     shorter = f", {left_out} longer than {room} tokens left out" if left_out else ""
     if len(train) < rl.questions:
+        advice = "lower --rl.questions" if train else "give more of them"
         raise UserError(
-            f"{task}: has {len(train)} questions to train on{shorter}, and a step takes {rl.questions}; lower --rl.questions"
+            f"{task}: has {len(train)} questions to train on{shorter}, and a step takes {rl.questions}; {advice}"
         )
     if not held_out:
         raise UserError(f"{task}: has no held-out question{shorter}; give more of them")
@@ -112,11 +117,23 @@ def _of_file(path: Path) -> _Made:
     try:
         source = path.read_text(encoding="utf-8")
         spec.loader.exec_module(module)
-        found, reward = list(module.questions()), module.reward
-    except (Exception, SystemExit) as error:
+        ask, reward = (getattr(module, name, None) for name in ("questions", "reward"))
+        for name, function in (("questions", ask), ("reward", reward)):
+            if not callable(function):
+                wrong = "is not a function" if hasattr(module, name) else "is missing"
+                raise UserError(f"{path}: {name} {wrong}; a task needs questions() and reward(question, answer)")
+        found = ask()  # pyright: ignore
+        if isinstance(found, str | bytes | dict) or not hasattr(found, "__iter__"):
+            raise UserError(f"{path}: questions() returned {found!r:.60}; it must be a list of questions")
+        found = list(found)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # sys.exit would end the run as if it had gone well
         raise UserError(
             f"{path}: {type(error).__name__}: {first_line(error)}; a task needs questions() and reward(question, answer)"
         ) from None
+    if not found:
+        raise UserError(f"{path}: questions() returned no question")
     items: list[Item] = []
     for i, question in enumerate(found):
         text = question.get("question") if isinstance(question, dict) else question
@@ -125,22 +142,28 @@ def _of_file(path: Path) -> _Made:
                 f"{path}: question {i} is {question!r:.60}; expected text, or a dict with text as 'question'"
             )
         items.append((text, question, lambda reply, q=question: _rewarded(path, reward, q, reply.whole)))
-    if items:
-        items[0][2](Reply("", ("",)))  # a mistake shows now
+    items[0][2](Reply("", ("",)))  # a mistake shows now
     train = [item for i, item in enumerate(items) if i % HELD_OUT]
     return _Made(train, items[::HELD_OUT], source)
 
 
 def _rewarded(path: Path, reward: Callable[[Any, str], Any], question: Any, answer: str) -> float:
+    call = f"{path}: reward({question!r:.60}, {answer!r:.60})"
     try:
-        value = float(reward(question, answer))
-    except Exception as error:
-        raise UserError(
-            f"{path}: reward({question!r:.60}, {answer!r:.60}): {type(error).__name__}: {first_line(error)}"
-        ) from None
-    if not math.isfinite(value):
-        raise UserError(f"{path}: reward({question!r:.60}, {answer!r:.60}) is {value}; it must be finite")
-    return value
+        value = reward(question, answer)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit would end the run as if it had gone well
+        raise UserError(f"{call}: {type(error).__name__}: {first_line(error)}") from None
+    try:
+        if isinstance(value, str | bytes):  # float would read "1"
+            raise TypeError
+        number = float(value)
+    except Exception:
+        raise UserError(f"{call}: reward returned {value!r:.60}; it must be a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"{call} is {number}; it must be finite")
+    return number
 
 
 class Order:

@@ -85,7 +85,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     if wish.schedule:
         fixed["optim.decay"] = wish.schedule
     overrides = config_files.pairs(wish.overrides)
-    config = configs.override(base, fixed | overrides)
+    config = configs.checked(configs.override(base, fixed | overrides))
     with exits.restarting(bool(begun)):
         config = _with_sizes(config, overrides, wish.epochs, bool(begun), say)
     return configs.resolve(dataclasses.replace(config, name=Path(wish.out).name))
@@ -93,11 +93,16 @@ def config_of(wish: Wish, say: Any = print) -> Config:
 
 def _with_sizes(config: Config, overrides: dict[str, str], epochs: float, begun: bool, say: Any) -> Config:
     """`config` with the rows, microbatch and steps that follow from the task's questions."""
-    rl, T = config.rl, config.model.T
+    T = config.model.T
+    longest = config.rl.row if begun or "rl.row" in overrides else T
+    if not begun and "rl.tokens" not in overrides:
+        config = configs.override(config, {"rl.tokens": max(1, min(config.rl.tokens, longest // 2))})
+    rl = config.rl
     tokenizer = Tokenizer.load(Path(run_folder.origin(config)) / "tokenizer")
-    room = (rl.row if begun or "rl.row" in overrides else T) - rl.tokens
+    room = longest - rl.tokens
     if room < 1:
-        raise UserError(f"--rl.tokens={rl.tokens}: leaves no room for a question in {T} tokens; choose less")
+        row = f"rows of --rl.row={rl.row}" if "rl.row" in overrides else f"{longest}"
+        raise UserError(f"--rl.tokens={rl.tokens}: leaves no room for a question in {row} tokens; choose less")
     found = questions.load(config.data.path, rl, tokenizer, room)
     row = min(room, found.longest) + rl.tokens
     row = rl.row if begun or "rl.row" in overrides else min(T, math.ceil(row / ROUND) * ROUND)

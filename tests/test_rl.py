@@ -241,7 +241,7 @@ def test_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         by_text["And 3?"].reward(reply("so\n#### 4")) == 1
         and by_text["What is 2+1000?"].reward(reply("#### 1,002")) == 1
     )
-    with pytest.raises(UserError, match=r"has 0 questions to train on, \d+ longer than 5 tokens left out"):
+    with pytest.raises(UserError, match="all its questions to train on are longer than 5 tokens"):
         questions.load("gsm8k", options, TOKENIZER, 5)
     order = questions.Order("gsm8k", gsm8k, 6, seed=1)
     numbers = [int(order[i]) for i in range(36)]
@@ -269,7 +269,7 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("def questions():\n    return ['a'] * 30\n", "needs questions"),
+        ("def questions():\n    return ['a'] * 30\n", "mine.py: reward is missing; a task needs questions"),
         ("raise RuntimeError('no\\nway')\n", "RuntimeError: no;"),
         ("def questions():\n    return [3]\n\ndef reward(question, answer):\n    return 1\n", "question 0 is 3"),
         (
@@ -278,12 +278,28 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
         ),
         (
             "def questions():\n    return ['a'] * 30\n\ndef reward(question, answer):\n    return 'x'\n",
-            "could not convert",
+            "reward returned 'x'; it must be a number",
         ),
         ("def questions():\n    return ['a'] * 30\n\ndef reward(q, a):\n    return float('nan')\n", "must be finite"),
         ("def questions():\n    return ['a'] * 9\n\ndef reward(q, a):\n    return 1\n", "lower --rl.questions"),
-        ("def questions():\n    return []\n\ndef reward(q, a):\n    return 1\n", "has 0 questions"),
+        ("def questions():\n    return []\n\ndef reward(q, a):\n    return 1\n", "returned no question"),
         ("import sys\nsys.exit(3)\n", "SystemExit"),
+        ("def questions():\n    raise SystemExit(0)\n\ndef reward(q, a):\n    return 1\n", "SystemExit: 0"),
+        ("def questions():\n    return ['a'] * 30\n\ndef reward(q, a):\n    raise SystemExit(0)\n", "SystemExit: 0"),
+        (
+            "def questions():\n    return ['a'] * 30\n\ndef reward(q, a):\n    raise BaseException('b')\n",
+            "Exception: b",
+        ),
+        ("def questions():\n    return ['a'] * 30\n\nreward = 1\n", "reward is not a function"),
+        ("def questions():\n    return ['a'] * 30\n\ndef reward(q, a):\n    pass\n", "reward returned None"),
+        ("def questions():\n    return ['a'] * 30\n\ndef reward(q, a):\n    return '1'\n", "reward returned '1'"),
+        (
+            "def questions():\n    return 'a'\n\ndef reward(q, a):\n    return 1\n",
+            r"questions\(\) returned 'a'; it must",
+        ),
+        ("def questions():\n    pass\n\ndef reward(q, a):\n    return 1\n", r"questions\(\) returned None; it must"),
+        ("def questions():\n    return ['a' * 99] * 30\n\ndef reward(q, a):\n    return 1\n", "are longer than 100"),
+        ("def questions():\n    return ['a']\n\ndef reward(q, a):\n    return 1\n", "give more of them"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -392,7 +408,11 @@ def test_mistakes_are_told_before_anything_compiles(base: Path, tmp_path: Path) 
     says("not a run folder", wish(base.parent / "none", out))
     says("neither a task", wish(base, out, *KEYS)._replace(task="sums"))
     says("neither a task", wish(base, out, *KEYS)._replace(task=str(tmp_path / "none.py")))
-    says("leaves no room for a question", wish(base, out, "--rl.tokens=64"))
+    says("in 64 tokens", wish(base, out, "--rl.tokens=64"))
+    says("rows of --rl.row=5 tokens", wish(base, out, "--rl.row=5", "--rl.tokens=16"))
+    for key in ("rl.questions", "rl.samples", "rl.rows", "rl.row", "rl.tokens", "train.microbatch"):
+        says(f"{key}.*must be", wish(base, out, f"--{key}=-4"))
+        says(f"{key}.*must be", wish(base, out, f"--{key}=0"))
     says("lower --rl.questions", wish(base, out, "--rl.tokens=12", "--rl.questions=100"))
     says("longer than the model's sequence", wish(base, out, "--rl.tokens=12", "--rl.row=128", *KEYS[:2]))
     says("must be greater than 1", wish(base, out, "--rl.tokens=12", "--rl.samples=1"))
