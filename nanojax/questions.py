@@ -117,12 +117,12 @@ def _of_file(path: Path) -> _Made:
     try:
         source = path.read_text(encoding="utf-8")
         spec.loader.exec_module(module)
-        ask, reward = (getattr(module, name, None) for name in ("questions", "reward"))
-        for name, function in (("questions", ask), ("reward", reward)):
+        own: dict[str, Any] = {name: getattr(module, name, None) for name in ("questions", "reward")}
+        for name, function in own.items():
             if not callable(function):
                 wrong = "is not a function" if hasattr(module, name) else "is missing"
                 raise UserError(f"{path}: {name} {wrong}; a task needs questions() and reward(question, answer)")
-        found = ask()  # pyright: ignore
+        found = own["questions"]()
         if isinstance(found, str | bytes | dict) or not hasattr(found, "__iter__"):
             raise UserError(f"{path}: questions() returned {found!r:.60}; it must be a list of questions")
         found = list(found)
@@ -141,7 +141,7 @@ def _of_file(path: Path) -> _Made:
             raise UserError(
                 f"{path}: question {i} is {question!r:.60}; expected text, or a dict with text as 'question'"
             )
-        items.append((text, question, lambda reply, q=question: _rewarded(path, reward, q, reply.whole)))
+        items.append((text, question, lambda reply, q=question: _rewarded(path, own["reward"], q, reply.whole)))
     items[0][2](Reply("", ("",)))  # a mistake shows now
     train = [item for i, item in enumerate(items) if i % HELD_OUT]
     return _Made(train, items[::HELD_OUT], source)
