@@ -230,8 +230,11 @@ def _libraries(f: Facts) -> Iterator[Line]:
 def _conflicts(f: Facts) -> Iterator[Line]:
     if f.library_path:
         some = ", ".join(f.library_path[:4])
-        text = f"puts {some} before jax's own, which other versions of it may break; unset LD_LIBRARY_PATH"
-        yield Line("warning" if f.driver_loaded else "ok", "LD_LIBRARY_PATH", text)
+        if f.driver_loaded:
+            text = f"puts {some} before jax's own, which other versions of it may break; unset LD_LIBRARY_PATH"
+            yield Line("warning", "LD_LIBRARY_PATH", text)
+        else:
+            yield Line("ok", "LD_LIBRARY_PATH", f"has {some}, which training on the CPU does not load")
     if f.system_libraries and f.driver_loaded:
         text = (
             f"{len(f.system_libraries)} in the system's folders; jax takes its own as long as LD_LIBRARY_PATH is unset"
@@ -263,6 +266,8 @@ def _started(f: Facts) -> Iterator[Line]:
         advice = "run nvidia-smi; restart the machine if that fails too"
         if f.wsl2:
             advice = "in Windows run: wsl --shutdown, then try again; update Windows' driver if it stays"
+        elif not f.driver_loaded and {"cuda", "gpu"} & set(f.jax_platforms.split(",")):
+            advice = f"JAX_PLATFORMS={f.jax_platforms}, but there is no NVIDIA GPU with a driver here; unset it"
         elif not f.driver_loaded:
             advice = "pip install -e . again"
         yield Line("problem", "start", f"jax does not start ({f.jax_error}); {advice}")
@@ -296,7 +301,10 @@ def _machine(f: Facts) -> Iterator[Line]:
 
 def fits(f: Facts, need: Need) -> Iterator[Line]:
     """Whether the config's memory, checkpoints and their copy in RAM fit."""
-    if f.memory_free is not None:
+    if f.memory_free is None:
+        text = f"{need.name} needs {_gib(need.peak)} on a card; how much is free on one here is not known"
+        yield Line("ok", "fits", text)
+    else:
         free = f.memory_free - CONTEXT_GIB * GIB
         text = f"{need.name} needs {_gib(need.peak)} on the card, {_gib(max(0, free))} are free for it"
         if need.peak <= free:
@@ -313,10 +321,15 @@ def fits(f: Facts, need: Need) -> Iterator[Line]:
             f"{_gib(f.disk_free)} free; {need.name} keeps two checkpoints of {_gib(need.checkpoint)} and writes a third"
         )
         yield Line(level, "disk", f"{text}: free space, or choose --train.run on another disk")
+    elif f.disk_free is not None:
+        text = f"{_gib(f.disk_free)} free for checkpoints of {need.name}, of {_gib(need.checkpoint)} each"
+        yield Line("ok", "disk", text)
     if f.ram_free is not None and f.ram_free < need.checkpoint + GIB:
         text = f"a save of {need.name} copies {_gib(need.checkpoint)} to RAM, {_gib(f.ram_free)} are free"
         text += "; give WSL2 more in .wslconfig" if f.wsl2 else "; close other programs"
         yield Line("warning", "RAM", text)
+    elif f.ram_free is not None:
+        yield Line("ok", "RAM", f"{_gib(f.ram_free)} free, enough for a save of {need.name}")
 
 
 RULES: tuple[Callable[[Facts], Iterator[Line]], ...] = (

@@ -276,6 +276,9 @@ def required(requirements: list[str]) -> dict[str, str]:
     return out
 
 
+NOTICE = re.compile(r"-+$|For simplicity, JAX has removed its internal frames")  # what jax writes behind an error
+
+
 def ask_jax(seconds: float = PROBE_SECONDS) -> tuple[str, str]:
     """(the device that a new process's jax computes on, the error if it finds none); a crash or a hang is an error."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -286,7 +289,7 @@ def ask_jax(seconds: float = PROBE_SECONDS) -> tuple[str, str]:
         return "", f"jax did not answer for {seconds:.0f} s"
     if done.returncode < 0:
         return "", f"jax's process was killed by signal {-done.returncode}"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not NOTICE.match(line)]
     if done.returncode:
         return "", scrubbed(lines[-1])[:200] if lines else f"exit code {done.returncode}"
     platform_name, kind = json.loads(done.stdout.splitlines()[-1])

@@ -41,6 +41,8 @@ CASES: list[tuple[Facts, str, str, str]] = [
     (facts(versions=VERSIONS | {"nvidia-cudnn-cu12": "9.1.0.70"}), "problem", "CUDA libraries", "9.1.0.70 (wanted <10.0,>=9.8)"),
     (facts(wanted={"nvidia-nccl-cu12": ">=2"}), "warning", "CUDA libraries", "nvidia-nccl-cu12 not installed"),
     (facts(library_path=("libcudnn.so.8",)), "warning", "LD_LIBRARY_PATH", "unset LD_LIBRARY_PATH"),
+    (Facts(library_path=("libcudnn.so.8",)), "ok", "LD_LIBRARY_PATH", "does not load"),
+    (Facts(jax_error="no backend", jax_platforms="cuda"), "problem", "start", "JAX_PLATFORMS=cuda, but there is no NVIDIA"),
     (facts(system_libraries=("libcudnn.so.8",)), "ok", "system CUDA", "jax takes its own"),
     (facts(versions=VERSIONS | {"torch": "2.9.1+cu128"}), "warning", "torch", "another environment"),
     (facts(versions=VERSIONS | {"tensorflow": "2.20"}), "warning", "tensorflow", "another environment"),
@@ -58,6 +60,9 @@ CASES: list[tuple[Facts, str, str, str]] = [
 ]  # fmt: skip
 FITS: list[tuple[Facts, str, str, str]] = [
     (facts(), "ok", "fits", "needs 10.0 GiB on the card, 10.8 GiB are free"),
+    (facts(memory_free=None), "ok", "fits", "how much is free on one here is not known"),
+    (facts(), "ok", "disk", "free for checkpoints of d32_4070"),
+    (facts(), "ok", "RAM", "enough for a save of d32_4070"),
     (facts(memory_free=10 * GIB), "warning", "fits", "fewer residuals (8.0 GiB)"),
     (facts(memory_free=5 * GIB), "problem", "fits", "python -m nanojax.plan --config=d32_4070"),
     (facts(disk_free=10 * GIB), "warning", "disk", "choose --train.run on another disk"),

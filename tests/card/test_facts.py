@@ -144,6 +144,8 @@ def test_jax_is_asked_in_a_process_that_may_die(monkeypatch: pytest.MonkeyPatch)
     for code, said in {
         "import os; os.kill(os.getpid(), 9)": "was killed by signal 9", "import time; time.sleep(30)": "did not answer for 0 s",
         "raise RuntimeError('CUDA_ERROR_UNKNOWN')": "RuntimeError: CUDA_ERROR_UNKNOWN", "import sys; sys.exit(3)": "code 3",
+        "import sys; sys.exit('RuntimeError: no cuda\\n' + '-' * 20 + '\\nFor simplicity, JAX has removed its internal frames')":
+            "RuntimeError: no cuda",
     }.items():  # fmt: skip
         monkeypatch.setattr(facts, "PROBE", code)
         device, error = facts.ask_jax(0.4 if "sleep" in code else 60)
