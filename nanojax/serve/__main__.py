@@ -87,6 +87,9 @@ class Server(uvicorn.Server):
             if not self.service.chat and not a.base:
                 raise UserError(f"{a.run}: {BASE}; --base serves it all the same, for /v1/completions alone")
             context = min(a.context or config.model.T, config.model.T)
+            self.service.tokens = min(self.service.tokens, context)
+            if a.context and a.context > context:
+                print(f"--context={a.context}: the model reads {context} tokens, so these it is", file=sys.stderr)
             ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
             call = tokenizer.special("<|python_end|>")
             slots = Slots(

@@ -151,6 +151,8 @@ def read(kind: type[Read], body: bytes) -> Read:
     for key, value in (request.model_extra or {}).items():
         if key in NEUTRAL and value is not None and value not in NEUTRAL[key]:
             raise Refused(400, f"{key}: is not supported; leave it out", key, "unsupported_parameter")
+    if isinstance(request, CompletionRequest) and request.prompt == []:
+        raise Refused(400, "prompt: is empty", "prompt", "invalid_value")
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise Refused(400, "top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
     return request
@@ -207,6 +209,8 @@ def messages(request: ChatRequest) -> list[conversation.Message]:
 
 
 def _content(message: Message, role: str, where: str) -> Any:
+    if role != "assistant" and message.content in (None, []):
+        raise Refused(400, f"{where}.content: is missing", f"{where}.content", "invalid_value")
     if not isinstance(message.content, list):
         return message.content or ""
     kinds: Any = conversation.PARTS if role == "assistant" else ("text",)

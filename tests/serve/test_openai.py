@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from helpers.serving import TOKENIZER, served, service_of, slots
+from helpers.serving import TOKENIZER, Scripted, served, service_of, slots
 
 from nanojax import sample
 from nanojax.conversation import render_for_completion
@@ -164,6 +164,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ("path", "wrong", "said"),
     [
         ("chat", {"stop": ["a"] * 5}, "stop: at most 4 strings"),
+        ("chat", {"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
+        ("chat", {"messages": [{"role": "user", "content": []}]}, "messages[0].content: is missing"),
+        ("completions", {"prompt": []}, "prompt: is empty"),
         ("chat", {"stop": [""]}, "stop: an empty string"),
         ("chat", {"messages": []}, "messages: is empty"),
         ("completions", {"prompt": ["a", 1]}, "prompt: must be text, ids, or a list of either"),
@@ -250,3 +253,36 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_streamed_parts_are_those_of_the_whole_answer() -> None:
+    """Text before and after a call of the calculator: joined by kind, the stream's parts are the whole reply's, and each delta
+    with content has one. An answer that shows nothing has empty log-probabilities, not none."""
+    special = TOKENIZER.special
+    call = [special("<|python_start|>"), *TOKENIZER.encode("6*7"), special("<|python_end|>")]
+    answer = [*TOKENIZER.encode("It is "), *call, *TOKENIZER.encode(" or so."), special("<|assistant_end|>")]
+    with (
+        served(service_of(Scripted(lambda prompt: answer))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        ask: Any = dict(model="tiny", messages=HI, temperature=0)
+        whole: Any = client.chat.completions.create(**ask).choices[0].message
+        joined: list[dict[str, str]] = []
+        for chunk in client.chat.completions.create(**ask, stream=True):
+            delta: Any = chunk.choices[0].delta
+            parts = getattr(delta, "parts", None) or []
+            assert bool(delta.content) <= bool(parts)
+            for part in parts:
+                if joined and joined[-1]["type"] == part["type"] == "text":
+                    joined[-1]["text"] += part["text"]
+                else:
+                    joined.append(dict(part))
+        assert joined == [dict(part) for part in whole.parts]
+        assert [part["type"] for part in joined] == ["text", "python", "python_output", "text"]
+    hidden = [*call, special("<|assistant_end|>")]
+    with (
+        served(service_of(Scripted(lambda prompt: hidden))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        choice = client.chat.completions.create(model="tiny", messages=HI, logprobs=True, max_tokens=3).choices[0]
+        assert choice.logprobs is not None and choice.logprobs.content == []
