@@ -102,6 +102,6 @@ def of_config(config: Config, rows: int, row: int) -> Config:
     most = max(1, config.train.microbatch * config.model.T // row)
     microbatch = max(n for n in range(1, min(most, answers) + 1) if answers % n == 0)
     changes: dict[str, Any] = {"data.kind": "rollouts", "rl.rows": rows, "rl.row": row, "rl.tokens": tokens}
-    changes |= {"train.microbatch": microbatch, "train.tokens_per_step": 0}
+    changes |= {"train.microbatch": microbatch, "train.tokens_per_step": 0, "compute.held": 0}
     changes["compute.loss_chunk"] = math.gcd(config.compute.loss_chunk, microbatch * row)
     return configs.resolve(configs.override(config, changes))

@@ -301,6 +301,7 @@ def on_two(name: str, **changes: str) -> planner.Plan:
     return planner.make(config, hardware.CARDS["rtx4070"], link=hardware.LINKS["10GbE"])
 
 
+@pytest.mark.slow  # two compilations of two minutes
 @pytest.mark.xdist_group("d32_4070")
 def test_two_cards() -> None:
     """d32 on two cards: 0.9 GiB less on each than on one (half of the optimizer's arrays is 1.0), 2^19 tokens a step at 97% on

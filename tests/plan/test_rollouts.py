@@ -12,6 +12,7 @@ CARD = hardware.CARDS["rtx4070"]
 
 
 @pytest.mark.plan
+@pytest.mark.slow  # four compilations of a minute or two
 @NO_COMPILER
 @pytest.mark.parametrize("name", ["d24_2026_4070", "d32_4070"])
 def test_peaks_and_hours(name: str) -> None:
