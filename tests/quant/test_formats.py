@@ -75,14 +75,17 @@ def test_nearest_is_within_half_a_step():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=40))
 def test_any_finite_row_encodes(values):
-    """Zeros, tiny and the largest floats: codes stay within 127, decoding is finite and within one step."""
+    """Zeros, tiny and the largest floats: codes stay within 127, decoding is finite and within one step.
+
+    A row below 127 times the smallest normal float, 1.5e-36, has no scale that XLA keeps, and may be decoded as zeros.
+    """
     x = jnp.asarray([values], jnp.float32)
     for key in (None, jax.random.key(0)):
         q = quant.encode(x, "int8", key)
         y = np.asarray(quant.decode(q), np.float64)
         step = np.abs(np.asarray(x, np.float64)).max() / 127
         assert np.abs(np.asarray(q.codes, np.int32)).max() <= 127
-        assert np.all(np.isfinite(y)) and np.all(np.abs(y - np.asarray(x, np.float64)) <= step * (1 + 1e-4) + 1e-37)
+        assert np.all(np.isfinite(y)) and np.all(np.abs(y - np.asarray(x, np.float64)) <= step * (1 + 1e-4) + 1.5e-36)
 
 
 @pytest.mark.parametrize("form", FORMS)
