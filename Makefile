@@ -2,7 +2,7 @@
 # make chat-demo  set up, train a smaller model, fine-tune it to greet, spell and calculate, ask it before and after, write
 #              its report (under 10 minutes)
 # make fast    set up, format, lint, types and the tests that take seconds (3 minutes on 2 cores)
-# make test    set up, all tests but the slow ones (10 minutes)
+# make test    set up, all tests but the slow ones (14 minutes)
 # make slow    the tests of minutes, those on a GPU where there is one, and those against transformers and lm-eval, which
 #              it installs with torch (its CPU build if download.pytorch.org is reachable, otherwise several GB)
 # make bars    set up the planner too, compile the configs that have memory bars for their absent cards
