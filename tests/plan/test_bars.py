@@ -284,7 +284,7 @@ def test_what_was_compiled_is_cached(small: Config, tmp_path: Path, monkeypatch:
     """The second plan comes from the cache, is equal, and is fast; --no-cache keeps nothing."""
     card = hardware.CARDS["rtx4070"]
     program = dataclasses.replace(planner.make(small, card).program, cached=False)
-    monkeypatch.setattr(compile, "compile_for", lambda *_: program)
+    monkeypatch.setattr(compile, "compile_for", lambda *_, **__: program)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     planner.make(small, card, cache=False)
     assert not list(tmp_path.rglob("*.gz"))
