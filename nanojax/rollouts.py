@@ -94,7 +94,7 @@ def write(
             rows = rows_of(config, params, prompts, room, each, length=rl.row)._replace(key=key)
             ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
             decoder = Decoder(config, params, rows, choice, ends, tokenizer.vocab_size, Calculator(tokenizer, rl.rows))
-            del rows  # else the cache would exist twice
+            del rows  # otherwise the cache would exist twice
             blocks = []
             for block in decoder.blocks():
                 alive()

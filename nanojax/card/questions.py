@@ -1,4 +1,4 @@
-"""The process that tries the card: reads one question a line, computes, writes one answer. It may crash; its parent lives.
+"""The process that tries the card: reads one question per line, computes, writes one answer. It may crash; its parent lives.
 
 Questions are "memory", "plain", and choices of compute joined by +, such as "rows=pallas+fused=on". Each choice is compared
 with the same two layers as plain XLA, and kernels also by themselves with the CPU. What fails ends the process, because what
@@ -140,8 +140,7 @@ def run_checks(config: Config, choice: str) -> Iterable[dict[str, Any]]:
 def run_two_layers(config: Config) -> Outcome:
     """The Outcome of `two_layers(...)`, compiled as training would."""
     key = jax.random.key(0)
-
-    # made once a step, however many microbatches it has: not part of what is timed
+    # made once per step, however many microbatches it has: not part of what is timed
     operands = jax.jit(functools.partial(as_operands, config))
 
     def once(state: steps.State, params: Params, tokens: jax.Array) -> tuple[jax.Array, Any]:

@@ -159,7 +159,7 @@ def show_cards(plans: Sequence[Plan], console: Console, prices: dict[str, float]
         *prices,
     )
     first = plans[0]
-    title = f"{first.config.name}: {first.card.key}, {first.config.train.tokens_per_step:,} tokens a step (modelled)"
+    title = f"{first.config.name}: {first.card.key}, {first.config.train.tokens_per_step:,} tokens per step (modelled)"
     table = Table(*head, title=title, title_justify="left", box=None)
     for column in table.columns:
         column.justify = "right"
@@ -253,7 +253,7 @@ def show_decoding(plans: Sequence[Decoding], console: Console) -> None:
     console.print(table)
     console.print(
         f"Peak is compiled, times are modelled. The limit: weights and cache once a step at {first.card.gb_per_s:g} GB/s. "
-        "Moved: what the compiled step reads and writes. Not modelled: the host waits once a token for the loop's condition."
+        "Moved: what the compiled step reads and writes. Not modelled: the host waits for the loop's condition once per token."
     )
     if first.step.unknown:
         console.print(f"not modelled beyond their traffic: {', '.join(first.step.unknown)}", style="yellow")

@@ -52,7 +52,7 @@ def random_model(seq: int, **sizes: Any) -> tuple[configs.Config, Any]:
 
 
 class Scripted:
-    """An engine whose answer to a prompt is what `reply` says, a token a step of `pause` seconds."""
+    """An engine whose answer to a prompt is what `reply` says, one token per step of `pause` seconds."""
 
     def __init__(self, reply: Callable[[Sequence[int]], Sequence[int]], count: int = 4, context: int = 4096):
         self.reply, self.count, self.context, self.pause = reply, count, context, 0.0

@@ -304,9 +304,9 @@ def on_two(name: str, **changes: str) -> planner.Plan:
 @pytest.mark.slow  # two compilations of two minutes
 @pytest.mark.xdist_group("d32_4070")
 def test_two_cards() -> None:
-    """d32 on two cards: 0.9 GiB less on each than on one (half of the optimizer's arrays is 1.0), 2^19 tokens a step at 97% on
-    PCIe 4 and 90% on 10 GbE, and what is sent is half of the gradients' sums and half of the stored parameters, once a step (1%),
-    so nothing else is exchanged, and no second copy of the parameters is held."""
+    """d32 on two cards: 0.9 GiB less on each than on one (half of the optimizer's arrays is 1.0), 2^19 tokens per step at 97% on
+    PCIe 4 and 90% on 10 GbE. What is sent is half of the gradients' sums and half of the stored parameters, once per step (1%):
+    nothing else is exchanged, and no second copy of the parameters is held."""
     plan = on_two("d32_4070")
     assert plan.memory.peak <= plan_of("d32_4070").memory.peak - 0.9 * GIB and plan.memory.not_reused == 0
     assert plan.efficiency >= 0.90 and planner.advice(plan) is None

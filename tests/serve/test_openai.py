@@ -1,6 +1,9 @@
 """The official openai client against a server over a tiny model: every call, every error, and what the model would say alone."""
 
+import concurrent.futures
+import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -253,6 +256,34 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_open_webuis_requests(url: str) -> None:
+    """What it sends, byte by byte as it reads: the list of models at {base}/models; a stream that it knows by its content type,
+    of lines that begin `data: `, with usage before [DONE]; and unstreamed requests for a title and tags beside it."""
+    base = f"{url}/v1"
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{base}/models", headers={"Authorization": "Bearer "})
+    ) as reply:
+        (model,) = [one["id"] for one in json.load(reply)["data"]]
+    ask: Any = {"model": model, "messages": HI, "temperature": 0, "max_tokens": 4}
+
+    def post(body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer "}
+        return urllib.request.urlopen(
+            urllib.request.Request(f"{base}/chat/completions", json.dumps(body).encode(), headers)
+        )
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        beside = [pool.submit(lambda: json.load(post(ask | {"stream": False}))) for _ in range(2)]
+        with post(ask | {"stream": True, "stream_options": {"include_usage": True}}) as reply:
+            assert "text/event-stream" in reply.headers["content-type"]
+            lines = [line for line in reply.read().decode().split("\n") if line]
+        titles = [one.result()["choices"][0]["message"]["content"] for one in beside]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    *chunks, last = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
+    assert titles == ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)] * 2
 
 
 def test_streamed_parts_are_those_of_the_whole_answer() -> None:
