@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanojax import config as configs
+from nanojax import config_rules
 from nanojax.cli import UserError
 from nanojax.config import Config
 
@@ -65,7 +66,7 @@ def load_unresolved(name: str) -> Config:
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """Config `name` (or path) with the overrides of a command line, resolved and checked."""
-    return configs.resolve(configs.override(load_unresolved(name), pairs(overrides)))
+    return config_rules.resolve(configs.override(load_unresolved(name), pairs(overrides)))
 
 
 def pairs(arguments: Sequence[str]) -> dict[str, str]:

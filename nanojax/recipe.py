@@ -1,6 +1,6 @@
 """nanochat's recipe of July 2026 as one function of depth and ratio, for config files. Source: nanochat, commit 92d63d4.
 
-Batch, steps, rates and weight decay follow from depth and ratio (config.resolve, step/optim.py), also when a command line
+Batch, steps, rates and weight decay follow from depth and ratio (config_rules.resolve, step/optim.py), also when a command line
 changes them: depth is the one dial.
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanojax import cli, config_files, questions
+from nanojax import cli, config_files, config_rules, questions
 from nanojax import config as configs
 from nanojax import train as training
 from nanojax.card.start import OF_THE_CARD
@@ -89,7 +89,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     config = configs.checked(configs.override(base, fixed | overrides))
     with exits.restarting(bool(begun)):
         config = _with_sizes(config, overrides, wish.epochs, bool(begun), say)
-    return configs.resolve(dataclasses.replace(config, name=Path(wish.out).name))
+    return config_rules.resolve(dataclasses.replace(config, name=Path(wish.out).name))
 
 
 def _with_sizes(config: Config, overrides: dict[str, str], epochs: float, begun: bool, say: Any) -> Config:

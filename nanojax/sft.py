@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanojax import cli, config_files
+from nanojax import cli, config_files, config_rules
 from nanojax import config as configs
 from nanojax import train as training
 from nanojax.card.start import OF_THE_CARD
@@ -92,7 +92,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
     with exits.restarting(bool(begun)):
         steps = overrides.get("train.steps") or _steps(configs.override(base, fixed | overrides), wish.epochs, say)
     config = configs.override(base, fixed | {"train.steps": steps} | overrides)
-    return configs.resolve(dataclasses.replace(config, name=Path(wish.out).name))
+    return config_rules.resolve(dataclasses.replace(config, name=Path(wish.out).name))
 
 
 def _steps_before(wish: Wish, kept: int | None, say: Any) -> int:

@@ -32,8 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from nanojax import config as configs
-from nanojax import config_files, hardware, weights, xla
+from nanojax import config_files, config_rules, hardware, weights, xla
 from nanojax.card import facts, machine
 from nanojax.card.facts import Facts
 from nanojax.cli import Parser, UserError, run_main
@@ -100,7 +99,7 @@ def small(kind: str, tiny: bool) -> Config:
     size = [*size, "--train.tokens_per_step=1024", "--compute.loss_chunk=256"] if not tiny else size
     config = config_files.load("d32_4070", [*size, "--train.microbatch=2", "--train.steps=20"])
     plain = Config(name="f32", model=config.model, train=config.train)
-    return config if kind == "int8" else configs.resolve(plain)
+    return config if kind == "int8" else config_rules.resolve(plain)
 
 
 def losses(config: Config, place: Any, steps: int) -> list[float]:

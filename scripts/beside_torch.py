@@ -37,7 +37,7 @@ def ours(a: argparse.Namespace) -> dict[str, Turn]:
     import jax.numpy as jnp
     import numpy as np
 
-    from nanojax import config as configs
+    from nanojax import config_rules
     from nanojax import step as steps
     from nanojax import xla
     from nanojax.config import Compute, Config, Model, Train
@@ -46,7 +46,7 @@ def ours(a: argparse.Namespace) -> dict[str, Turn]:
     xla.configure()
     model = Model(depth=a.depth, vocab=a.vocab, seq=a.seq, head_dim=128)
     train = Train(steps=1000, tokens_per_step=a.rows * a.seq, microbatch=a.rows)
-    config = configs.resolve(Config(name="beside_torch", model=model, compute=Compute(), train=train))
+    config = config_rules.resolve(Config(name="beside_torch", model=model, compute=Compute(), train=train))
     state = jax.jit(steps.init_state, static_argnums=0)(config)
     tokens = np.random.default_rng(0).integers(0, a.vocab, (1, a.rows, a.seq + 1), dtype=np.int32)
     batch = steps.Batch(jnp.asarray(tokens))

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanojax import config_rules
 from nanojax import config as configs
 from nanojax import config_files
 from nanojax import model, step
@@ -172,9 +173,9 @@ def make_config(run: Run, data: str, steps: int, tokens_per_step: int, seq: int,
         changes["compute.loss_chunk"] = str(min(2048, int(changes["train.microbatch"]) * seq))
     config = configs.override(base, changes)
     rates = {f"optim.{key}": rate * getattr(config.optim, key) for key in ("matrix_lr", "embed_lr", "head_lr")}
-    config = configs.resolve(configs.override(config, rates))
-    equal = round(steps * configs.resolve(base).model.flops_per_token / config.model.flops_per_token)
-    return configs.resolve(configs.override(config, {"train.steps": equal, "train.tokens": 0}))
+    config = config_rules.resolve(configs.override(config, rates))
+    equal = round(steps * config_rules.resolve(base).model.flops_per_token / config.model.flops_per_token)
+    return config_rules.resolve(configs.override(config, {"train.steps": equal, "train.tokens": 0}))
 
 
 def file_of(out: Path, run: Run) -> Path:
@@ -267,7 +268,7 @@ def read(path: Path) -> Result:
     """A finished run's file. UserError if it is not one."""
     try:
         head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-        config = configs.from_dict(head["config"], str(path))
+        config = config_rules.from_dict(head["config"], str(path))
         curve = [(x["step"], x["loss"]) for x in lines if "loss" in x]
         valid = [(x["step"], x["valid"]) for x in lines if "valid" in x]
         size, arm, rate, seed = head["run"]
@@ -356,7 +357,7 @@ def report(out: Path) -> None:
 def d32_state(arm: str) -> float:
     """GiB of d32's state, accumulators included, in this arm's formats, with everything else as in d32_4070."""
     changes = {k: v for k, v in ARMS[arm][1].items() if k.startswith(("stored.", "optim.", "accumulate."))}
-    config = configs.resolve(configs.override(config_files.load_unresolved("d32_4070"), changes))
+    config = config_rules.resolve(configs.override(config_files.load_unresolved("d32_4070"), changes))
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(step.abstract_state(config))) / GIB
 
 

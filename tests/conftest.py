@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from nanojax import config_rules
 from nanojax import config as configs
 from nanojax import hardware, xla
 
@@ -69,6 +70,6 @@ def tiny() -> Callable[..., configs.Config]:
             train=configs.Train(tokens_per_step=128, microbatch=2, steps=20),
         )
         changed = {name: dataclasses.replace(getattr(base, name), **keys) for name, keys in sections.items()}
-        return configs.resolve(dataclasses.replace(base, **changed))
+        return config_rules.resolve(dataclasses.replace(base, **changed))
 
     return make

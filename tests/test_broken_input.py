@@ -17,7 +17,7 @@ import pytest
 from helpers import tiny_run
 
 from nanojax import config as configs
-from nanojax import sample, train, xla
+from nanojax import config_rules, sample, train, xla
 from nanojax.card import memory
 from nanojax.cli import run_main
 from nanojax.evaluate import __main__ as evaluate
@@ -144,7 +144,7 @@ def models(whole: Path) -> Path:
     params = jax.tree.map(np.asarray, params)
     convert.export_transformers(whole.parent / "hf", config, params, tokenizer)
     fewer = {**params, "embed": params["embed"][: tokenizer.vocab_size], "head": params["head"][: tokenizer.vocab_size]}
-    narrow = configs.resolve(configs.override(config, {"model.vocab": tokenizer.vocab_size}))
+    narrow = config_rules.resolve(configs.override(config, {"model.vocab": tokenizer.vocab_size}))
     convert.export_nanochat(whole.parent / "nanochat", narrow, fewer, tokenizer, 12)
     return whole.parent
 

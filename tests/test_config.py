@@ -10,7 +10,7 @@ import jax
 import pytest
 from helpers import tiny_run
 
-from nanojax import cli, config_files, quant, step, train
+from nanojax import cli, config_files, config_rules, quant, step, train
 from nanojax import config as configs
 from nanojax.cli import UserError
 from nanojax.config import Config
@@ -21,7 +21,7 @@ home = tiny_run.home
 def test_parameter_counts() -> None:
     """The exact counts of d12, d20 and d32, and that the initial state has just these shapes."""
     counts = {
-        depth: configs.resolve(Config(model=configs.Model(depth=depth))).model.parameters for depth in (12, 20, 32)
+        depth: config_rules.resolve(Config(model=configs.Model(depth=depth))).model.parameters for depth in (12, 20, 32)
     }
     assert counts == {12: 185_597_952, 20: 560_988_160, 32: 1_879_048_192}
     assert _count(config_files.load("d32_4070")) == 1_879_048_192
@@ -39,7 +39,7 @@ def test_every_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     config = config_files.load(name)
     assert config.name == name and config.train.run == f"runs/{name}" and config.train.steps > 0
-    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    assert config_rules.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
     assert config.microbatches * config.train.microbatch * config.model.T == config.train.tokens_per_step
     assert _count(config) == config.model.parameters
 
@@ -60,7 +60,7 @@ def test_overrides(home: Path) -> None:
 
 def test_steps_follow_from_tokens() -> None:
     """20 tokens per parameter: d32's 37.6 B tokens are nanochat's 71,680 steps of 524,288."""
-    config = configs.resolve(Config(model=configs.Model(depth=32)))
+    config = config_rules.resolve(Config(model=configs.Model(depth=32)))
     assert config.train.steps == 71_680 and config.train.tokens == 37_580_963_840
 
 
@@ -226,7 +226,7 @@ def test_renamed_keys(old: str, new: str) -> None:
     stored = configs.to_dict(config)
     section, name = new.split(".")
     stored[section][old.split(".")[1]] = stored[section].pop(name)
-    assert configs.from_dict(stored) == config
+    assert config_rules.from_dict(stored) == config
     with pytest.raises(UserError, match=rf"--{old}: no such key; it is called {new} now"):
         config_files.load("demo", [f"--{old}=bf16"])
 
@@ -286,7 +286,7 @@ def test_values_behind_a_space() -> None:
     assert spaced == config_files.load("demo", ["--model.depth=2", "--profile.start=-1", "--train.steps=5"])
     wrong = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, depth="two"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--model\.depth=two: expected int"):
-        configs.resolve(wrong)
+        config_rules.resolve(wrong)
 
 
 def test_home_folder_in_keys(monkeypatch: pytest.MonkeyPatch) -> None:

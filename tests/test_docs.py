@@ -13,7 +13,7 @@ import pytest
 from helpers.paths import ROOT
 
 from nanojax import config as configs
-from nanojax import config_files, step
+from nanojax import config_files, config_rules, step
 
 PACKAGE = ROOT / "nanojax"
 SOURCES = sorted(p for folder in ("nanojax", "configs", "scripts", "tests") for p in (ROOT / folder).rglob("*.py"))
@@ -102,7 +102,7 @@ def test_keys(page: Path) -> None:
 def test_parameter_counts(page: Path) -> None:
     """Where a page gives the exact count of a depth, it is that."""
     for depth, count in re.findall(r"\bd(\d+)\b[^\n]{0,40}?(\d{1,3}(?:,\d{3}){2,3}) parameters", page.read_text()):
-        expected = configs.resolve(configs.Config(model=configs.Model(depth=int(depth)))).model.parameters
+        expected = config_rules.resolve(configs.Config(model=configs.Model(depth=int(depth)))).model.parameters
         assert int(count.replace(",", "")) == expected
 
 

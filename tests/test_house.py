@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ORDER = """cli files < hardware fields weights < config config_files tokenizer recipe < conversation xla quant < ops < model
+ORDER = """cli files < hardware fields weights < config config_rules config_files tokenizer recipe < conversation xla quant < ops < model
     < step engine < run sample chat plan data tasks < interop evaluate status serve card < report questions doctor
     < rollouts < source < train < sft rl"""
 ONLY = {

@@ -8,7 +8,7 @@ import pytest
 from oracles import numpy_optim2026 as oracle
 
 from nanojax import config as configs
-from nanojax import recipe, weights
+from nanojax import config_rules, recipe, weights
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.step import optim
@@ -29,7 +29,7 @@ FLOPS = {12: 7.597e8, 16: 1.586e9, 20: 2.886e9, 22: 3.763e9, 24: 4.775e9, 26: 5.
 @pytest.mark.parametrize("depth", TABLE)
 def test_sizes_are_the_published_ones(depth: int) -> None:
     """Parameters exactly, FLOPs per token to the digits printed, and batch, steps and decay as the laws give them."""
-    config = configs.resolve(recipe.nanochat_2026(depth, ratio=8))
+    config = config_rules.resolve(recipe.nanochat_2026(depth, ratio=8))
     parameters, scaling, batch = TABLE[depth]
     assert config.model.parameters == parameters
     assert weights.scaling_parameters(config.model) == scaling
@@ -37,13 +37,13 @@ def test_sizes_are_the_published_ones(depth: int) -> None:
     assert config.train.tokens_per_step == batch
     horizon = oracle.horizon(depth, 8)
     assert config.train.steps == horizon.steps
-    assert configs.matrix_decay(config) == pytest.approx(horizon.decay, rel=1e-12)
+    assert config_rules.matrix_decay(config) == pytest.approx(horizon.decay, rel=1e-12)
 
 
 @pytest.mark.parametrize("depth", [12, 24, 32])
 def test_groups_have_the_published_rates(depth: int) -> None:
     """Every weight outside Muon has the rate, betas and decay of the formulas; Muon's rate grows with the batch."""
-    config = configs.resolve(recipe.nanochat_2026(depth, ratio=8))
+    config = config_rules.resolve(recipe.nanochat_2026(depth, ratio=8))
     groups, table = optim.groups(config), weights.table(config.model)
     want = oracle.adam_groups(config.model.D, config.train.tokens_per_step)
     for name, theirs in want.items():
@@ -58,7 +58,7 @@ def test_schedules_are_the_published_ones() -> None:
     """Rate, momentum and decay at every 97th step of d24, and in a short run, where the warm-ups win over the warm-down."""
     for steps in (5568, 50):
         config = recipe.nanochat_2026(24, ratio=8)
-        config = configs.resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
+        config = config_rules.resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
         rate, momentum = optim.schedules(config)
         for t in [*range(0, steps, 97 if steps > 100 else 1), steps - 1]:
             assert float(np.asarray(rate(t))) == pytest.approx(oracle.lr_factor(t, steps), rel=1e-5), t
@@ -67,7 +67,7 @@ def test_schedules_are_the_published_ones() -> None:
 
 def test_windows_are_the_published_ones() -> None:
     """Three short layers and a long one, the last always long; a quarter of the row in whole 128s, also of short rows."""
-    windows = lambda depth, seq: weights.windows(configs.resolve(recipe.nanochat_2026(depth, 8, seq=seq)).model)
+    windows = lambda depth, seq: weights.windows(config_rules.resolve(recipe.nanochat_2026(depth, 8, seq=seq)).model)
     assert windows(8, 2048) == (512, 512, 512, 2048, 512, 512, 512, 2048)
     assert windows(6, 2048) == (512, 512, 512, 2048, 512, 2048)
     assert windows(4, 1024) == (256, 256, 256, 1024)
@@ -86,7 +86,7 @@ WRONG = [
 def test_what_does_not_fit_is_refused(change: dict[str, object], words: str) -> None:
     """Keys that this family does not read, and sizes that it cannot have, are refused before anything is compiled."""
     with pytest.raises(UserError, match=words):
-        configs.resolve(configs.override(recipe.nanochat_2026(4, 8, vocab=64, seq=128), change))
+        config_rules.resolve(configs.override(recipe.nanochat_2026(4, 8, vocab=64, seq=128), change))
 
 
 def test_the_older_family_has_no_windows(tiny: Callable[..., Config]) -> None:

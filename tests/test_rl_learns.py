@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny_run
 
 from nanojax import config as configs
-from nanojax import questions, rl, rollouts, sft, train
+from nanojax import config_rules, questions, rl, rollouts, sft, train
 from nanojax.data import prepare as data_prepare
 from nanojax.data import text
 from nanojax.run import checkpoint, exits, metrics, run_folder
@@ -48,7 +48,7 @@ def half_tuned(tmp_path_factory: pytest.TempPathFactory, compile_cache: Path) ->
         "1",
     ]
     data_prepare.main(data)
-    train.train(configs.resolve(configs.Config(
+    train.train(config_rules.resolve(configs.Config(
         name="base", model=configs.Model(depth=4, width=128, head_dim=32, vocab=1024, seq=256),
         compute=configs.Compute(loss_chunk=512, residuals="all"), data=configs.Data(path=str(folder / "data")),
         train=configs.Train(steps=150, tokens_per_step=4096, microbatch=8, run=str(folder / "base")),

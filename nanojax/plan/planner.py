@@ -8,7 +8,8 @@ from typing import Any
 
 from nanojax import hardware, weights, xla
 from nanojax.cli import UserError
-from nanojax.config import Config, override, resolve
+from nanojax.config import Config, override
+from nanojax.config_rules import resolve
 from nanojax.hardware import GIB, LINKS, Card, Link
 from nanojax.plan import compile, energy, roofline
 

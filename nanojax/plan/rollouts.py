@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from nanojax import config as configs
+from nanojax import config_rules
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.hardware import Card
@@ -104,4 +105,4 @@ def of_config(config: Config, rows: int, row: int) -> Config:
     changes: dict[str, Any] = {"data.kind": "rollouts", "rl.rows": rows, "rl.row": row, "rl.tokens": tokens}
     changes |= {"train.microbatch": microbatch, "train.tokens_per_step": 0, "compute.held": 0}
     changes["compute.loss_chunk"] = math.gcd(config.compute.loss_chunk, microbatch * row)
-    return configs.resolve(configs.override(config, changes))
+    return config_rules.resolve(configs.override(config, changes))

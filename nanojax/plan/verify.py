@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojax import config as configs
-from nanojax import weights, xla
+from nanojax import config_rules, weights, xla
 from nanojax.config import Compute, Config
 from nanojax.ops import attention, cross_entropy, linear, rope
 from nanojax.quant import Quantized, quantize_rows, rounding
@@ -188,7 +188,7 @@ def _others(m: int, d: int, head: int, gpu: bool) -> Iterator[Case]:
 
     changes = {"model.depth": 1, "model.width": d, "model.head_dim": head, "model.vocab": 4 * d, "model.seq": m}
     changes |= {"train.tokens_per_step": m, "compute.dtype": "bf16", "compute.loss_chunk": m // 2}
-    config = configs.resolve(configs.override(Config(), changes))
+    config = config_rules.resolve(configs.override(Config(), changes))
 
     yield from _attentions((1, m, d // head, head), [m, m // 4], gpu)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojax import config as configs
-from nanojax import files
+from nanojax import config_rules, files
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.run import records
@@ -59,7 +59,7 @@ def origin(config: Config) -> str:
 def _shown_config(run: str | os.PathLike) -> Config:
     path = Path(run) / CONFIG
     missing = f"{run}: not a run folder (no config.json); train one with python -m nanojax.train"
-    return configs.from_dict(files.read_table(path, missing), str(path))
+    return config_rules.from_dict(files.read_table(path, missing), str(path))
 
 
 def available(run: str | os.PathLike) -> list[int]:
@@ -93,7 +93,7 @@ def saved_config(run: str | os.PathLike, step: int) -> Config:
     config = saved_meta(run, step).get("config")
     if not isinstance(config, dict):  # of before configs were kept there
         return _shown_config(run)
-    return configs.from_dict(config, f"{Path(run) / CHECKPOINTS / str(step)}: its config")
+    return config_rules.from_dict(config, f"{Path(run) / CHECKPOINTS / str(step)}: its config")
 
 
 def check_complete(folder: Path, parts: Iterable[str]) -> None:

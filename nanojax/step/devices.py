@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanojax import config as configs
-from nanojax import weights
+from nanojax import config_rules, weights
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.step import step
@@ -31,7 +31,7 @@ def concrete(config: Config) -> Config:
         return config
     here = jax.device_count()
     if config.parallel.devices == "all":
-        config = configs.resolve(configs.override(config, {"parallel.devices": str(here)}))
+        config = config_rules.resolve(configs.override(config, {"parallel.devices": str(here)}))
     if config.devices > here:
         more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
         more = more if jax.default_backend() == "cpu" else ""

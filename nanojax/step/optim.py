@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from nanojax import weights
-from nanojax.config import Config, Format, matrix_decay
+from nanojax.config import Config, Format
+from nanojax.config_rules import matrix_decay
 from nanojax.quant import BLOCK, Quantized, decode, encode, zeros
 from nanojax.quant.formats import Stored
 

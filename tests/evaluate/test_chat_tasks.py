@@ -16,7 +16,8 @@ from oracles import numpy_gpt, numpy_gpt2026
 
 from nanojax import model
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.config import Compute, Config, Model, Train
+from nanojax.config_rules import resolve
 from nanojax.evaluate import __main__ as evaluate
 from nanojax.evaluate import answers, choices, interval, problems
 from nanojax.evaluate.answers import Answer

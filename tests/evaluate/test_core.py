@@ -15,7 +15,8 @@ from helpers.core_bundle import WORDS
 from oracles import numpy_gpt, reference_core
 
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.config import Compute, Config, Model, Train
+from nanojax.config_rules import resolve
 from nanojax.evaluate import core, likelihood
 from nanojax.evaluate.likelihood import Request
 from nanojax.tokenizer import Tokenizer, train

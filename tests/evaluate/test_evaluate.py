@@ -15,7 +15,8 @@ from helpers import core_bundle, tiny_run
 from oracles import numpy_gpt
 
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Data, Model, Train, resolve
+from nanojax.config import Compute, Config, Data, Model, Train
+from nanojax.config_rules import resolve
 from nanojax.data import loader
 from nanojax.evaluate import __main__ as evaluate
 from nanojax.evaluate import bpb

@@ -14,7 +14,8 @@ from helpers.core_bundle import WORDS
 from helpers.serving import served, service_of
 from oracles import numpy_gpt
 
-from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.config import Compute, Config, Model, Train
+from nanojax.config_rules import resolve
 from nanojax.engine.slots import Slots
 from nanojax.interop import Imported, to_run
 from nanojax.tokenizer import train

@@ -12,7 +12,7 @@ import numpy as np
 import uvicorn
 
 from nanojax import config as configs
-from nanojax import model
+from nanojax import config_rules, model
 from nanojax.engine.choose import Choice
 from nanojax.engine.slots import TOP, Scores, Slots, Written
 from nanojax.serve import app
@@ -36,7 +36,7 @@ def slots(rows: int, seq: int = 192, **sizes: Any) -> Slots:
 def random_model(seq: int, **sizes: Any) -> tuple[configs.Config, Any]:
     """A tiny model of random parameters whose likeliest token is never an end."""
     sizes = dict(depth=2, width=64, head_dim=32, vocab=TOKENIZER.vocab_size, seq=seq) | sizes
-    config = configs.resolve(
+    config = config_rules.resolve(
         configs.Config(
             name="tiny",
             model=configs.Model(**sizes),

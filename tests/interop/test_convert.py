@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from nanojax import sample
 from nanojax.cli import UserError
-from nanojax.config import Compute, Config, Model, Stored, Train, resolve
+from nanojax.config import Compute, Config, Model, Stored, Train
+from nanojax.config_rules import resolve
 from nanojax.interop import Imported, convert, layouts, to_run, tokenizers, torch_file
 from nanojax.interop import __main__ as interop
 from nanojax.quant import encode

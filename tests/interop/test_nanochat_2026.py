@@ -13,7 +13,8 @@ from oracles import numpy_gpt2026 as oracle
 
 from nanojax import model
 from nanojax.cli import UserError
-from nanojax.config import Config, Stored, resolve
+from nanojax.config import Config, Stored
+from nanojax.config_rules import resolve
 from nanojax.interop import __main__ as interop
 from nanojax.interop import convert, layouts, to_run, torch_file
 from nanojax.run import checkpoint

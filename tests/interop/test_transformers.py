@@ -10,7 +10,8 @@ import pytest
 from oracles import numpy_gpt
 
 from nanojax import model, sample
-from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.config import Compute, Config, Model, Train
+from nanojax.config_rules import resolve
 from nanojax.interop import as_dtype, convert, layouts, to_run, torch_file
 from nanojax.run import checkpoint
 from nanojax.tokenizer import train

@@ -7,7 +7,8 @@ import pytest
 from oracles import numpy_gpt
 
 from nanojax import model
-from nanojax.config import Compute, Config, Model, Train, resolve
+from nanojax.config import Compute, Config, Model, Train
+from nanojax.config_rules import resolve
 
 SIZES = [  # depth, width, head_dim, vocab, tokens
     (1, 64, 64, 97, 12),

@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from rich.console import Console
 
 from nanojax import config as configs
-from nanojax import config_files, hardware, step, xla
+from nanojax import config_files, config_rules, hardware, step, xla
 from nanojax.config import Config
 from nanojax.hardware import GIB
 from nanojax.plan import compile, energy, planner, report, roofline
@@ -206,7 +206,7 @@ def test_compiles_for_every_generation(small: Config, key: str) -> None:
 def test_model_flops_are_within_the_compiled_ones(small: Config) -> None:
     """The roofline sees the FLOPs that the formula counts: at least the model's with causal attention counted half, at
     most 1.6 of it (recomputation, Newton-Schulz at this small batch)."""
-    config = configs.resolve(configs.override(small, {"train.tokens_per_step": 65536}))
+    config = config_rules.resolve(configs.override(small, {"train.tokens_per_step": 65536}))
     plan = planner.make(config, hardware.CARDS["rtx4070"])
     m = config.model
     causal = m.flops_per_token - 6 * m.L * m.D * m.T
@@ -269,7 +269,7 @@ def test_auto_residuals_become_concrete(small: Config, caplog: pytest.LogCapture
 def test_changes_are_found_for_a_card_that_is_too_small(small: Config) -> None:
     """A budget just below the peak: what is offered was compiled, fits, and changes the config."""
     card = hardware.CARDS["rtx4070"]
-    config = configs.resolve(configs.override(small, {"train.microbatch": 4}))
+    config = config_rules.resolve(configs.override(small, {"train.microbatch": 4}))
     whole = planner.make(config, card)
     tight = dataclasses.replace(card, reserve_gib=card.memory_mib / 1024 - 0.9 * whole.memory.peak / GIB)
     plan = planner.make(config, tight)
@@ -297,7 +297,7 @@ def test_what_was_compiled_is_cached(small: Config, tmp_path: Path, monkeypatch:
 
 
 def on_two(name: str, **changes: str) -> planner.Plan:
-    config = configs.resolve(configs.override(config_files.load(name), {"parallel.devices": "2", **changes}))
+    config = config_rules.resolve(configs.override(config_files.load(name), {"parallel.devices": "2", **changes}))
     return planner.make(config, hardware.CARDS["rtx4070"], link=hardware.LINKS["10GbE"])
 
 
@@ -317,7 +317,7 @@ def test_two_cards() -> None:
 
 def test_a_slow_link_is_told(small: Config) -> None:
     """A tiny model on 10 GbE waits for most of its time; the plan says so, and a step that is large enough."""
-    config = configs.resolve(configs.override(small, {"parallel.devices": "2"}))
+    config = config_rules.resolve(configs.override(small, {"parallel.devices": "2"}))
     plan = planner.make(config, hardware.CARDS["rtx4070"], link=hardware.LINKS["10GbE"])
     told = planner.advice(plan)
     assert told and "10 Gbit Ethernet is slow" in told and plan.as_json()["advice"] == told

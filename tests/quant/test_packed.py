@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanojax import config as configs
-from nanojax import model, quant, step
+from nanojax import config_rules, model, quant, step
 from nanojax.cli import UserError
 from nanojax.config import Compute, Config, Format, Model, Optim, Stored, Train
 from nanojax.quant import packed
@@ -223,7 +223,7 @@ def test_products_read_the_least_squares_scale():
 
 
 def tiny(form: str, **stored: Any) -> Config:
-    return configs.resolve(
+    return config_rules.resolve(
         Config(
             model=Model(depth=2, width=64, head_dim=32, vocab=128, seq=16),
             stored=Stored(blocks=form, **stored),  # pyright: ignore[reportArgumentType]
@@ -301,9 +301,9 @@ def test_adamw_for_matrices():
 def test_mistakes():
     """Widths that blocks of 64 do not divide, remainders of 3 bits, AdamW folded into a momentum are told in one line."""
     with pytest.raises(UserError, match="choose one of 0, 2, 4"):
-        configs.resolve(configs.override(Config(), {"stored.remainder": 3}))
+        config_rules.resolve(configs.override(Config(), {"stored.remainder": 3}))
     with pytest.raises(UserError, match="multiple of 64"):
-        configs.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))
+        config_rules.resolve(Config(model=Model(depth=2, width=96, head_dim=32), stored=Stored(blocks="int3")))
     folded = {"accumulate.blocks": "momentum", "optim.matrix": "adamw", "optim.clip": "0", "optim.nesterov": "false"}
     with pytest.raises(UserError, match="AdamW"):
-        configs.resolve(configs.override(Config(), folded))
+        config_rules.resolve(configs.override(Config(), folded))

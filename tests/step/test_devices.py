@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanojax import config as configs
-from nanojax import step, train, xla
+from nanojax import config_rules, step, train, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.step import devices
@@ -27,7 +27,7 @@ NEWEST = {"model": {**ODD["model"], "family": "2026", "width": 64, "window": 8},
 
 
 def on(config: Config, n: int) -> Config:
-    return configs.resolve(configs.override(config, {"parallel.devices": str(n)}))
+    return config_rules.resolve(configs.override(config, {"parallel.devices": str(n)}))
 
 
 def run(config: Config, steps: int) -> tuple[list[float], step.State, Any]:

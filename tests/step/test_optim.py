@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanojax import quant, weights
+from nanojax import config_rules, quant, weights
 from nanojax.config import Config
 from nanojax.step import optim, update
 
@@ -126,7 +126,7 @@ def test_schedules_are_nanochats():
     """Learning-rate factor: 1, then linear over the last 20% to 0; momentum 0.85 to 0.95 over 300 steps."""
     from nanojax import config as c
 
-    config = c.resolve(c.Config(train=c.Train(steps=1000), optim=c.Optim(warmup=0.1, final_lr=0.1)))
+    config = config_rules.resolve(c.Config(train=c.Train(steps=1000), optim=c.Optim(warmup=0.1, final_lr=0.1)))
     rate, momentum = optim.schedules(config)
     for step in (0, 50, 99, 100, 500, 800, 801, 900, 999):
         left = (1000 - step) / 200

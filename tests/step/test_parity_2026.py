@@ -10,6 +10,7 @@ from helpers.oracle_2026 import Tree, apart, joined
 from oracles import numpy_gpt2026, numpy_optim2026
 
 from nanojax import config as configs
+from nanojax import config_rules
 from nanojax import step as steps
 from nanojax.config import Compute, Config, Train
 from nanojax.recipe import nanochat_2026
@@ -46,7 +47,7 @@ class Recipe:
         for name, w in weights.items():
             if name in MUON:
                 state = self.states.get((name, layer), numpy_optim2026.muon_state(w))
-                decay = numpy_optim2026.muon_decay(t, STEPS, configs.matrix_decay(self.config))
+                decay = numpy_optim2026.muon_decay(t, STEPS, config_rules.matrix_decay(self.config))
                 mu = numpy_optim2026.muon_momentum(t, STEPS)
                 out[name], new = numpy_optim2026.muon_step(w, grads[name], state, self.rate * factor, mu, decay)
             else:
@@ -69,7 +70,7 @@ def test_fifty_steps_equal_numpy(depth: int) -> None:
     sizes = {"model.width": 32 * depth, "model.head_dim": 32, "model.window": 9}
     config = configs.override(base, sizes)
     train = Train(steps=STEPS, tokens_per_step=192, microbatch=4, seed=3)
-    config = configs.resolve(configs.dataclasses.replace(config, train=train, compute=Compute(loss_chunk=48)))
+    config = config_rules.resolve(configs.dataclasses.replace(config, train=train, compute=Compute(loss_chunk=48)))
     state = jax.jit(steps.init_state, static_argnums=0)(config)
     first = numpy_gpt2026.random_params(np.random.default_rng(2), depth, 48, 32, 32 * depth)
     state = state._replace(params=joined(first))

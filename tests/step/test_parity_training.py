@@ -7,7 +7,8 @@ from helpers import markov
 from oracles.numpy_recipe import Recipe
 
 from nanojax import step as steps
-from nanojax.config import Compute, Config, Model, Optim, Train, resolve
+from nanojax.config import Compute, Config, Model, Optim, Train
+from nanojax.config_rules import resolve
 
 STEPS = 50
 
