@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanojax import cli, config_files, config_rules, questions
+from nanojax import cli, config_files, config_rules, questions, tuning
 from nanojax import config as configs
-from nanojax import train as training
-from nanojax.card.start import OF_THE_CARD
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.engine.decode import ROUND
@@ -37,15 +35,9 @@ RECIPE: dict[str, Any] = {
     "optim.matrix_decay": 0.0,
     "optim.steps_before": 0,
     "compute.held": 0,  # a step has too few microbatches to be worth its memory
-}
-HARMLESS: dict[str, Any] = {
     "eval.every": 60,
-    "eval.core_every": 0,
     "checkpoint.every": 60,
-    "profile.start": -1,
-    "parallel.devices": "1",
 }
-TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--task"}  # the keys that this command sets
 DESCRIPTION = f"""Trains a fine-tuned model on rewards: it answers questions, and right answers become likelier.
 
 TASK is {", ".join(questions.TASKS)}, or a Python file with questions() and reward(question, answer). The same command again
@@ -80,9 +72,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
         raise UserError(f"--out={wish.out}: holds a run that {began}; choose another")
     if not begun and base.data.kind == "text":
         say(f"{wish.base} is not fine-tuned: it may answer nothing that earns a reward")
-    fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
-    fixed |= OF_THE_CARD | {"train.init": wish.base, "train.run": wish.out}
-    fixed |= {"data.path": wish.task, "data.kind": "rollouts"}
+    fixed = tuning.keys(bool(begun), base, RECIPE, wish.base, wish.out, wish.task, "rollouts")
     if wish.schedule:
         fixed["optim.decay"] = wish.schedule
     overrides = config_files.pairs(wish.overrides)
@@ -128,26 +118,16 @@ def _with_sizes(config: Config, overrides: dict[str, str], epochs: float, begun:
 def parse(arguments: Sequence[str]) -> Wish:
     """The command line."""
     parser = cli.Parser("python -m nanojax.rl", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--run", type=cli.path, required=True, help="run folder of the fine-tuned model")
     parser.add_argument("--task", type=cli.path, required=True, help="a task's name, or a Python file")
-    parser.add_argument("--out", type=cli.path, required=True, help="run folder to train in")
-    parser.add_argument("--epochs", type=cli.positive, default=1.0, help="passes over the questions (1)")
     parser.add_argument("--schedule", choices=["linear", "cosine"], help="how the rates fall to 0 (linear)")
-    known, rest = parser.parse_known_args(arguments)
-    if Path(known.run).resolve() == Path(known.out).resolve():
-        raise UserError("--out: is the base run's folder; choose another")
-    config_files.pairs(rest)  # a mistake shows before anything is read
-    run, out = (str(Path(folder)) for folder in (known.run, known.out))  # without a last slash
-    return Wish(run, known.task, out, known.epochs, known.schedule, rest)
+    a, rest = tuning.parse(parser, arguments)
+    return Wish(a.run, a.task, a.out, a.epochs, a.schedule, rest)
 
 
 def main() -> None:
     """The command."""
     wish = parse(sys.argv[1:])
-    try:
-        training.end_process(functools.partial(config_of, wish))
-    except UserError as error:
-        raise training.as_typed(error, TYPED_AS) from None
+    tuning.train(functools.partial(config_of, wish), "--task")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanojax import cli, config_files, config_rules
+from nanojax import cli, config_files, config_rules, tuning
 from nanojax import config as configs
-from nanojax import train as training
-from nanojax.card.start import OF_THE_CARD
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
 from nanojax.run import exits, run_folder
@@ -36,16 +34,10 @@ RECIPE: dict[str, Any] = {
     "optim.momentum_final": 0.0,
     "optim.weight_decay": 0.0,
     "optim.matrix_decay": 0.0,
-}
-HARMLESS: dict[str, Any] = {
     "eval.every": 200,
-    "eval.core_every": 0,
     "eval.prompt": "What is the capital of France?",
     "checkpoint.every": 200,
-    "profile.start": -1,
-    "parallel.devices": "1",
 }
-TYPED_AS = {"--train.run": "--out", "--train.init": "--run", "--data.path": "--data"}  # the keys that this command sets
 DESCRIPTION = """Fine-tunes a run's model on prepared conversations: their supervised tokens only, all of a step's alike.
 
 Rates, batch and formats are the base run's; the schedule is nanochat's. The same command again resumes. Any key of
@@ -80,13 +72,7 @@ def config_of(wish: Wish, say: Any = print) -> Config:
         )
     if not begun and base.data.kind != "text":
         say(f"{wish.base} is a fine-tuned run itself; its rates are taken for the base's")
-    fixed = {} if begun else {**RECIPE, **HARMLESS, "train.seed": base.train.seed, "train.extend": 0}
-    fixed |= OF_THE_CARD | {
-        "train.init": wish.base,
-        "train.run": wish.out,
-        "data.path": wish.data,
-        "data.kind": "conversations",
-    }
+    fixed = tuning.keys(bool(begun), base, RECIPE, wish.base, wish.out, wish.data, "conversations")
     fixed["optim.steps_before"] = _steps_before(wish, base.optim.steps_before if begun else None, say)
     overrides = config_files.pairs(wish.overrides)
     with exits.restarting(bool(begun)):
@@ -131,30 +117,20 @@ def _steps(config: Config, epochs: float, say: Any) -> int:
 def parse(arguments: Sequence[str]) -> Wish:
     """The command line."""
     parser = cli.Parser("python -m nanojax.sft", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--run", type=cli.path, required=True, help="run folder of the base model")
     parser.add_argument(
         "--data", type=cli.path, required=True, help="folder that python -m nanojax.tasks prepare wrote"
     )
-    parser.add_argument("--out", type=cli.path, required=True, help="run folder to fine-tune in")
-    parser.add_argument("--epochs", type=cli.positive, default=1.0, help="passes over the mixture (1)")
     parser.add_argument(
         "--momenta", choices=["base", "fresh"], help="the optimizer's; default: the base run's if it has any"
     )
-    known, rest = parser.parse_known_args(arguments)
-    if Path(known.run).resolve() == Path(known.out).resolve():
-        raise UserError("--out: is the base run's folder; choose another")
-    config_files.pairs(rest)  # a mistake shows before anything is read
-    run, data, out = (str(Path(folder)) for folder in (known.run, known.data, known.out))  # without a last slash
-    return Wish(run, data, out, known.epochs, known.momenta, rest)
+    a, rest = tuning.parse(parser, arguments)
+    return Wish(a.run, str(Path(a.data)), a.out, a.epochs, a.momenta, rest)
 
 
 def main() -> None:
     """The command."""
     wish = parse(sys.argv[1:])
-    try:
-        training.end_process(functools.partial(config_of, wish))
-    except UserError as error:
-        raise training.as_typed(error, TYPED_AS) from None
+    tuning.train(functools.partial(config_of, wish), "--data")
 
 
 if __name__ == "__main__":

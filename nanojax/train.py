@@ -323,11 +323,6 @@ def end_process(make: Callable[[], Config]) -> NoReturn:
     sys.exit(code)
 
 
-def as_typed(error: UserError, options: dict[str, str]) -> UserError:
-    """The error in the words of a command whose `options` set keys: {"--train.run": "--out"}."""
-    return UserError(functools.reduce(lambda text, key: text.replace(*key), options.items(), str(error)))
-
-
 def _run(make: Callable[[], Config]) -> int:
     """`train` as a process: its exit code; errors are told on stderr."""
     xla.settings()
