@@ -182,8 +182,9 @@ def table(s: Status, now: float) -> str:
     of = f" of {s.steps}" if s.steps else ""
     rows = {"run": f"{s.run}: {s.state}" + (f", last record {ago(s.last_record)}" if s.last_record else "")}
     rows["step"] = f"{s.step}{of}" + (f", {short(s.tokens)} tokens" if s.tokens else "") + f", {s.starts} starts"
-    loss = f"{s.loss:.4f} nats per token" if s.loss is not None else "unknown"
-    rows["loss"] = loss + (f", validation {s.bpb:.4f} bits per byte" if s.bpb is not None else "")
+    if s.loss is not None or s.reward is None:  # a step of rollouts that earned all the same has none
+        loss = f"{s.loss:.4f} nats per token" if s.loss is not None else "unknown"
+        rows["loss"] = loss + (f", validation {s.bpb:.4f} bits per byte" if s.bpb is not None else "")
     if s.reward is not None:
         right = f", {s.accuracy:.1%} of the held-out questions right" if s.accuracy is not None else ""
         rows["reward"] = f"{s.reward:.4f}{right}"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from helpers import chat_tasks, tiny_run
 from helpers.paths import ROOT
 from oracles import numpy_gpt
 
-from nanojax import questions, rl, rollouts, train
+from nanojax import questions, rl, rollouts, status, train
 from nanojax import step as steps
 from nanojax.cli import UserError
 from nanojax.config import Config, Rollouts, override
@@ -27,7 +28,7 @@ from nanojax.engine.choose import Choice
 from nanojax.engine.generate import Calculator
 from nanojax.questions import Question
 from nanojax.rollouts import Rollout
-from nanojax.run import exits, metrics, run_folder
+from nanojax.run import exits, metrics, records, run_folder
 from nanojax.step import optim
 from nanojax.tokenizer import Tokenizer
 
@@ -353,6 +354,18 @@ def test_a_run_says_what_it_did(whole: Path) -> None:
     assert [r["from"] for r in metrics.read(whole, "init")] == [str(whole.parent / "base")]
     config = run_folder.read_config(whole)
     assert config.row == 64 and config.train.tokens_per_step == 4 * 4 * 64 and config.batch_shape == (8, 2, 65)
+
+
+@pytest.mark.long
+def test_status_tells_rewards_and_no_unknown_loss(whole: Path, tmp_path: Path) -> None:
+    """Of a newest step whose answers all earned the same, too, which has no loss."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    lines = (run / records.FILE).read_text().splitlines()
+    table = [json.loads(line) for line in lines]
+    table = [{k: v for k, v in r.items() if k != "loss" or r["kind"] != "train"} for r in table]
+    (run / records.FILE).write_text("".join(json.dumps(r) + "\n" for r in table))
+    shown = status.table(status.status(run), time.time())
+    assert "reward" in shown and "held-out questions right" in shown and "unknown" not in shown
 
 
 def spawned(out: Path, cache: Path) -> subprocess.Popen[str]:
