@@ -108,9 +108,10 @@ class Server(uvicorn.Server):
         """The exit code."""
         host, port = listening.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
-        print(f"http://{where}:{port} (loading)", file=sys.stderr, flush=True)
+        # uvicorn takes signals a moment later, and raises what it has obeyed again in the end: both are ours.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # uvicorn raises a signal again once it has obeyed it
+            signal.signal(number, self.handle_exit)
+        print(f"http://{where}:{port} (loading)", file=sys.stderr, flush=True)
         self.run([listening])
         if self.mistake is not None:
             raise self.mistake

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -75,6 +76,26 @@ def test_a_model_that_was_not_trained_to_chat(run: Path) -> None:
             SimpleNamespace(run=str(folder), dtype=None, step=None, base=base, context=None, rows=1, cache="float")
         )
         assert server.should_exit and said in str(server.mistake) and service.state == "loading"
+
+
+def test_no_signal_is_lost_before_uvicorn_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes right after the address was printed stops the server, which then need not have begun to listen."""
+    service, seen = Service("tiny", Metrics()), []
+    server = command.Server(make(service), service, 1)
+
+    def begins(self: command.Server, sockets: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        seen.append(self.should_exit)
+
+    monkeypatch.setattr(command.Server, "run", begins)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            assert server.serve_until_stopped(listening, threading.Thread()) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [True] and service.closing
 
 
 @pytest.fixture
