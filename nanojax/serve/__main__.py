@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -62,7 +63,12 @@ def main() -> None:
     server = Server(app.make(service), service, a.grace)
     loading = threading.Thread(target=server.load, args=[a], daemon=True)
     loading.start()
-    sys.exit(server.serve_until_stopped(listening, loading))
+    code = server.serve_until_stopped(listening)
+    if loading.is_alive():  # compiled code under way would abort the process when Python takes the thread away
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Server(uvicorn.Server):
@@ -104,7 +110,7 @@ class Server(uvicorn.Server):
             self.mistake = error
             self.should_exit = True
 
-    def serve_until_stopped(self, listening: socket.socket, loading: threading.Thread) -> int:
+    def serve_until_stopped(self, listening: socket.socket) -> int:
         """The exit code."""
         host, port = listening.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def test_no_signal_is_lost_before_uvicorn_takes_them(monkeypatch: pytest.MonkeyP
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            assert server.serve_until_stopped(listening, threading.Thread()) == 0
+            assert server.serve_until_stopped(listening) == 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -142,12 +142,18 @@ def test_stops_when_answers_have_ended(start: Callable[..., tuple[subprocess.Pop
     """Within the grace an answer is finished, and the exit code is 0; so it is without any, and while it loads."""
     process, url = start()
     assert process.stderr and process.stderr.readline().startswith("ready")
-    body = json.dumps({"prompt": "a", "max_tokens": 300}).encode()
-    request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
+    asked = {"prompt": "a", "max_tokens": 300, "stream": True, "stream_options": {"include_usage": True}}
+    request = urllib.request.Request(
+        url + "/v1/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+    )
     with urllib.request.urlopen(request) as reply:
+        assert reply.readline().startswith(b"data: ")  # it is being written
         process.send_signal(signal.SIGINT)
-        assert json.load(reply)["usage"]["completion_tokens"] == 300
+        events = [line for line in reply if line.startswith(b"data: {")]
+    assert json.loads(events[-1][6:])["usage"]["completion_tokens"] == 300
     assert process.wait(30) == 0
-    process, _ = start()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    for seconds in (0, 0.3, 0.7, 1.5):  # while it reads the checkpoint, while it compiles
+        process, _ = start()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
