@@ -18,6 +18,7 @@ try:
     from starlette.applications import Starlette
 
     from nanojax.serve import app, metrics, scheduler
+    from nanojax.serve.connection import Connection
 except ImportError as error:
     if (error.name or "").startswith("nanojax"):
         raise
@@ -77,8 +78,9 @@ class Server(uvicorn.Server):
     def __init__(self, application: Starlette, service: app.Service, grace: int):
         super().__init__(
             uvicorn.Config(
-                application, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
-                timeout_graceful_shutdown=grace + LAST_WORDS, timeout_keep_alive=30, h11_max_incomplete_event_size=65536,
+                application, http=Connection, log_level="warning", access_log=False, server_header=False, lifespan="off",
+                ws="none", timeout_graceful_shutdown=grace + LAST_WORDS, timeout_keep_alive=30,
+                h11_max_incomplete_event_size=65536,
             )
         )  # fmt: skip
         self.service, self.grace = service, grace

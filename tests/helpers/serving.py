@@ -16,6 +16,7 @@ from nanojax import config_rules, model
 from nanojax.engine.choose import Choice
 from nanojax.engine.slots import TOP, Scores, Slots, Written
 from nanojax.serve import app
+from nanojax.serve.connection import Connection
 from nanojax.serve.metrics import Metrics
 from nanojax.serve.scheduler import Scheduler
 from nanojax.tokenizer import Tokenizer
@@ -106,7 +107,9 @@ def service_of(engine: Any, queue: int = 64, tokenizer: Tokenizer = TOKENIZER, *
 @contextlib.contextmanager
 def served(service: app.Service) -> Iterator[str]:
     """The address of a server that runs until the block ends."""
-    config = uvicorn.Config(app.make(service), port=0, log_level="error", lifespan="off", ws="none", access_log=False)
+    config = uvicorn.Config(
+        app.make(service), http=Connection, port=0, log_level="error", lifespan="off", ws="none", access_log=False
+    )
     server = uvicorn.Server(config)
     config.timeout_graceful_shutdown = 5
     thread = threading.Thread(target=server.run, daemon=True)

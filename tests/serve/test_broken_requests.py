@@ -1,5 +1,6 @@
 """Requests that are no requests: never a 500, never a hang, always OpenAI's form of an error; and clients that vanish."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from helpers.serving import TOKENIZER, Scripted, served, service_of
 
+from nanojax.serve import connection
 from nanojax.serve.app import BODY, Service
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -98,6 +100,37 @@ def test_malformed_bodies(url: str, service: Service, count: int) -> None:
             holds(status, reply)
     assert service.scheduler and service.scheduler.idle
     assert post(url + "/v1/completions", json.dumps(TEXT).encode())[0] == 200
+
+
+def test_headers_that_never_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed in time whether nothing comes, a byte at a time, or half of a second request; a body may take
+    longer than headers."""
+    monkeypatch.setattr(connection, "HEADERS", 0.3)
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps(TEXT).encode()
+    whole = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    whole += b"Content-Length: %d\r\n\r\n" % len(body)
+    health = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for first, rest in (
+        (b"", []),
+        (b"", [b"G", b"E", *[b"T"] * 100]),
+        (health, [b"GET /he"]),
+        (whole, [b"", b"", body, b"G"]),
+    ):
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            begin = time.monotonic()
+            client.sendall(first)
+            with contextlib.suppress(OSError):  # closed by the server
+                for part in rest:
+                    time.sleep(0.2)
+                    client.sendall(part)
+            reply = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(65536):
+                    reply += part
+            assert time.monotonic() - begin < 5, rest
+            assert reply.startswith(b"HTTP/1.1 200" if first else b"")
+            assert (b"text_completion" in reply) == (first == whole)
 
 
 def test_deep_and_odd_bodies_say_what_is_wrong(url: str) -> None:
