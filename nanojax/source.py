@@ -15,7 +15,7 @@ from nanojax.config import Config
 from nanojax.conversation import render_for_completion
 from nanojax.data import loader
 from nanojax.data.tokenizer import TRAINED
-from nanojax.evaluate import bpb
+from nanojax.evaluate import bpb, devices
 from nanojax.run import run_folder
 from nanojax.tasks import prepared, stream
 from nanojax.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def _read(config: Config, tokenizer: Tokenizer, answer: Callable[[Any], str]) ->
         rows, tokens = config.train.microbatch, config.eval.tokens
         total = bpb.of_folder(config, state.params, tokenizer, config.data.path, rows, tokens, lambda _: alive())
         asked = config.eval.prompt and config.eval.sample_tokens
-        return total.scores(), answer(state.params) if asked else None
+        return total.scores(), answer(devices.on_each(state.params)[0]) if asked else None
 
     return evaluate
 

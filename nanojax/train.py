@@ -173,12 +173,10 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                         guard.attempt(log, "trace", trace.end, train_step)
                         if started.on_gpu:
                             guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say, True)
-                    model = devices.model_of(state) if mesh else state
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, model, source, log, alive)
+                        guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
                     if run_core:
-                        guard.attempt(log, "CORE", _core, config, model, tokenizer, tasks, log, alive)
-                    del model  # it would keep what the next step is given
+                        guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
                     log.restart_clock(done)
                 if last or stopping:
                     break
@@ -268,7 +266,7 @@ def _core(
     config: Config, state: steps.State, tokenizer: Tokenizer, tasks: list[core.Task], log: metrics.Metrics,
     alive: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Logs CORE, in batches of a microbatch's size, which are known to fit. A signal ends it without a result."""
+    """Logs CORE, in batches of a microbatch's size on each device, which are known to fit. A signal ends it without a result."""
     batch_tokens = config.train.microbatch * config.model.T
     finished = []
     for score in core.evaluate(config, state.params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_a_microbatch_without_supervision_changes_nothing(tiny, tmp_path: Path) 
     )
     for ours, theirs in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)
+
+
+@pytest.mark.slow
+def test_two_devices_tune_as_one(base: Path, tmp_path: Path) -> None:
+    """Losses and evaluations of two devices are those of one to 1e-6, the base's momenta taken over; the same again, resumed."""
+    keys = ("--train.steps=6", "--train.microbatch=1", "--checkpoint.every=3", "--eval.every=3")
+    go = lambda name, n: train.train(sft.config_of(wish(base, tmp_path / name, *keys, f"--parallel.devices={n}")))
+    assert go("one", 1) == go("two", 2) == exits.DONE
+    of = lambda name, kind, key: [r[key] for r in metrics.read(tmp_path / name, kind)]
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "bpb")):
+        np.testing.assert_allclose(of("two", kind, key), of("one", kind, key), rtol=1e-6)
+    assert of("two", "sample", "text") == of("one", "sample", "text")
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / run_folder.CHECKPOINTS / "6")
+    assert go("again", 2) == exits.DONE
+    tiny_run.assert_same_run(tmp_path / "two", tmp_path / "again")
 
 
 def test_resume_is_bit_exact(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

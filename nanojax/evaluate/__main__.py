@@ -13,7 +13,7 @@ from rich.table import Table
 
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
-from nanojax.evaluate import bpb, chat, core, figures, likelihood, problems, published
+from nanojax.evaluate import bpb, chat, core, devices, figures, likelihood, problems, published
 from nanojax.evaluate.subject import Subject, add_arguments, load
 from nanojax.run.tensorboard import Board
 from nanojax.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ EXAMPLES = """\
   python -m nanojax.evaluate --run=runs/d32 --eval=core --bundle=eval_bundle --max-per-task=500
   python -m nanojax.evaluate --run=runs/demo --eval=bpb --text=book.txt --text='more/*.jsonl.zst' --by=source
   python -m nanojax.evaluate --run=runs/d24-chat --eval=chat --source=texts/chat                      ChatCORE
+  python -m nanojax.evaluate --run=runs/d24-chat --eval=chat --devices=all                 on all cards together
   python -m nanojax.evaluate --run=runs/d24-chat --eval=chat --tasks=gsm8k,spelling,sums --max-per-task=100
   python -m nanojax.evaluate --hf=nanochat-d32 --eval=core,sample --bundle=eval_bundle --out=runs/nanochat-d32
 Results go to <run>/evals and to TensorBoard; those of --hf are only printed unless there is --out. --hf takes a folder
@@ -148,9 +149,9 @@ def _data_folder(subject: Subject, given: str | None) -> str:
 
 def _run_sample(subject: Subject, a: argparse.Namespace, console: Console, board: Board | None) -> None:
     prompts = a.prompt or PROMPTS
-    config, params, tokenizer = subject.config, subject.params, subject.tokenizer
-    tokens = a.tokens or SAMPLE_TOKENS
-    texts = [sample.text(config, params, tokenizer, p, tokens, temperature=0.0)[0] for p in prompts]
+    config, tokenizer, tokens = subject.config, subject.tokenizer, a.tokens or SAMPLE_TOKENS
+    write = lambda params, prompt: sample.text(config, params, tokenizer, prompt, tokens, temperature=0.0)[0]
+    texts = list(devices.by_turns(write, prompts, subject.params))
     for text in texts:
         console.print(f"· {text}")
     if subject.out:
@@ -225,7 +226,7 @@ def _parser() -> cli.Parser:
         "--eval", help=f"what to do, joined by commas: {', '.join(KINDS)}; default: sample, and bpb where there is text"
     )
     add("--out", type=cli.path, help="results go to OUT/evals; default: the run folder, nowhere with --hf")
-    add("--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)")
+    add("--batch-tokens", type=int, help="tokens that go through the model together on a device (8192, on a CPU 2048)")
     add(
         "--max-per-task",
         type=int,
@@ -270,7 +271,7 @@ def main() -> None:
     xla.configure()
     a.batch_tokens = a.batch_tokens or likelihood.default_tokens()
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    subject = load(a.run, a.hf, a.dtype, a.step, a.out)
+    subject = load(a.run, a.hf, a.dtype, a.step, a.out, a.devices)
     console.print(f"{subject.name}, step {subject.step}: {subject.config.model.parameters:,} parameters")
     where = subject.config.data.path
     if a.default and not (a.text or a.data or (where and (Path(where) / "tokenizer").is_dir())):

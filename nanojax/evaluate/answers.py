@@ -8,6 +8,7 @@ import numpy as np
 from nanojax.config import Config
 from nanojax.engine.choose import Choice
 from nanojax.engine.generate import Calculator, Decoder, rows_of
+from nanojax.evaluate import devices
 from nanojax.tokenizer import Tokenizer
 
 ROUND = 256  # a cache's length is a multiple of it, so that most tasks share a program
@@ -23,7 +24,7 @@ class Answer(NamedTuple):
 def write(
     config: Config, params: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], tokens: int, rows: int
 ) -> Iterator[list[Answer]]:
-    """The answers in the prompts' order, up to `rows` at a time.
+    """The answers in the prompts' order, up to `rows` at a time on each device.
 
     An answer has at most `tokens` tokens, and as many as the model's sequence leaves. A prompt as long as that has no room.
     """
@@ -31,13 +32,16 @@ def write(
     rows = min(rows, len(prompts))
     fit = [len(prompt) for prompt in prompts if len(prompt) < T]
     length = min(T, -(-(max(fit, default=1) + tokens) // ROUND) * ROUND)  # of every batch's cache
-    for start in range(0, len(prompts), rows):
+
+    def some(params: Any, start: int) -> list[Answer]:
         group = prompts[start : start + rows]
         padded = [*group, *[()] * (rows - len(group))]
         room = [min(tokens, T - len(prompt)) if 0 < len(prompt) < T else 0 for prompt in padded]
         asked = [prompt if new else [tokenizer.bos] for prompt, new in zip(padded, room)]
         written = _written(config, params, tokenizer, asked, room, length)
-        yield [a if new else Answer([], "no_room") for a, new in zip(written[: len(group)], room)]
+        return [a if new else Answer([], "no_room") for a, new in zip(written[: len(group)], room)]
+
+    yield from devices.by_turns(some, range(0, len(prompts), rows), params)
 
 
 def _written(

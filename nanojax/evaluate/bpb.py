@@ -7,7 +7,6 @@ before it in its row. The rows do not depend on the batch size, so neither does 
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -15,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nanojax import model
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.data import loader, text
+from nanojax.evaluate import devices
 from nanojax.tasks import prepared, stream
 from nanojax.tokenizer import Tokenizer
 
@@ -106,7 +105,7 @@ def conversation_rows(folder: str | os.PathLike, T: int) -> Iterator[Row]:
         yield Row(tokens, supervised[1:] - 1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@devices.by_rows
 def _losses(config: Config, params: Any, tokens_BT1: jax.Array) -> jax.Array:
     return model.token_losses(config, params, tokens_BT1)
 
@@ -121,7 +120,7 @@ def measure(
 
     Args:
       bytes_V: int32, the tokenizer's bytes_per_token(): 0 for special tokens.
-      batch: rows that go through the model together; the last batch is padded with rows that do not count.
+      batch: rows that go through the model together on each device; the last batch is padded with rows that do not count.
     """
     totals: dict[int, Total] = {}
     done = 0
@@ -140,7 +139,7 @@ def measure(
         if progress:
             progress(done)
 
-    iterator = iter(rows)
+    iterator, batch = iter(rows), batch * devices.count(params)
     while group := list(itertools.islice(iterator, batch)):
         tokens = np.stack([row.tokens for row in group])
         source = np.stack([row.source for row in group])
@@ -148,7 +147,7 @@ def measure(
             fill = ((0, batch - len(group)), (0, 0))
             tokens = np.pad(tokens, fill)
             source = np.pad(source, fill, constant_values=-1)
-        ahead = _losses(config, params, jnp.asarray(tokens)), tokens, source
+        ahead = _losses(config, params, tokens), tokens, source
         if pending is not None:  # read one batch late, so that the device never waits
             add(*pending)
         pending = ahead

@@ -33,8 +33,8 @@ class Options:
       words: text with the words to spell; None = those that the tokenizer learnt.
       limit: problems of each task, the first N; 0 = all.
       tokens: of an answer at most.
-      rows: answers that are written together.
-      batch_tokens: of multiple choice, tokens that go through the model together.
+      rows: answers that are written together on each device.
+      batch_tokens: of multiple choice, tokens that go through the model together on each device.
     """
 
     source: Path
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chat: folder with the tasks, from `python -m nanojax.tasks download` (%(default)s)")  # fmt: skip
     add("--words", type=cli.path, metavar="FILE",
         help="chat: text with the words to spell and count, as in `tasks prepare`; default: the tokenizer's")  # fmt: skip
-    add("--rows", type=int, default=16, help="chat: answers that are written together (%(default)s)")
+    add("--rows", type=int, default=16, help="chat: answers that are written together on a device (%(default)s)")
 
 
 def names_of(text: str | None) -> tuple[str, ...]:

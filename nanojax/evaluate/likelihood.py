@@ -19,11 +19,12 @@ import numpy as np
 
 from nanojax import model, weights
 from nanojax.config import Config
+from nanojax.evaluate import devices
 
 F32 = jnp.float32
 TOKENS, CPU_TOKENS = 8192, 2048  # of a batch; on a CPU, larger ones fall out of its cache
 COMPILATION = 16_384  # tokens that go through a d4 on two CPU cores meanwhile: 2 to 4 s
-HEAD_CHUNK = 256  # positions whose logits exist at one time: 64 MiB at V = 65,536
+HEAD_CHUNK = 256  # positions whose logits exist at one time on a device: 64 MiB at V = 65,536
 
 
 class Request(NamedTuple):
@@ -96,7 +97,7 @@ def _attend(q_BQNH, k_BUNH, v_BUNH, allowed_BQU, scale):
     return jnp.einsum("bnqk,bknh->bqnh", p, v_BUNH, preferred_element_type=F32).astype(q_BQNH.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@devices.by_rows
 def _hidden(
     config: Config,
     params: model.Params,
@@ -144,7 +145,7 @@ def _pick(x_BU: jax.Array, at_BP: jax.Array) -> jax.Array:
     return x_BU[jnp.arange(len(x_BU))[:, None], at_BP]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@devices.by_rows
 def _head(config: Config, head: Any, x_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     """nats [C] f32 and argmax hits [C] bool of `targets_C` after the last block's outputs `x_CD`."""
     logits = model.head(config, {"head": head}, x_CD)
@@ -156,11 +157,13 @@ def _heads(config: Config, head: Any, places: Iterable[tuple[np.ndarray, np.ndar
     """nats and hits of all targets of all `places` (outputs [n,D], targets [n]), in their order."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     pending: tuple[int, Any] | None = None
+    share = devices.count(head)
+    chunk = share * HEAD_CHUNK
 
     def flush(x_nD: np.ndarray, targets_n: np.ndarray) -> None:
         nonlocal pending
         n = len(x_nD)
-        C = min(HEAD_CHUNK, 1 << max(4, (n - 1).bit_length()))
+        C = share * min(HEAD_CHUNK, 1 << max(4, (-(-n // share) - 1).bit_length()))
         result = _head(config, head, np.pad(x_nD, ((0, C - n), (0, 0))), np.pad(targets_n, (0, C - n)))
         if pending is not None:  # read one chunk late, so that the device never waits
             found.append(_read(*pending))
@@ -170,9 +173,9 @@ def _heads(config: Config, head: Any, places: Iterable[tuple[np.ndarray, np.ndar
     for x_nD, targets_n in places:
         xs = np.concatenate([xs.astype(x_nD.dtype), x_nD])
         targets = np.concatenate([targets, targets_n])
-        while len(xs) >= HEAD_CHUNK:
-            flush(xs[:HEAD_CHUNK], targets[:HEAD_CHUNK])
-            xs, targets = xs[HEAD_CHUNK:], targets[HEAD_CHUNK:]
+        while len(xs) >= chunk:
+            flush(xs[:chunk], targets[:chunk])
+            xs, targets = xs[chunk:], targets[chunk:]
     if len(xs):
         flush(xs, targets)
     if pending is not None:
@@ -193,7 +196,7 @@ def bucket(length: int, least: int) -> int:
 
 
 class _Shape(NamedTuple):
-    """What a batch is padded to: rows, tail, trunk, needed places a row. One compilation each."""
+    """What a batch is padded to: rows of each device, tail, trunk, needed places a row. One compilation each."""
 
     B: int
     S: int
@@ -210,8 +213,8 @@ class _Batch(NamedTuple):
     arrays: tuple[np.ndarray, ...]
 
 
-def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape) -> _Batch:
-    B, S, T, P = shape
+def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape, share: int) -> _Batch:
+    B, S, T, P = share * shape.B, *shape[1:]
     trunk, tail = np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
     branch, position, before = np.full((B, S), -1, np.int32), np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
     length, at = np.ones(B, np.int32), np.zeros((B, P), np.int32)
@@ -225,8 +228,8 @@ def _batch(rows: Sequence[_Row], members: list[int], shape: _Shape) -> _Batch:
     return _Batch(members, (trunk, tail, branch, position, before, length, at))
 
 
-def batches(rows: Sequence[_Row], tokens: int, wasted: dict[_Shape, float]) -> Iterator[_Batch]:
-    """Rows sorted by length into padded batches of about `tokens` tokens (at least one row), the longest first.
+def batches(rows: Sequence[_Row], tokens: int, share: int, wasted: dict[_Shape, float]) -> Iterator[_Batch]:
+    """Rows sorted by length into padded batches, the longest first: about `tokens` tokens (at least one row) of each device.
 
     `wasted`, kept from call to call, says which shapes are compiled and how many tokens their lack has cost.
     """
@@ -236,16 +239,16 @@ def batches(rows: Sequence[_Row], tokens: int, wasted: dict[_Shape, float]) -> I
         n, (S, T, P) = 1, shapes[order[0]]
         for i in order[1:]:
             wider = max(S, shapes[i][0]), max(T, shapes[i][1]), max(P, shapes[i][2])
-            if bool(S) != bool(shapes[i][0]) or (n + 1) * sum(wider[:2]) > tokens:
+            if bool(S) != bool(shapes[i][0]) or n >= share * max(1, tokens // sum(wider[:2])):
                 break
             n, (S, T, P) = n + 1, wider
         members, order = order[:n], order[n:]
-        B = min(max(1, tokens // (S + T)), 1 << (n - 1).bit_length())
-        yield _batch(rows, members, _compiled(_Shape(B, S, T, P), wasted))
+        B = min(max(1, tokens // (S + T)), 1 << (-(-n // share) - 1).bit_length())
+        yield _batch(rows, members, _compiled(_Shape(B, S, T, P), wasted), share)
 
 
 @functools.cache
-def _wasted(config: Config, backend: str) -> dict[_Shape, float]:
+def _wasted(config: Config, backend: str, share: int) -> dict[_Shape, float]:
     """`batches`' memory, as long-lived as jit's: later scorers of other parameters find the same shapes compiled."""
     return {}
 
@@ -276,17 +279,18 @@ def default_tokens() -> int:
 
 
 def scorer(config: Config, params: Any, tokens: int | None = None) -> Callable[[Sequence[Request]], list[list[Answer]]]:
-    """The function requests -> one Answer per branch, in order, on these parameters; about `tokens` tokens a batch.
+    """The function requests -> one Answer per branch, in order, on these parameters; about `tokens` tokens a batch and device.
 
     `tokens` None: `default_tokens`. Equal branches of a request are scored once, so that they tie exactly.
     """
     tokens = tokens or default_tokens()
-    wasted = _wasted(config, jax.default_backend())
+    share = devices.count(params)
+    wasted = _wasted(config, jax.default_backend(), share)
 
     def places(rows: Sequence[_Row], order: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What the head needs of each batch; `order` receives the rows in the same order."""
         pending: tuple[_Batch, jax.Array] | None = None
-        for batch in [*batches(rows, tokens, wasted), None]:
+        for batch in [*batches(rows, tokens, share, wasted), None]:
             ahead = (batch, _hidden(config, params, *batch.arrays)) if batch else None
             if pending is not None:  # read one batch late, so that the device never waits
                 members, x_BPD = pending[0].members, np.asarray(pending[1])

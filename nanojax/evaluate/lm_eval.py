@@ -14,7 +14,7 @@ from typing import Any
 from nanojax import cli, files, sample, xla
 from nanojax.cli import UserError, run_main
 from nanojax.config import Config
-from nanojax.evaluate import likelihood, subject
+from nanojax.evaluate import devices, likelihood, subject
 from nanojax.evaluate.likelihood import Request
 from nanojax.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class NanojaxLM(LM):
 
     def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, batch_tokens: int | None = None):
         super().__init__()
-        self.config, self.params, self.tok = config, params, tokenizer
+        self.config, self.params, self.tok = config, devices.on_each(params)[0], tokenizer
         self.score = likelihood.scorer(config, params, batch_tokens)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="examples of each task, the first N; default: all")
     parser.add_argument("--shots", type=int, help="few-shot examples; default: as the task says")
     parser.add_argument(
-        "--batch-tokens", type=int, help="tokens that go through the model together (8192, on a CPU 2048)"
+        "--batch-tokens", type=int, help="tokens that go through the model together on a device (8192, on a CPU 2048)"
     )
     parser.add_argument("--out", type=cli.path, help="file for the results as JSON")
     a = parser.parse_args()
@@ -160,7 +160,7 @@ def main() -> None:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks: the harness knows no {', '.join(unknown)}; add your own with --include=FOLDER")
-    found = subject.load(a.run, a.hf, a.dtype, a.step)
+    found = subject.load(a.run, a.hf, a.dtype, a.step, number=a.devices)
     adapter = NanojaxLM(found.config, found.params, found.tokenizer, a.batch_tokens)
     outcome = simple_evaluate(model=adapter, tasks=names, task_manager=manager, limit=a.limit, num_fewshot=a.shots)
     results = {task: {k: v for k, v in r.items() if k != "alias"} for task, r in (outcome or {})["results"].items()}

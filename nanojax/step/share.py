@@ -72,28 +72,29 @@ class Share(NamedTuple):
     def met(self, table: weights.Table, totals: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the whole step from each device's own sums: of its layers and rows, and whole where a weight is small.
 
-        One array after the other, so that no second copy of the sums exists.
+        One array after the other, and none that has been met is kept, so that no second copy of the sums exists.
         """
         if not self.several:
             return totals
-        met: dict[str, Any] = {}
-        for name in sorted(totals):
-            total = totals[name]
-            if table[name].use == "layer":
-                parts: list[Any] = [tuple(total[i] if i < len(total) else jnp.zeros_like(total[0]) for i in each)
-                                    for each in self._places(len(total))]  # fmt: skip
-                meet: Any = lambda part: lax.psum_scatter(jnp.stack(part), AXIS)
-            elif self.divides(table[name]):
-                parts = list(total) if isinstance(total, tuple) else [total]
-                meet = lambda part: lax.psum_scatter(self.padded(part), AXIS, tiled=True)
-            else:
-                parts, meet = [total], self.summed
-            done: list[jax.Array] = []
-            for part in parts:
-                totals, met, part, done = lax.optimization_barrier((totals, met, part, done))
-                done.append(meet(part))
-            met[name] = tuple(done) if isinstance(total, tuple) else done[0]
-        return met
+        meetings = [(name, *each) for name in sorted(totals) for each in self._meetings(table[name], totals[name])]
+        names, left, ways = ([*column] for column in zip(*meetings))
+        met: dict[str, list[jax.Array]] = {name: [] for name in names}
+        for name, meet in zip(names, ways):
+            left, met = lax.optimization_barrier((left, met))
+            part, *left = left
+            met[name].append(meet(part))
+        return {name: tuple(done) if isinstance(totals[name], tuple) else done[0] for name, done in met.items()}
+
+    def _meetings(self, weight: weights.Weight, total: Any) -> list[tuple[Any, Any]]:
+        """The arrays of a weight's sums that meet at one time, and how."""
+        arrays = total if isinstance(total, tuple) else (total,)
+        if not self.divides(weight):
+            return [(a, self.summed) for a in arrays]
+        if weight.use != "layer":
+            return [(a, lambda rows: lax.psum_scatter(self.padded(rows), AXIS, tiled=True)) for a in arrays]
+        layer = lambda i: total[i] if i < len(total) else jnp.zeros_like(total[0])
+        scattered = lambda layers: lax.psum_scatter(jnp.stack(layers), AXIS)
+        return [([layer(i) for i in each], scattered) for each in self._places(len(total))]
 
     def divides(self, weight: weights.Weight) -> bool:
         """Whether devices update parts of the weight. The few numbers outside layers and tables are updated by each."""

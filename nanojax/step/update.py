@@ -27,7 +27,7 @@ def apply_all(
 ) -> tuple[Params, Opt, Arrays]:
     """(params, opt, accumulators) after every weight's optimizer has seen scale*total.
 
-    Accumulators come back as zeros; those that are momenta become the optimizer's.
+    Accumulators come back as zeros, or not at all where the state has none; those that are momenta become the optimizer's.
 
     Args:
       share: what this device updates, if it is one of several: `totals` and state.opt have its own layers and rows only.
@@ -101,6 +101,8 @@ def _update_layers(
     new = tuple(at(stack, k) for k in range(len(weight.layers)))
     if into_momentum:
         return new, opt, totals
+    if not state.accum:  # its zeros would be those that the sums began with, kept until here (d32: 96 MiB)
+        return new, opt, ()
     new, opt, totals = lax.optimization_barrier((new, opt, totals))
     return new, opt, jax.tree.map(jnp.zeros_like, totals)
 

@@ -31,8 +31,11 @@ def cut_after(whole: Path, run: Path, step: int) -> Path:
 
 
 def test_goes_on_with_any_number(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """12 steps of two devices have the losses of one (1e-6) and its data position. From step 6 on, two devices again are bit for
-    bit the whole run; one device and `all` say that they are not, and stay within 1e-6."""
+    """12 steps of two devices have the losses and evaluations of one (1e-6) and its data position.
+
+    From step 6 on, two devices again are bit for bit the whole run; one device and `all` say that they are not, and stay
+    within 1e-6.
+    """
     go = lambda name, devices: train.train(
         tiny_run.load(home / "tiny.py", tmp_path / name, parallel__devices=devices, **KEPT)
     )
@@ -40,6 +43,9 @@ def test_goes_on_with_any_number(home: Path, tmp_path: Path, capsys: pytest.Capt
         assert go(name, devices) == 0
     one, two = tmp_path / "one", tmp_path / "two"
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-6)
+    measured = lambda run: [r["bpb"] for r in metrics.read(run, "eval")]
+    np.testing.assert_allclose(measured(two), measured(one), rtol=1e-6)
+    assert len(measured(two)) == 3
     assert tiny_run.saved(two)[2] == tiny_run.saved(one)[2]
     assert tiny_run.saved(two)[1].keys() == {k for k in tiny_run.saved(one)[1] if not k.startswith(".accum")}
     capsys.readouterr()
