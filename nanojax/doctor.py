@@ -25,9 +25,10 @@ def main() -> None:
     parser.add_argument("--config", help="name or path of a config; any --section.key=value overrides it")
     parser.add_argument("--json", action="store_true", help="print the facts and the lines as JSON, and nothing else")
     a, rest = parser.parse_known_args()
-    if rest and not a.config:
-        raise cli.UserError(f"{rest[0]}: no such option; keys of a config need --config")
-    config = config_files.load(a.config, rest) if a.config else None
+    if rest and a.config is None:
+        needs = "; keys of a config need --config" if "." in rest[0].split("=")[0] else "; see --help"
+        raise cli.UserError(f"{rest[0]}: no such option{needs}")
+    config = config_files.load(a.config, rest) if a.config is not None else None
     found = facts.gather(folder=Path(config.train.run if config else "runs"), probe=facts.ask_jax)
     need = None
     if config:

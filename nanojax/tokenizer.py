@@ -156,7 +156,7 @@ class Tokenizer:
             return tokenizer
         except FileNotFoundError:
             raise UserError(
-                f"{path}: no tokenizer there; make one with `python -m nanojax.data tokenizer --out={path.parent}`"
+                f"{path}: no tokenizer there; `python -m nanojax.data tokenizer --input TEXTS --out={path.parent}` makes one"
             ) from None
         except UserError:
             raise

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ CONTEXT_GIB = 0.7
 
 
 ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"  # jax's name for it; unset: "default"
+ALLOCATORS = ("default", "cuda_async", "bfc", "platform", "vmm")
 
 
 def configure() -> str | None:
@@ -138,11 +139,17 @@ def settings() -> None:
 
     Turns XLA's rematerialisation pass off, keeps compiled programs in the user's cache folder, and silences orbax: what it
     logs in hundreds of lines it also raises.
+
+    Raises:
+      UserError: an environment variable for the GPU's memory says what jax does not take.
     """
     import jax
 
+    if gpu_expected():
+        check_memory_variables(os.environ)
+
     jax.config.update("jax_compiler_enable_remat_pass", False)  # see no_remat_pass
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+    if not getattr(jax.config, "jax_compilation_cache_dir", None) and cache_usable():
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -152,16 +159,18 @@ def start() -> str | None:
     """Starts jax's default device, with all free memory of a GPU for XLA (jax's default is 75 %).
 
     Returns:
-      A line that says how much memory XLA may use; None without an NVIDIA GPU.
+      A line that says how much memory XLA may use; None where it computes on the CPU.
 
     Raises:
-      UserError: JAX_PLATFORMS asks for a device that is not there.
+      UserError: JAX_PLATFORMS asks for a device that is not there, or jax does not find the GPU that is.
     """
+    import jax
+
     memory = share_memory()
     if not hardware.nvidia_driver():
         keep_freed_memory()
     start_device()
-    return memory
+    return memory if jax.default_backend() == "gpu" else None
 
 
 def keep_freed_memory() -> None:
@@ -184,9 +193,30 @@ _ONE_HEAP = {-8: 1, -4: 0, -1: 2**31 - 1}
 
 def gpu_expected() -> bool:
     """Whether jax will compute on an NVIDIA GPU here, as far as can be said before it starts one."""
-    wanted = os.environ.get("JAX_PLATFORMS", "")
+    wanted, visible = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
     asked = not wanted or wanted.split(",")[0] in ("cuda", "gpu")
-    return asked and hardware.nvidia_driver() and cuda_compiler_installed()
+    return asked and not hides_all(visible) and hardware.nvidia_driver() and cuda_compiler_installed()
+
+
+def hides_all(visible: str | None) -> bool:
+    """Whether this value of CUDA_VISIBLE_DEVICES leaves no GPU to CUDA."""
+    return visible is not None and (not visible.strip() or visible.strip().startswith("-1"))
+
+
+def check_memory_variables(environ: Mapping[str, str]) -> None:
+    """UserError for a share of memory or an allocator that jax does not take; it would say so in a traceback, or not at all."""
+    given = [name for name in _FRACTION if name in environ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both set, which jax refuses; unset one")
+    for name in given:
+        try:
+            good = 0 < float(environ[name]) <= 1
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"{name}={environ[name]}: expected a share of the GPU's memory, above 0 and at most 1")
+    if environ.get(ALLOCATOR, "default").lower() not in ALLOCATORS:
+        raise UserError(f"{ALLOCATOR}={environ[ALLOCATOR]}: expected one of {', '.join(ALLOCATORS)}")
 
 
 def use_allocator(name: str) -> None:
@@ -199,7 +229,7 @@ def use_allocator(name: str) -> None:
 
 
 def start_device() -> None:
-    """Starts jax's default device. UserError where JAX_PLATFORMS asks for one that is not there."""
+    """Starts jax's default device. UserError where JAX_PLATFORMS asks for one that is not there, or a GPU is not found."""
     import jax
 
     wanted = os.environ.get("JAX_PLATFORMS", "")
@@ -211,11 +241,14 @@ def start_device() -> None:
             raise RuntimeError("no NVIDIA driver")
         jax.devices()
     except Exception as error:  # of several types, an AssertionError among them
-        raise UserError(
-            f"{asked}: no such device here ({first_line(error)}); unset JAX_PLATFORMS, or set cpu"
-        ) from None
+        why = f" ({first_line(error)})" if str(error).strip() else ""
+        raise UserError(f"{asked}: no such device here{why}; unset JAX_PLATFORMS, or set cpu") from None
     finally:
         log.disabled = before
+    if gpu_expected() and jax.default_backend() != "gpu":
+        raise UserError(
+            "jax does not find this machine's GPU; python -m nanojax.doctor says why; JAX_PLATFORMS=cpu computes on the CPU"
+        )
 
 
 def user_cache() -> Path:
@@ -224,6 +257,14 @@ def user_cache() -> Path:
         return Path(given) / "nanojax"
     home = os.path.expanduser("~")
     return Path(home) / ".cache" / "nanojax" if home != "~" else Path(tempfile.gettempdir()) / f"nanojax-{os.getuid()}"
+
+
+def cache_usable() -> bool:
+    """Whether files can be written in the user's cache; asked of the nearest folder that is there."""
+    folder = user_cache()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def share_memory() -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanojax import hardware, xla
+from nanojax.cli import UserError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -64,6 +65,48 @@ def test_a_device_that_is_not_there_is_one_line(platform: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and f"JAX_PLATFORMS={platform}: no such device here" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+HIDDEN = "import nanojax, jax; from nanojax import cli, hardware, xla; hardware.nvidia_driver = lambda *_: True; "
+
+
+def test_a_gpu_that_jax_does_not_find_is_one_line() -> None:
+    """With a driver and the plugin a run does not go on quietly on the CPU, unless the CPU or no GPU was asked for."""
+    code = HIDDEN + "xla.cuda_compiler_installed = lambda: True; cli.run_main(xla.configure)"
+    here = {"JAX_PLATFORMS": ""}
+    done = run("import os, jax; jax.config.update('jax_platforms', 'cpu');" + code, **here)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        "error: jax does not find this machine's GPU"
+    )
+    for chosen in ({"JAX_PLATFORMS": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}):
+        done = run("import jax; jax.config.update('jax_platforms', 'cpu');" + code, **(here | chosen))
+        assert done.returncode == 0, (chosen, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "abc"}, "XLA_PYTHON_CLIENT_MEM_FRACTION=abc: expected a share"),
+        ({"XLA_CLIENT_MEM_FRACTION": "2"}, "at most 1"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0"}, "above 0"),
+        ({"XLA_CLIENT_MEM_FRACTION": "nan"}, "above 0"),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, "unset one"),
+        ({xla.ALLOCATOR: "nonsense"}, "expected one of default, cuda_async"),
+    ],
+)
+def test_wrong_memory_variables(environ: dict[str, str], said: str) -> None:
+    """Each is named before jax starts; what jax takes is not."""
+    with pytest.raises(UserError, match=said):
+        xla.check_memory_variables(environ)
+    xla.check_memory_variables({"XLA_CLIENT_MEM_FRACTION": "0.9", xla.ALLOCATOR: "cuda_async"})
+
+
+def test_a_cache_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file in its place is seen, so that jax is not told to write there."""
+    (tmp_path / "file").touch()
+    for folder, usable in (("file", False), ("file/deep", False), ("new/deep", True)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+        assert xla.cache_usable() is usable, folder
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

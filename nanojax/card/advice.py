@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from nanojax import hardware
 from nanojax.card.facts import Facts
 from nanojax.hardware import GIB
-from nanojax.xla import CONTEXT_GIB
+from nanojax.xla import CONTEXT_GIB, hides_all
 
 Level = Literal["ok", "warning", "problem"]
 # The oldest Linux driver that runs each CUDA's minor versions (NVIDIA, CUDA compatibility, table of minor versions).
@@ -89,8 +89,11 @@ def _card(f: Facts) -> Iterator[Line]:
         if f.card not in {card.name for card in hardware.CARDS.values()}:
             text = "not a card that the planner knows: speeds are not modelled; a line in nanojax/hardware.py adds it"
             yield Line("warning", "card", text)
-    if f.visible is not None and f.driver_loaded and (not f.visible.strip() or f.visible.startswith("-1")):
+    if f.driver_loaded and hides_all(f.visible):
         yield Line("problem", "card", "CUDA_VISIBLE_DEVICES hides every GPU; unset it")
+    elif f.visible and f.driver_loaded and not f.card and f.nvml_error:
+        text = f"CUDA_VISIBLE_DEVICES={f.visible} may name no GPU of this machine; nvidia-smi -L lists them"
+        yield Line("problem", "card", text)
 
 
 def _nvml(f: Facts) -> Iterator[Line]:
@@ -150,7 +153,8 @@ def _memory(f: Facts) -> Iterator[Line]:
             yield Line("ok", "memory", text)
     if f.display:
         text = (
-            "a display is attached, whose desktop takes 0.3 to 1 GiB; a text console or another GPU for it frees that"
+            "a display is attached, whose desktop takes 0.3 to 1 GiB; a text console (on Linux with systemd: sudo systemctl "
+            "isolate multi-user.target) or another GPU for it frees that"
         )
         yield Line("ok", "display", text)
 
@@ -264,7 +268,11 @@ def _wsl(f: Facts) -> Iterator[Line]:
 def _started(f: Facts) -> Iterator[Line]:
     if f.jax_error:
         advice = "run nvidia-smi; restart the machine if that fails too"
-        if f.wsl2:
+        if "XLA_FLAGS" in f.jax_error:
+            advice = "unset XLA_FLAGS, or mend what it says"
+        elif "Unknown backend" in f.jax_error or "unknown backend" in f.jax_error:
+            advice = f"JAX_PLATFORMS={f.jax_platforms} names no device that jax knows; unset it"
+        elif f.wsl2:
             advice = "in Windows run: wsl --shutdown, then try again; update Windows' driver if it stays"
         elif not f.driver_loaded and {"cuda", "gpu"} & set(f.jax_platforms.split(",")):
             advice = f"JAX_PLATFORMS={f.jax_platforms}, but there is no NVIDIA GPU with a driver here; unset it"

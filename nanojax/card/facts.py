@@ -93,12 +93,11 @@ def gather(
     found: dict[str, Any] = {"system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
     found["wsl2"] = bool(_try(lambda: "microsoft" in (root / "proc/version").read_text().lower(), False))
     found |= _memory(root) | _disk(folder)
-    found["cache_writable"] = _try(_cache_writable)
+    found["cache_writable"] = _try(xla.cache_usable)
     found["driver_loaded"] = hardware.nvidia_driver(root)
     found["nvidia_device"] = found["driver_loaded"] or bool(_try(lambda: _on_the_bus(root), False))
     if found["driver_loaded"]:
-        index = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        found |= _from_nvml(nvml, int(index) if index.isdigit() else 0)
+        found |= _from_nvml(nvml, environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
         if not found.get("card") or not found.get("driver"):
             found |= {k: v for k, v in (_try(lambda: _from_smi(smi)) or {}).items() if not found.get(k)}
     versions = dict(_try(packages) or {})
@@ -163,14 +162,6 @@ def _disk(folder: Path) -> dict[str, int | None]:
     return {"disk_free": free, "disk_files": counts.f_favail if counts and counts.f_files else None}
 
 
-def _cache_writable() -> bool:
-    """Whether compiled programs and choices can be kept; asked of the nearest folder that is there."""
-    folder = xla.user_cache()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return os.access(folder, os.W_OK)
-
-
 def _on_the_bus(root: Path) -> bool:
     """Whether a display controller of NVIDIA's is on the PCI bus."""
     for device in (root / "sys/bus/pci/devices").iterdir():
@@ -191,8 +182,11 @@ def _libraries(folders: list[Path]) -> tuple[str, ...]:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
-def _from_nvml(nvml: Callable[[], Any], index: int) -> dict[str, Any]:
-    """What NVML answers; each question by itself, because laptops, WSL2 and old drivers answer only some."""
+def _from_nvml(nvml: Callable[[], Any], which: str) -> dict[str, Any]:
+    """What NVML answers; each question by itself, because laptops, WSL2 and old drivers answer only some.
+
+    which: of the GPUs, as CUDA_VISIBLE_DEVICES names it: a number, or the beginning of a UUID; otherwise the first.
+    """
     try:
         n = nvml()
         n.nvmlInit()
@@ -200,13 +194,12 @@ def _from_nvml(nvml: Callable[[], Any], index: int) -> dict[str, Any]:
         return {}  # its module is optional
     except Exception as error:
         return {"nvml_error": _one_line(error)}
-    text = lambda value: value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    out: dict[str, Any] = {"driver": _try(lambda: text(n.nvmlSystemGetDriverVersion()), "")}
+    out: dict[str, Any] = {"driver": _try(lambda: _text(n.nvmlSystemGetDriverVersion()), "")}
     cuda = _try(lambda: int(n.nvmlSystemGetCudaDriverVersion_v2()))
     out["driver_cuda"] = (cuda // 1000, cuda % 1000 // 10) if cuda and 1000 < cuda < 10**6 else None
     try:
-        handle = n.nvmlDeviceGetHandleByIndex(index)
-        out["card"] = text(n.nvmlDeviceGetName(handle))
+        handle = _handle(n, which)
+        out["card"] = _text(n.nvmlDeviceGetName(handle))
     except Exception as error:
         return out | {"nvml_error": _one_line(error)}
     out["capability"] = _try(lambda: tuple(int(v) for v in n.nvmlDeviceGetCudaComputeCapability(handle)))
@@ -227,8 +220,24 @@ def _from_nvml(nvml: Callable[[], Any], index: int) -> dict[str, Any]:
     return out
 
 
+def _handle(n: Any, which: str) -> Any:
+    if which.startswith("GPU-"):
+        for i in range(int(n.nvmlDeviceGetCount())):
+            handle = n.nvmlDeviceGetHandleByIndex(i)
+            if _text(n.nvmlDeviceGetUUID(handle)).startswith(which):
+                return handle
+        raise LookupError(f"no GPU is named {which}")
+    return n.nvmlDeviceGetHandleByIndex(int(which) if which.isdigit() else 0)
+
+
+def _text(value: Any) -> str:
+    """What may be shown of a name: one line of printable characters."""
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value or "")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:100]
+
+
 def _program(pid: int) -> str:
-    name = _try(lambda: Path(f"/proc/{int(pid)}/comm").read_text().strip(), "")
+    name = _try(lambda: _text(Path(f"/proc/{int(pid)}/comm").read_text()), "")
     return name or "a program"
 
 

@@ -33,7 +33,7 @@ def planned(config: Config) -> list[int]:
     state = [_bytes(leaf) for leaf in jax.tree.leaves(steps.abstract_state(config))]
     logits = min(config.compute.loss_chunk, config.train.microbatch * config.row) * config.model.V * 4
     within = steps.accumulator_bytes(config) if config.several else 0
-    return [*state, within + steps.residual_bytes(config) + max(SLACK, logits)]
+    return [*state, within + steps.residual_bytes(config) + steps.operand_bytes(config) + max(SLACK, logits)]
 
 
 def compiled(config: Config, train_step: Any) -> list[int]:

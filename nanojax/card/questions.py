@@ -30,6 +30,7 @@ from nanojax.quant import encode
 from nanojax.step.backward import as_operands, forward_backward
 from nanojax.step.state import accumulators
 
+NO_GPU = "jax does not find the GPU"
 PLAIN = {"rows": "xla", "attention": "chunked", "fused": "off"}
 # rms(difference) / rms(value) of the sums of gradients of two layers, and nats of their loss. bf16 attention in place of f32
 # makes 0.03 (int8 matmuls, width 64, both families), an attention scale off by 10 % 0.13, a scale of rows off by 10 % 0.7.
@@ -206,7 +207,7 @@ def apart_by(got: Any, want: Any) -> float:
 
 
 def _no_gpu(question: str) -> Answer:
-    return Answer(question, False, "jax does not find the GPU; python -m nanojax.doctor says why")
+    return Answer(question, False, NO_GPU)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from nanojax import files, hardware, xla
 from nanojax.card import advice, facts, machine, memory, trial
 from nanojax.card.advice import Line
 from nanojax.card.facts import Facts
-from nanojax.card.questions import PLAIN, Answer
+from nanojax.card.questions import NO_GPU, PLAIN, Answer
 from nanojax.card.trial import Found
 from nanojax.cli import UserError, first_line
 from nanojax.config import Compute, Config, Optim
@@ -76,6 +76,7 @@ def begin(config: Config, run: Path, card: Card = HERE, say: Say = print) -> Sta
             for line in told:
                 say(str(line))
     if not card.here():
+        _check_without_gpu(config)
         return Started(configs.override(config, {f"compute.{key}": value for key, value in kept.items()}))
     config = _lowered(config, earlier, run)
     try:
@@ -83,6 +84,8 @@ def begin(config: Config, run: Path, card: Card = HERE, say: Say = print) -> Sta
     except Exception as error:
         plain = {key: PLAIN[key] for key in PLAIN if getattr(config.compute, key) == "auto"}
         found = Found(plain | kept, lines=(f"the card could not be tried ({first_line(error)}); plain XLA is used",))
+    if any(answer.why == NO_GPU for answer in found.answers):  # what else the trial says follows from that
+        found = dataclasses.replace(found, lines=(f"the card could not be tried ({NO_GPU}); plain XLA is used",))
     config = configs.override(config, {f"compute.{key}": value for key, value in found.choices.items()})
     if xla.ALLOCATOR not in os.environ and found.allocator != "default":
         xla.use_allocator(found.allocator)
@@ -92,6 +95,16 @@ def begin(config: Config, run: Path, card: Card = HERE, say: Say = print) -> Sta
     record |= {"choices": found.choices | {"allocator": found.allocator}, "lines": list(found.lines)}
     record |= {"answers": [answer._asdict() for answer in found.answers]}
     return Started(config, True, record)
+
+
+def _check_without_gpu(config: Config) -> None:
+    """UserError for a choice of compute that only an NVIDIA GPU can make."""
+    here = config.without_gpu().compute
+    for key in PLAIN:
+        if (wanted := getattr(config.compute, key)) != getattr(here, key):
+            raise UserError(
+                f"--compute.{key}={wanted}: needs an NVIDIA GPU, and jax computes on none here; leave it at auto"
+            )
 
 
 def _earlier(run: Path) -> Config | None:
@@ -182,4 +195,4 @@ def load(path: Path) -> Found | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     sound = set(found.choices) == set(PLAIN) and all(v in allowed[k] and v != "auto" for k, v in found.choices.items())
-    return found if sound and found.allocator in ("default", "cuda_async", "bfc", "platform", "vmm") else None
+    return found if sound and found.allocator in xla.ALLOCATORS else None

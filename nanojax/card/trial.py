@@ -61,7 +61,8 @@ def choose(config: Config, ask: Ask, allocators: Sequence[str], known: Found | N
     allocator = trial.allocator(allocators)
     if known is not None:
         others = [line for line in known.lines if not line.startswith("allocator ")]
-        return dataclasses.replace(known, allocator=allocator, lines=(*trial.lines, *others))
+        answers = (*known.answers, *trial.answers)
+        return dataclasses.replace(known, allocator=allocator, lines=(*trial.lines, *others), answers=answers)
     chosen = trial.choices()
     return Found(chosen, allocator, tuple(trial.lines), tuple(trial.answers))
 
@@ -90,9 +91,9 @@ class _Trial:
                 if whys:
                     self.lines.append(f"allocator {self.used} instead of {allowed[0]}: {whys[0]}")
                 return self.used
-            whys.append(f"the planned memory was not to be had ({answer.why})")
+            whys.append(f"the planned memory could not be allocated ({answer.why})")
         self.used = allowed[0]
-        self.lines.append(f"allocator {self.used}: {whys[0]}, nor with another one; fewer residuals may be needed")
+        self.lines.append(f"allocator {self.used}: {whys[0]}, nor by another one; fewer residuals may be needed")
         return self.used
 
     def choices(self) -> dict[str, str]:

@@ -285,7 +285,7 @@ def _tokenizer(folder: str | os.PathLike, vocab: int | None) -> Tokenizer:
         raise UserError("--data.path: is empty; give the folder that `python -m nanojax.data prepare` wrote")
     if not Path(folder).is_dir():
         raise UserError(
-            f"{folder}: no data folder there; make one with `python -m nanojax.data prepare --out={folder}`"
+            f"{folder}: no data folder there; `python -m nanojax.data prepare --input TEXTS --out={folder}` makes one"
         )
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
     if vocab is not None and tokenizer.vocab_size > vocab:

@@ -81,7 +81,7 @@ def find_shards(folder: str | os.PathLike, split: str, fingerprint: str) -> list
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no data folder there; make one with `python -m nanojax.data prepare --out={folder}`"
+            f"{folder}: no data folder there; `python -m nanojax.data prepare --input TEXTS --out={folder}` makes one"
         )
     entries = sorted(entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name))
     shards = [_read(folder / name) for name in entries if name.startswith(split)]

@@ -54,6 +54,23 @@ def test_without_nvml_nvidia_smi_answers(root: Path) -> None:
     assert (seen.watts_limit, seen.watts_default, seen.capability) == (150.0, 200.0, (8, 9)) and not seen.nvml_error
 
 
+def test_which_card(root: Path) -> None:
+    """CUDA_VISIBLE_DEVICES names it by number or by the beginning of its UUID; one that is not there is an error."""
+    library = nvml(
+        nvmlDeviceGetHandleByIndex=lambda i: i, nvmlDeviceGetName=lambda i: f"card\x1b[31m\n{i}", nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetUUID=lambda i: b"GPU-%d5-6" % i,
+    )  # fmt: skip
+    for visible, card in (
+        ("1", "card [31m 1"),
+        ("1,0", "card [31m 1"),
+        ("GPU-15", "card [31m 1"),
+        ("GPU-05-6", "card [31m 0"),
+    ):
+        assert gather(root, nvml=lambda: library, environ={"CUDA_VISIBLE_DEVICES": visible}).card == card
+    absent = gather(root, nvml=lambda: library, smi=raises(OSError()), environ={"CUDA_VISIBLE_DEVICES": "GPU-9"})
+    assert "no GPU is named GPU-9" in absent.nvml_error and not absent.card
+
+
 NOTHING = [raises(NvmlError("x")), raises(OSError("x")), None, "", b"\xff", -1, float("nan"), object(), [None], {}]
 
 

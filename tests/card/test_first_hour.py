@@ -1,5 +1,6 @@
 """The first hour on a card that nobody has tried: whatever is wrong with it, the run trains, and says so in one line."""
 
+import contextlib
 import functools
 import json
 import signal
@@ -13,6 +14,7 @@ from helpers.fake_card import NO_MEMORY, XLA_FAILS, asking, card, facts, off, ra
 
 from nanojax import files, train, xla
 from nanojax.card import machine, start, trial
+from nanojax.card.questions import NO_GPU, Answer
 from nanojax.card.start import Card
 from nanojax.cli import UserError
 from nanojax.run import exits, metrics, run_folder
@@ -137,6 +139,28 @@ def test_a_fault_is_a_line_and_the_run_trains(
         chosen = run_folder.read_config(run).compute
         assert {key: getattr(chosen, key) for key in trial.FAST} == {key: record["choices"][key] for key in trial.FAST}
         assert "auto" not in record["choices"].values()
+
+
+@pytest.mark.parametrize("key", ["rows", "attention"])
+def test_choices_that_need_a_gpu(key: str, home: Path, tmp_path: Path) -> None:
+    """Typed where there is none they are refused in one line, before there is a run folder."""
+    config = tiny_run.load(home / "tiny.py", tmp_path / "run", **SHORT | {f"compute__{key}": trial.FAST[key]})
+    with pytest.raises(UserError, match=f"--compute.{key}={trial.FAST[key]}: needs an NVIDIA GPU"):
+        train.train(config, card=card(here=lambda: False))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_card_that_jax_does_not_find(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The trial tells that alone, not what would follow from it: no allocator, no residuals."""
+    config = tiny_run.load(home / "tiny.py", tmp_path / "run", **SHORT)
+    none = card(lambda config: contextlib.nullcontext(lambda question, _: Answer(question, False, NO_GPU)))
+    assert start.begin(config, tmp_path / "run", none).config.compute.rows == "xla"
+    out = capsys.readouterr().out
+    assert (
+        "the card could not be tried (jax does not find the GPU)" in out
+        and "residuals" not in out
+        and "allocator" not in out
+    )
 
 
 def test_there_are_thirty() -> None:
