@@ -314,6 +314,8 @@ def main() -> None:
     todo.sort(key=lambda t: t[0] == "step" and t[1] != a.config[0])
     for _, name in todo:
         load(a, name)  # reports mistakes before anything is measured
+    if a.out:
+        a.out.open("a").close()
     seen = Facts() if a.tiny else facts.gather()
     of_run = machine.described(load(a, todo[0][1]), seen)
     out: dict[str, Any] = {"machine": of_run, "command": sys.argv[1:], "parts": {}}
