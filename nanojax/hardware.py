@@ -144,9 +144,9 @@ def _plain(name: str) -> str:
 
 
 def card_of_config(config_name: str) -> Card:
-    """The card in a config's name (depth_hardware): the longest key that it contains, or the RTX 4070 if none."""
+    """The card in a config's name (depth_hardware, or depth_2xhardware): the longest key in it, or the RTX 4070 if none."""
     tails = {key.removeprefix("rtx"): card for key, card in CARDS.items()}
-    inside = [tail for tail in tails if re.search(rf"(^|_)(rtx)?{tail}(_|$)", config_name)]
+    inside = [tail for tail in tails if re.search(rf"(^|_)(\d+x)?(rtx)?{tail}(_|$)", config_name)]
     return tails[max(inside, key=len)] if inside else CARDS["rtx4070"]
 
 

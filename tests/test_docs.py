@@ -18,7 +18,9 @@ from nanojax import config_files, config_rules, step
 PACKAGE = ROOT / "nanojax"
 SOURCES = sorted(p for folder in ("nanojax", "configs", "scripts", "tests") for p in (ROOT / folder).rglob("*.py"))
 PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
-PLAN = re.compile(r"^plan \(\w+\): peak ([\d.]+) GiB, ([\d.]+)(k?) tok/s modelled, ([\d.]+) (days|hours)$", re.M)
+PLAN = re.compile(
+    r"^plan \((?:\d+ x )?\w+(?:, \w+)?\): peak ([\d.]+) GiB, ([\d.]+)(k?) tok/s modelled, ([\d.]+) (days|hours)$", re.M
+)
 LONGEST = 60  # lines of a function, docstring and comments included
 LONG_FOR_A_REASON = {"nanojax/train.py:train": "the run, readable top to bottom"}
 
@@ -142,7 +144,7 @@ def test_config_docstrings(name: str) -> None:
     """Each config's docstring has its command, a GPU's also its plan (tests/plan/test_bars.py), and its counts are right."""
     docstring = ast.get_docstring(ast.parse(config_files.find(name).read_text())) or ""
     assert f"python -m nanojax.train --config={name}" in docstring
-    if re.search(r"_[3-9]\d{3}", name):  # a card; 2026 is a recipe
+    if re.search(r"_(\d+x)?[3-9]\d{3}", name):  # a card; 2026 is a recipe
         assert PLAN.search(docstring)
     for count in re.findall(r"(\d{1,3}(?:,\d{3})+) parameters", docstring):
         assert int(count.replace(",", "")) == config_files.load(name).model.parameters
