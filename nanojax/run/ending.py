@@ -83,6 +83,15 @@ def rescued(
     return exits.Failed(text, code)
 
 
+def lost(error: BaseException, log: Metrics, saver: Saver) -> exits.Failed:
+    """What to raise when another process of the run has ended, or a step failed: the rest of its state is not here."""
+    saver.close()
+    code = error.code if isinstance(error, exits.Failed) else exits.FAILED_UNSAVED
+    text = f"{guard.reason(error)}; {saver.left()}"
+    log.end(code, text)
+    return exits.Failed(text, code)
+
+
 def _told(log: Metrics, code: int, text: str) -> int:
     log.say(text)
     log.end(code, text)
