@@ -1,5 +1,7 @@
 """What every process of a run but the first does: its devices' share of each step, as process 0 says. It has no run folder."""
 
+import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax
 from nanojax import source as sources
 from nanojax import xla
 from nanojax.config import Config
+from nanojax.evaluate import core
 from nanojax.run import exits, guard
 from nanojax.run.processes import Group
 from nanojax.run.watch import Watch
@@ -32,8 +35,9 @@ def follow(config: Config, group: Group, in_loop: threading.Event, build: Callab
       build: compiles the step.
     Raises UserError before anything compiles when its data cannot work, or what process 0 raised.
     """
-    source = sources.of(config)
+    source, tasks = sources.of(config), core.tasks_of(config)
     group.same("data", sources.fingerprint(config))
+    group.same("tasks of CORE", core.fingerprint(tasks))
     config = group.chosen(config)
     xla.start()
     group.same("number of devices", jax.local_device_count())
@@ -49,16 +53,23 @@ def follow(config: Config, group: Group, in_loop: threading.Event, build: Callab
         source.batches.set_state(data)
     in_loop.set()
     unwatched = Watch(Path(), 0)  # process 0 has the watch of the run
+    alive = functools.partial(group.alive, unwatched)
     while True:
         match group.next():
             case ["step"]:
                 rows = guard.next_batch(source.batches, Told(), unwatched, group.stop)
                 if rows is None:
                     raise exits.Failed("stopped while its data could not be read", exits.STOPPED_UNSAVED)
-                batch, _ = source.batch(rows, state, group.check)
+                batch, _ = source.batch(rows, state, alive)
                 assert batch
                 state, _ = train_step(state, devices.batch_on(config, mesh, batch))
             case ["gather"]:
                 devices.plain(config, state)
+            case ["evaluation"]:
+                with contextlib.suppress(guard.AskedToStop):
+                    source.evaluate(state, alive)
+            case ["CORE"]:
+                with contextlib.suppress(guard.AskedToStop):
+                    core.finished(config, state.params, source.tokenizer, tasks, alive)
             case ["end", code]:
                 return code

@@ -49,7 +49,7 @@ def of(config: Config) -> Source:
 def of_process(source: Source, config: Config, own: range) -> None:
     """Of several processes each reads its `own` rows of a step. Of conversations all: each weight depends on every row."""
     if config.data.kind == "text":
-        source.batches.hand_out(own)
+        loader.share(source.batches, own)
 
 
 def fingerprint(config: Config) -> str:

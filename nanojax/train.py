@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,7 +90,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
 
     with contextlib.ExitStack() as open_until_the_end:
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
-        config, group = _joined(config, stop, open_until_the_end)
+        config, group = open_until_the_end.enter_context(processes.joined(config, stop))
         if group and group.number:
             return group.ends(follow.follow(config, group, in_loop, _compiled))
 
@@ -99,9 +98,10 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
         with exits.restarting(begun):
             source = sources.of(config)
             tokenizer, batches = source.tokenizer, source.batches
-            tasks = _core_tasks(config)
+            tasks = core.tasks_of(config)
         if group:
             group.same("data", sources.fingerprint(config))
+            group.same("tasks of CORE", core.fingerprint(tasks))
 
         # the card: kernels checked and chosen before jax starts on it
         if card.here() and not t.extend:
@@ -175,11 +175,10 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
         for record in [*records, *started.records(done)]:
             log.record(record)
-        gathered = [functools.partial(_gathered, config, group)] if group else []
-        saver = open_until_the_end.enter_context(
-            contextlib.closing(saving.Saver(run, config, tokenizer, log, *gathered))
-        )
-        alive = functools.partial(guard.alive, watch, stop)
+        gathered = [functools.partial(group.gathered, config)] if group else []
+        saver = saving.Saver(run, config, tokenizer, log, *gathered)
+        open_until_the_end.enter_context(contextlib.closing(saver))
+        alive = functools.partial(group.alive, watch) if group else functools.partial(guard.alive, watch, stop)
 
         # loop
         in_loop.set()
@@ -204,10 +203,11 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                         guard.attempt(log, "trace", trace.end, train_step)
                         if started.on_gpu:
                             guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say, True)
+                    attempt = group.attempt if group else guard.attempt
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
+                        attempt(log, "evaluation", _evaluate, state, source, log, alive)
                     if run_core:
-                        guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
+                        attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
                     log.restart_clock(done)
                 if last or stopping:
                     break
@@ -243,28 +243,9 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
             raise
         except BaseException as error:
             if group and group.cuts_off(error):
-                raise ending.lost(group.reason(error), log, saver) from error
+                raise ending.lost(group.reason(error), done == first, log, saver) from error
             log_rest = functools.partial(_log, log, late)
             raise ending.rescued(error, first, first_row, state, batches, log, saver, log_rest) from error
-
-
-def _joined(
-    config: Config, stop: threading.Event, open_until_the_end: contextlib.ExitStack
-) -> tuple[Config, processes.Group | None]:
-    """The config of a run of several processes once they have met, with their number, and the group; otherwise only it."""
-    if not config.parallel.coordinator:
-        if config.parallel.processes > 1:
-            raise UserError(f"--parallel.processes={config.parallel.processes}: set --parallel.coordinator, too")
-        return config, None
-    group = open_until_the_end.enter_context(processes.joined(config, stop))
-    own = {"parallel.coordinator": "", "parallel.process": 0, "parallel.processes": group.count if group else 1}
-    return configs.override(config, own), group
-
-
-def _gathered(config: Config, group: processes.Group, state: steps.State) -> steps.State:
-    """The plain state, for which the other processes are called."""
-    group.order("gather")
-    return devices.plain(config, state)
 
 
 def _compiled(config: Config) -> Any:
@@ -302,16 +283,6 @@ def _read(step: int, device_metrics: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _core_tasks(config: Config) -> list[core.Task]:
-    """CORE's tasks, every file of them read and found usable; none when eval.core_every is 0."""
-    if not config.eval.core_every:
-        return []
-    tasks = core.load_tasks(Path(config.eval.core_bundle), "eval.core_bundle")
-    for task in tasks:
-        core.load_examples(task, config.eval.core_per_task, "eval.core_per_task")
-    return tasks
-
-
 def _evaluate(state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]) -> None:
     """Logs scores of what is held out, and a text."""
     log.evaluation(int(state.step), *source.evaluate(state, alive))
@@ -321,13 +292,8 @@ def _core(
     config: Config, state: steps.State, tokenizer: Tokenizer, tasks: list[core.Task], log: metrics.Metrics,
     alive: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Logs CORE, in batches of a microbatch's size on each device, which are known to fit. A signal ends it without a result."""
-    batch_tokens = config.train.microbatch * config.model.T
-    finished = []
-    for score in core.evaluate(config, state.params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
-        if score.finished:
-            finished.append(score)
-        alive()
+    """Logs CORE. A signal ends it without a result."""
+    finished = core.finished(config, state.params, tokenizer, tasks, alive)
     by_task = {score.task.label: score.centred for score in finished}
     log.core(int(state.step), core.core_of(finished), by_task, sum(score.total for score in finished))
 

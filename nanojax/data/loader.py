@@ -194,7 +194,7 @@ class TrainIterator(Generic[S]):
         return self.begun + self.taken * self.rows
 
     def hand_out(self, own: range) -> None:
-        """Of each batch only the rows `own`; position and state are still those of all rows. Before the first batch."""
+        """Of each batch from here on only the rows `own`; position and state are still those of all rows."""
         self.own = own
         self._seek(self.position)
 
@@ -248,6 +248,16 @@ def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vo
     _plan(find_shards(folder, "train", tokenizer.fingerprint), tokenizer.bos, seq + 1)
     stream._begin_pass()  # here and not in grain's thread, so that a bad folder is reported before anything starts
     return TrainIterator(stream, rows)
+
+
+def share(batches: TrainIterator[RowStream], own: range) -> None:
+    """Of each batch only the rows `own` are read, the rest by other processes. Before the first batch.
+
+    Shards that appear from now on are left out, since not all machines would see them at the same time.
+    """
+    stream = batches.stream
+    stream.only = tuple(find_shards(stream.folder, "train", stream.tokenizer.fingerprint))
+    batches.hand_out(own)
 
 
 def fingerprint(folder: str | os.PathLike) -> str:

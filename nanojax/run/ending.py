@@ -83,9 +83,15 @@ def rescued(
     return exits.Failed(text, code)
 
 
-def lost(error: BaseException, log: Metrics, saver: Saver) -> exits.Failed:
-    """What to raise when another process of the run has ended, or a step failed: the rest of its state is not here."""
+def lost(error: BaseException, first: bool, log: Metrics, saver: Saver) -> Exception:
+    """What to raise when another process of the run has ended, or a step failed: the rest of its state is not here.
+
+    Args:
+      first: whether this process has not done a step.
+    """
     saver.close()
+    if first and guard.is_out_of_memory(error):
+        return UserError(guard.reason(error))
     code = error.code if isinstance(error, exits.Failed) else exits.FAILED_UNSAVED
     text = f"{guard.reason(error)}; {saver.left()}"
     log.end(code, text)

@@ -12,18 +12,21 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from nanojax import config as configs
-from nanojax import config_rules
+from nanojax import config_rules, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
-from nanojax.run import exits, meeting, output
+from nanojax.run import exits, guard, meeting, output
 from nanojax.run.exits import Diverged, Failed
 from nanojax.run.meeting import Place, Wire
+from nanojax.run.metrics import Metrics
+from nanojax.run.watch import Watch
+from nanojax.step import State, devices
 
 GRACE = 10.0  # seconds that the main thread has to end by itself after another process did; it may wait for that one forever
 LEAVE_SECONDS = 5.0  # that process 0 waits for the others at the end: they would find jax's coordinator gone
@@ -59,13 +62,29 @@ class Group:
         if self.ended:
             raise Failed(*self.ended)
 
+    def gathered(self, config: Config, state: State) -> State:
+        """The plain state, of which all have parts."""
+        self.order("gather")
+        return devices.plain(config, state)
+
+    def attempt(self, log: Metrics, about: str, work: Callable[..., None], *arguments: Any) -> None:
+        """guard.attempt of what all do together, so that an error in one of them ends the run."""
+        self.order(about)
+        try:
+            work(*arguments)
+        except guard.AskedToStop:
+            log.say(f"step {log.step} · {about} left out: asked to stop")
+        except Exception as error:
+            raise Failed(f"{about} failed ({guard.reason(error)})", exits.FAILED_UNSAVED) from error
+
     def cuts_off(self, error: BaseException) -> bool:
         """Whether `error` leaves the state in pieces: another process has ended, or a step failed here, which they wait in."""
-        return self.ended is not None or isinstance(error, jax.errors.JaxRuntimeError)
+        return self.ended is not None or isinstance(error, jax.errors.JaxRuntimeError | Failed)
 
     def reason(self, error: BaseException) -> BaseException:
         """How another process has ended, where `error` comes of that: an exchange may fail a moment before it is known."""
-        self._listen(ABORT_SECONDS)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._listen(ABORT_SECONDS)
         return Failed(*self.ended) if self.ended else error
 
     # -- the others ---------------------------------------------------------------------------------------------------
@@ -94,6 +113,12 @@ class Group:
         table = self.shared(configs.to_dict(config))
         own = {name: configs.keys(config)[name].value for name in configs.paths()}
         return config_rules.resolve(configs.override(config_rules.from_dict(table), own)) if self.number else config
+
+    def alive(self, watch: Watch) -> None:
+        """guard.alive within what all do together: process 0 says whether a signal ends it."""
+        watch.beat()
+        if self.shared(self.stop.is_set()):
+            raise guard.AskedToStop
 
     def same(self, what: str, value: Any) -> None:
         """UserError, in all processes, where `value` is not the same as in process 0."""
@@ -163,17 +188,25 @@ class Group:
 
 
 @contextlib.contextmanager
-def joined(config: Config, stop: threading.Event) -> Iterator[Group | None]:
+def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Group | None]]:
     """Meets the other processes and starts jax.distributed; at the end of the block they are told how it ended.
 
-    None where the environment started only one. Raises UserError, in all processes, when one does not come or is not like the
-    others.
+    Yields the config with the number of processes and without what is each one's own, and no group if there is only one.
+    Raises UserError, in all processes, when one does not come or is not like the others.
     """
+    if not config.parallel.coordinator:
+        if config.parallel.processes > 1:
+            raise UserError(f"--parallel.processes={config.parallel.processes}: set --parallel.coordinator, too")
+        yield config, None
+        return
     where = meeting.place(config)
+    own = {"parallel.coordinator": "", "parallel.process": 0, "parallel.processes": where.processes}
+    plain = configs.override(config, own)
     if where.processes == 1:
-        yield None
+        yield plain, None
         return
     wires, port = meeting.met(where, meeting.facts(config), config.parallel.wait)
+    xla.autotune_alone()
     with output.of_libraries() as said:
         group = Group(where, wires, stop)
         with _ended_by_jax(group, said):
@@ -184,11 +217,14 @@ def joined(config: Config, stop: threading.Event) -> Iterator[Group | None]:
                 cluster_detection_method="deactivate", initialization_timeout=60,
             )  # fmt: skip
             try:
-                yield group
+                yield plain, group
             except BaseException as error:
+                error = group.reason(error)
                 group.code = code_of(error)
-                group.leave(str(error) if isinstance(error, UserError | Failed | Diverged | OSError) else repr(error))
-                raise
+                group.leave(str(error) if isinstance(error, Diverged) else guard.reason(error))
+                if group.number and isinstance(error, UserError):
+                    raise UserError(f"process {group.number}: {error}") from None
+                raise error
             group.leave()
 
 
