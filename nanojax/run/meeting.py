@@ -20,6 +20,7 @@ import nanojax
 from nanojax import config as configs
 from nanojax.cli import UserError, first_line
 from nanojax.config import Config
+from nanojax.run import exits
 
 LONGEST_LINE = 1 << 20  # bytes
 HELLO_SECONDS = 10.0  # for what connects to say who it is
@@ -73,6 +74,7 @@ class Wire:
         """Ends the connection, also for a thread that waits in `receive`."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+        self.lines.close()
         self.connection.close()
 
 
@@ -150,7 +152,8 @@ def _roll_call(where: Place, mine: dict[str, Any], wait: float) -> tuple[dict[in
                 compare(number, wire.host, mine, theirs)
         except UserError as error:
             for wire in wires.values():
-                wire.send("end", 2, str(error))
+                wire.send("end", exits.MISTAKE, str(error))
+                wire.close()
             raise
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as free:
         free.bind(("", 0))
@@ -215,7 +218,8 @@ def _next(
             other = wires[number].host if number in wires else socket.gethostname()
             problem = f"--parallel.process={number} twice: on {other} and on {wire.host}"
         if problem:
-            wire.send("end", 2, problem)
+            wire.send("end", exits.MISTAKE, problem)
+            wire.close()
             raise UserError(problem)
         return number, wire, theirs
 
@@ -227,7 +231,9 @@ def _answered(where: Place, mine: dict[str, Any], wait: float) -> tuple[dict[int
         case ["all are here", int(port)]:
             return {0: wire}, port
         case ["end", int(), str(text)]:
+            wire.close()
             raise UserError(text)
+    wire.close()
     raise UserError(f"process 0 on {where.address} ended before all processes were there")
 
 
