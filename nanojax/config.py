@@ -283,9 +283,19 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """The devices that share each step."""
+    """The devices that share each step, and the processes that they belong to (docs/several-cards.md)."""
 
-    devices: str = _key("1", "devices that share each step's microbatches: a number, or all", effect="rounding")
+    devices: str = _key(
+        "1", "devices of all processes that share each step's microbatches: a number, or all", effect="rounding"
+    )
+    coordinator: str = _key(
+        "", "HOST:PORT of process 0, or auto = what SLURM or Open MPI say; empty = one process", effect="none"
+    )
+    processes: int = _key(1, "processes in all; with auto what started them says it", above=0, effect="rounding")
+    process: int = _key(
+        0, "which of them this one is, from 0; 0 leads, and has the run folder", at_least=0, effect="none"
+    )
+    wait: float = _key(300.0, "seconds for which a starting process waits for the others", above=0, effect="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +414,11 @@ def _fields(config: Config) -> Iterator[tuple[str, dataclasses.Field, dataclasse
 def keys(config: Config) -> dict[str, Key]:
     """Every settable key by its name `section.key`."""
     return {name: Key(field.type, value, field.metadata["doc"]) for name, _, field, value in _fields(config)}
+
+
+def paths() -> list[str]:
+    """The keys whose values are paths, each machine's own."""
+    return [name for name, _, field, _ in _fields(Config()) if field.metadata["path"]]
 
 
 def changes(earlier: Config, now: Config, effect: fields.Effect) -> dict[str, tuple[Any, Any]]:

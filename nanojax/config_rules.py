@@ -12,6 +12,8 @@ from nanojax.config import RENAMED, Config, Model, Optim, Train, checked, overri
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest (width, steps, tokens, run) and checks that it can run. No jax here."""
     config = _with_sizes(checked(config))
+    if config.parallel.coordinator and config.parallel.devices == "1":
+        config = override(config, {"parallel.devices": "all"})
     _check_together(config)
     model, train = config.model, config.train
     steps = train.steps or _steps(model, train)

@@ -46,6 +46,18 @@ def of(config: Config) -> Source:
     return {"text": _text, "conversations": _conversations, "rollouts": _rollouts}[config.data.kind](config, *where)
 
 
+def of_process(source: Source, config: Config, own: range) -> None:
+    """Of several processes each reads its `own` rows of a step. Of conversations all: each weight depends on every row."""
+    if config.data.kind == "text":
+        loader.share(source.batches, own)
+
+
+def fingerprint(config: Config) -> str:
+    """What must be the same on all machines of a run: a hash of the data folder's description."""
+    path = config.data.path
+    return prepared.fingerprint(path) if config.data.kind == "conversations" else loader.fingerprint(path)
+
+
 def described(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run keeps of its data folder, which may be gone later: its counts, its command, the tokenizer's training."""
     path = Path(config.data.path)
@@ -78,7 +90,7 @@ def _text(config: Config, path: str, rows: int, T: int, seed: int, V: int) -> So
         drawn = dict(temperature=0.8, top_k=50)  # greedy text of a young model is one phrase over and over
         return sample.text(config, params, tokenizer, config.eval.prompt, config.eval.sample_tokens, **drawn)[0]
 
-    batch = lambda found, *_: (steps.Batch(jnp.asarray(found.reshape(config.batch_shape))), {})
+    batch = lambda found, *_: (steps.Batch(jnp.asarray(found.reshape(-1, *config.batch_shape[1:]))), {})
     return Source(tokenizer, batches, batch, _read(config, tokenizer, answer))
 
 

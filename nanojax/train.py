@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import jax
 
 from nanojax import config as configs
-from nanojax import config_files, files, xla
+from nanojax import config_files, files, follow, xla
 from nanojax import source as sources
 from nanojax import step as steps
 from nanojax.card import machine, memory
@@ -30,7 +31,19 @@ from nanojax.config import Config
 from nanojax.evaluate import core
 from nanojax.model.forward import residual_names
 from nanojax.plan import planner
-from nanojax.run import checkpoint, ending, exits, guard, metrics, output, resume, run_folder, saving, signals
+from nanojax.run import (
+    checkpoint,
+    ending,
+    exits,
+    guard,
+    metrics,
+    output,
+    processes,
+    resume,
+    run_folder,
+    saving,
+    signals,
+)
 from nanojax.run import watch as watching
 from nanojax.run.exits import Diverged
 from nanojax.run.trace import Trace
@@ -77,20 +90,30 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
 
     with contextlib.ExitStack() as open_until_the_end:
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
+        config, group = open_until_the_end.enter_context(processes.joined(config, stop))
+        if group and group.number:
+            return group.ends(follow.follow(config, group, in_loop, _compiled))
 
         # data
         with exits.restarting(begun):
             source = sources.of(config)
             tokenizer, batches = source.tokenizer, source.batches
-            tasks = _core_tasks(config)
+            tasks = core.tasks_of(config)
+        if group:
+            group.same("data", sources.fingerprint(config))
+            group.same("tasks of CORE", core.fingerprint(tasks))
 
         # the card: kernels checked and chosen before jax starts on it
         if card.here() and not t.extend:
             resume.check(run, config)  # a mistake shows before minutes of trials
         started = starting.begin(config, run, card)
         config = started.config
+        if group:
+            group.chosen(config)
         if told := xla.start():
             print(told)
+        if group:
+            group.same("number of devices", jax.local_device_count())
         config = devices.concrete(config)
         if config.compute.residuals == "auto":
             config = _with_residuals(config, run)
@@ -111,6 +134,9 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
         begin = time.monotonic()
         print(f"{config.name}: {config.model.parameters:,} parameters, {t.tokens:,} tokens in {t.steps} steps, {run}")
         mesh = devices.mesh_here(config) if config.several else None
+        if group and mesh:
+            group.chosen(config)
+            sources.of_process(source, config, devices.own_rows(config, mesh))
         print(f"compiling for {f'{config.devices} x ' if mesh else ''}{jax.devices()[0].device_kind} ...", flush=True)
         take = card.take if started.on_gpu and not config.several else None
         fitting, train_step, line = memory.fitting(config, _compiled, take, may_lower, print)
@@ -138,17 +164,21 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
             records = [{"kind": "init", "step": 0, "from": t.init, "from_step": of_step, "momenta": momenta}]
         else:
             state = jax.jit(steps.init_state, static_argnums=0)(config)
+        if group:
+            group.shared(batches.get_state())
         if mesh:
             state = devices.spread(config, mesh, state)
         done = first = int(state.step)
         if done >= t.steps and not any(_due(config, tasks, done, metrics.measured(metrics.read(run)))):
             print(f"{run}: all {t.steps} steps are done")
-            return exits.DONE
+            return group.ends(exits.DONE) if group else exits.DONE
         log = open_until_the_end.enter_context(contextlib.closing(metrics.Metrics(config, run, done)))
         for record in [*records, *started.records(done)]:
             log.record(record)
-        saver = open_until_the_end.enter_context(contextlib.closing(saving.Saver(run, config, tokenizer, log)))
-        alive = functools.partial(guard.alive, watch, stop)
+        gathered = [functools.partial(group.gathered, config)] if group else []
+        saver = saving.Saver(run, config, tokenizer, log, *gathered)
+        open_until_the_end.enter_context(contextlib.closing(saver))
+        alive = functools.partial(group.alive, watch) if group else functools.partial(guard.alive, watch, stop)
 
         # loop
         in_loop.set()
@@ -173,10 +203,11 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                         guard.attempt(log, "trace", trace.end, train_step)
                         if started.on_gpu:
                             guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say, True)
+                    attempt = group.attempt if group else guard.attempt
                     if evaluate:
-                        guard.attempt(log, "evaluation", _evaluate, state, source, log, alive)
+                        attempt(log, "evaluation", _evaluate, state, source, log, alive)
                     if run_core:
-                        guard.attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
+                        attempt(log, "CORE", _core, config, state, tokenizer, tasks, log, alive)
                     log.restart_clock(done)
                 if last or stopping:
                     break
@@ -193,7 +224,9 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                     batches.set_state(batches.get_state(unused=1))
                     continue
                 if mesh and batch:
-                    batch = devices.batch_on(mesh, batch)
+                    batch = devices.batch_on(config, mesh, batch)
+                if group:
+                    group.order("step")
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
                     state, new = train_step(state, batch) if batch else (state._replace(step=state.step + 1), {})
                 done += 1
@@ -203,11 +236,14 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
                 if started.on_gpu and done == first + machine.STEPS:
                     guard.attempt(log, "machine.json", machine.report, config, run, train_step, log.say)
             cut_short = stop.is_set() and any(_due(config, tasks, done, log.recorded))
-            return ending.ended(done >= t.steps and not cut_short, state, batches, log, saver, watch, stop)
+            code = ending.ended(done >= t.steps and not cut_short, state, batches, log, saver, watch, stop)
+            return group.ends(code) if group else code
         except Diverged as error:
             log.end(exits.DIVERGED, str(error))
             raise
         except BaseException as error:
+            if group and group.cuts_off(error):
+                raise ending.lost(group.reason(error), done == first, log, saver) from error
             log_rest = functools.partial(_log, log, late)
             raise ending.rescued(error, first, first_row, state, batches, log, saver, log_rest) from error
 
@@ -247,16 +283,6 @@ def _read(step: int, device_metrics: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _core_tasks(config: Config) -> list[core.Task]:
-    """CORE's tasks, every file of them read and found usable; none when eval.core_every is 0."""
-    if not config.eval.core_every:
-        return []
-    tasks = core.load_tasks(Path(config.eval.core_bundle), "eval.core_bundle")
-    for task in tasks:
-        core.load_examples(task, config.eval.core_per_task, "eval.core_per_task")
-    return tasks
-
-
 def _evaluate(state: steps.State, source: Source, log: metrics.Metrics, alive: Callable[[], None]) -> None:
     """Logs scores of what is held out, and a text."""
     log.evaluation(int(state.step), *source.evaluate(state, alive))
@@ -266,13 +292,8 @@ def _core(
     config: Config, state: steps.State, tokenizer: Tokenizer, tasks: list[core.Task], log: metrics.Metrics,
     alive: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Logs CORE, in batches of a microbatch's size on each device, which are known to fit. A signal ends it without a result."""
-    batch_tokens = config.train.microbatch * config.model.T
-    finished = []
-    for score in core.evaluate(config, state.params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
-        if score.finished:
-            finished.append(score)
-        alive()
+    """Logs CORE. A signal ends it without a result."""
+    finished = core.finished(config, state.params, tokenizer, tasks, alive)
     by_task = {score.task.label: score.centred for score in finished}
     log.core(int(state.step), core.core_of(finished), by_task, sum(score.total for score in finished))
 
@@ -318,6 +339,8 @@ def end_process(make: Callable[[], Config]) -> NoReturn:
     """Trains what `make` gives, which may raise as `train` does, and ends the process with the exit code."""
     with output.unfailing(), output.quiet_threads():
         code = _run(make)
+    if jax.distributed.is_initialized():
+        os._exit(code)  # jax's own way out waits for the other processes, which may be gone
     sys.exit(code)
 
 
@@ -335,8 +358,11 @@ def _run(make: Callable[[], Config]) -> int:
     except exits.Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except (UserError, OSError):
-        raise
+    except (UserError, OSError) as error:
+        if not jax.distributed.is_initialized():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return exits.MISTAKE
     except Exception as error:  # before the loop; Python's own exit code would be that of a diverged run
         if guard.is_out_of_memory(error):
             raise UserError(guard.reason(error)) from None

@@ -12,7 +12,7 @@ from nanojax.card.start import OF_THE_CARD
 from nanojax.cli import UserError
 from nanojax.config import Config
 
-HARMLESS: dict[str, Any] = {"eval.core_every": 0, "profile.start": -1, "parallel.devices": "1"}
+HARMLESS: dict[str, Any] = {"eval.core_every": 0, "profile.start": -1, "parallel.devices": "1", "parallel.processes": 1}
 
 
 def parse(parser: cli.Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

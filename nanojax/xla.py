@@ -191,6 +191,15 @@ def keep_freed_memory() -> None:
 _ONE_HEAP = {-8: 1, -4: 0, -1: 2**31 - 1}
 
 
+def autotune_alone() -> None:
+    """Makes each process of a run choose its GPU kernels by itself. To be called before `start`.
+
+    XLA would divide the choice among the processes. But only process 0 keeps compiled programs on its disk: when it finds one
+    there, the others would wait for its part. jax 0.10 to 0.12 have the option.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".strip()
+
+
 def gpu_expected() -> bool:
     """Whether jax will compute on an NVIDIA GPU here, as far as can be said before it starts one."""
     wanted, visible = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ORDER = """cli files < hardware fields weights < config config_rules config_files tokenizer recipe < conversation xla
     quant < ops < model < step engine < run sample chat plan data tasks < interop evaluate status serve card < report
-    questions doctor < rollouts < source < train < tuning < sft rl"""
+    questions doctor < rollouts < source < follow < train < tuning < sft rl"""
 ONLY = {
     "data": {"cli", "files", "tokenizer"},
     "tasks": {"cli", "files", "tokenizer", "conversation", "data"},

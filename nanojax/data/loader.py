@@ -49,6 +49,7 @@ class RowStream:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, row: int, seed: int):
         self.folder, self.tokenizer, self.row, self.seed = folder, tokenizer, row, seed
+        self.only: tuple[Shard, ...] | None = None  # the shards of all passes to come; None = those that are there then
         self.passes: list[Pass] = []
         self.visits: dict[int, int] = {}  # shard number -> passes begun over it
         self.lock = threading.Lock()
@@ -72,7 +73,7 @@ class RowStream:
         return read_row(tokens, plan, shuffled - (now.ends[which - 1] if which else 0), self.tokenizer.bos, self.row)
 
     def _begin_pass(self) -> None:
-        shards = find_shards(self.folder, "train", self.tokenizer.fingerprint)
+        shards = self.only or find_shards(self.folder, "train", self.tokenizer.fingerprint)
         if not shards:
             raise UserError(
                 f"{self.folder}: no training shards (train_00000.bin); run `python -m nanojax.data tokenize`"
@@ -124,6 +125,7 @@ class RowStream:
     def restored(self, state: dict[str, Any]) -> "RowStream":
         """A new stream with the passes of `state`. UserError names a shard that is missing or changed."""
         new = RowStream(self.folder, self.tokenizer, self.row, self.seed)
+        new.only = self.only
         new._restore(state)
         return new
 
@@ -166,12 +168,14 @@ class TrainIterator(Generic[S]):
 
     def __init__(self, stream: S, rows: int):
         self.stream, self.rows = stream, rows
+        self.own = range(rows)
         self._seek(0)
 
     def _seek(self, position: int) -> None:
         self.begun = position
         self.taken = 0
-        source = grain.MapDataset.source(_From(self.stream, position)).batch(self.rows, drop_remainder=True)
+        rows = _Rows(self.stream, position, self.rows, self.own)
+        source = grain.MapDataset.source(rows).batch(len(self.own), drop_remainder=True)
         # One thread keeps four batches ready. d32 on a 4070 takes 5 rows per second, so more would only hold memory.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         self.batches = iter(source.to_iter_dataset(options))
@@ -188,6 +192,11 @@ class TrainIterator(Generic[S]):
     def position(self) -> int:
         """Rows handed out since the start of training."""
         return self.begun + self.taken * self.rows
+
+    def hand_out(self, own: range) -> None:
+        """Of each batch from here on only the rows `own`; position and state are still those of all rows."""
+        self.own = own
+        self._seek(self.position)
 
     def get_state(self, unused: int = 0) -> dict[str, Any]:
         """The position as JSON: everything that the next batches depend on, with the shards and the tokenizer.
@@ -214,17 +223,18 @@ class TrainIterator(Generic[S]):
         self._seek(state["position"])
 
 
-class _From:
-    """The stream seen from row `offset` on, for grain, which counts from 0."""
+class _Rows:
+    """Of batches of `rows` rows, which begin at row `offset` of the stream, the rows `own`; for grain, which counts from 0."""
 
-    def __init__(self, stream: Stream, offset: int):
-        self.stream, self.offset = stream, offset
+    def __init__(self, stream: Stream, offset: int, rows: int, own: range):
+        self.stream, self.offset, self.rows, self.own = stream, offset, rows, own
 
     def __len__(self) -> int:
         return FOREVER
 
     def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        return self.stream[self.offset + int(index)]
+        batch, row = divmod(int(index), len(self.own))
+        return self.stream[self.offset + batch * self.rows + self.own[row]]
 
 
 def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vocab: int) -> TrainIterator[RowStream]:
@@ -238,6 +248,23 @@ def train_iterator(folder: str | os.PathLike, rows: int, seq: int, seed: int, vo
     _plan(find_shards(folder, "train", tokenizer.fingerprint), tokenizer.bos, seq + 1)
     stream._begin_pass()  # here and not in grain's thread, so that a bad folder is reported before anything starts
     return TrainIterator(stream, rows)
+
+
+def share(batches: TrainIterator[RowStream], own: range) -> None:
+    """Of each batch only the rows `own` are read, the rest by other processes. Before the first batch.
+
+    Shards that appear from now on are left out, since not all machines would see them at the same time.
+    """
+    stream = batches.stream
+    stream.only = tuple(find_shards(stream.folder, "train", stream.tokenizer.fingerprint))
+    batches.hand_out(own)
+
+
+def fingerprint(folder: str | os.PathLike) -> str:
+    """A hash of all shards and the tokenizer, as their JSON describes them."""
+    tokenizer = _tokenizer(folder, None)
+    shards = [s for split in ("train", "valid") for s in find_shards(folder, split, tokenizer.fingerprint)]
+    return _digest([tokenizer.fingerprint, *(f"{shard.name} {shard.sha256}" for shard in shards)])
 
 
 def _plan(shards: list[Shard], bos: int, row: int) -> None:
@@ -298,6 +325,10 @@ def _tokenizer(folder: str | os.PathLike, vocab: int | None) -> Tokenizer:
 def _shuffle(index: int, rows: int, seed: int) -> int:
     """Where a pseudo-random permutation of range(rows) sends the index; the same on every machine and version."""
     return grain.experimental.index_shuffle(index, max_index=rows - 1, seed=seed, rounds=4) if rows > 1 else index
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def pass_seed(seed: int, number: int) -> int:

@@ -308,6 +308,33 @@ def evaluate(
     return run(tasks, tokenizer, likelihood.scorer(config, params, batch_tokens), max_per_task, ledger)
 
 
+def tasks_of(config: Config) -> list[Task]:
+    """The tasks of a training run, every file of them read and found usable; none when eval.core_every is 0."""
+    if not config.eval.core_every:
+        return []
+    tasks = load_tasks(Path(config.eval.core_bundle), "eval.core_bundle")
+    for task in tasks:
+        load_examples(task, config.eval.core_per_task, "eval.core_per_task")
+    return tasks
+
+
+def finished(
+    config: Config, params: Any, tokenizer: Tokenizer, tasks: Sequence[Task], alive: Callable[[], None]
+) -> list[TaskScore]:
+    """A training run's scores, in batches of a microbatch's size on each device, which are known to fit.
+
+    Args:
+      alive: called between parts; may raise.
+    """
+    done = []
+    batch_tokens = config.train.microbatch * config.model.T
+    for score in evaluate(config, params, tokenizer, tasks, config.eval.core_per_task, batch_tokens):
+        if score.finished:
+            done.append(score)
+        alive()
+    return done
+
+
 def core_of(scores: Sequence[TaskScore]) -> float:
     """The mean of the tasks' centred accuracies."""
     return sum(score.centred for score in scores) / len(scores)

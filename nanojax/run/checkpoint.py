@@ -17,9 +17,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint import v1 as ocp
 
 from nanojax import config as configs
@@ -47,12 +49,24 @@ def open_for_saving(run: Path, config: Config) -> ocp.training.Checkpointer:
     policy: list[Any] = [policies.LatestN(keep.keep_last)]
     if keep.keep_every:
         policy.append(policies.EveryNSteps(keep.keep_every))
-    return ocp.training.Checkpointer(
-        str((run / CHECKPOINTS).absolute()),
-        context=_context(),
-        preservation_policy=policies.AnyPreservationPolicy(policy),  # pyright: ignore[reportArgumentType]
-        cleanup_tmp_directories=True,
-    )
+    with _folder_made(run / CHECKPOINTS):
+        return ocp.training.Checkpointer(
+            str((run / CHECKPOINTS).absolute()),
+            context=_context(),
+            preservation_policy=policies.AnyPreservationPolicy(policy),  # pyright: ignore[reportArgumentType]
+            cleanup_tmp_directories=True,
+        )
+
+
+@contextlib.contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Makes the folder where one of several processes opens it; orbax wants to, and refuses to in this case."""
+    if jax.process_count() == 1:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with mock.patch.object(checkpoint_manager, "_create_root_directory"):
+        yield
 
 
 def save(
@@ -82,6 +96,8 @@ def save(
             "checks": {path: int(value) for path, value in sums.items()},
         }
     )
+    if jax.process_count() > 1:
+        parts = jax.device_get(parts)  # orbax takes arrays of one process for a mistake
     try:
         writer.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
     except Exception as error:
@@ -300,6 +316,9 @@ def _context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # a dict of numbers would be saved as arrays
     context = ocp.Context()
     context.checkpointables.registry = registry
+    if jax.process_count() > 1:  # only the first process reads and writes
+        context.multiprocessing.active_processes = {0}
+        context.multiprocessing.barrier_sync_key_prefix = "run"
     return context
 
 

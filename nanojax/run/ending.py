@@ -83,6 +83,21 @@ def rescued(
     return exits.Failed(text, code)
 
 
+def lost(error: BaseException, first: bool, log: Metrics, saver: Saver) -> Exception:
+    """What to raise when another process of the run has ended, or a step failed: the rest of its state is not here.
+
+    Args:
+      first: whether this process has not done a step.
+    """
+    saver.close()
+    if first and guard.is_out_of_memory(error):
+        return UserError(guard.reason(error))
+    code = error.code if isinstance(error, exits.Failed) else exits.FAILED_UNSAVED
+    text = f"{guard.reason(error)}; {saver.left()}"
+    log.end(code, text)
+    return exits.Failed(text, code)
+
+
 def _told(log: Metrics, code: int, text: str) -> int:
     log.say(text)
     log.end(code, text)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from nanojax import xla
 from nanojax.cli import UserError, first_line
 from nanojax.data.loader import TrainIterator
+from nanojax.run import exits
 from nanojax.run.metrics import Metrics
 from nanojax.run.watch import Watch
 
@@ -20,6 +21,12 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 
 class DataGone(Exception):
     """No batch could be read for PATIENCE seconds. The message is one line."""
+
+
+class Warned(Protocol):
+    """What takes warnings: the run's logs."""
+
+    def warn(self, about: str, text: str) -> None: ...
 
 
 class AskedToStop(Exception):
@@ -36,7 +43,7 @@ def attempt(log: Metrics, about: str, work: Callable[..., None], *arguments: Any
         log.warn(about, f"{about} after step {log.step} failed ({reason(error)}); the run goes on without it")
 
 
-def next_batch(batches: TrainIterator, log: Metrics, watch: Watch, stop: threading.Event) -> np.ndarray | None:
+def next_batch(batches: TrainIterator, log: Warned, watch: Watch, stop: threading.Event) -> np.ndarray | None:
     """The next rows. While they cannot be read it tries again, at growing intervals, for PATIENCE seconds.
 
     None when `stop` is set meanwhile. DataGone when the time is over. The position does not move by failures.
@@ -83,6 +90,6 @@ def reason(error: BaseException) -> str:
     if is_out_of_memory(error):
         advice = "lower train.microbatch, or set compute.residuals=inputs; python -m nanojax.plan shows what fits"
         return f"out of device memory: {first_line(error)}; {advice}"
-    if isinstance(error, UserError | DataGone):
+    if isinstance(error, UserError | DataGone | exits.Failed):
         return str(error)
     return f"{type(error).__name__}: {first_line(error)}"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 KEPT = 10_000  # writes that wait while the reader of a pipe pauses
 LAST_SECONDS = 2.0  # that an ending process waits for its output
+OURS = {1: 1, 2: 2}  # where stdout and stderr are; others than 1 and 2 within `of_libraries`
 
 
 class Output:
@@ -79,7 +81,7 @@ class Output:
             return
         data = text.encode(self.encoding, "replace")  # past Python's buffer, which would fail again at the exit
         while data:
-            data = data[os.write(descriptor, data) :]
+            data = data[os.write(OURS.get(descriptor) or descriptor, data) :]
 
 
 @contextlib.contextmanager
@@ -115,12 +117,33 @@ def quiet_threads() -> Iterator[None]:
 
 
 def last_words(text: str) -> None:
-    """Writes a line to descriptor 2 before the process ends at once; gives up after LAST_SECONDS."""
+    """Writes a line to stderr before the process ends at once; gives up after LAST_SECONDS."""
 
     def write() -> None:
         with contextlib.suppress(OSError):
-            os.write(2, (text + "\n").encode("utf-8", "replace"))
+            os.write(OURS[2], (text + "\n").encode("utf-8", "replace"))
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     thread.join(LAST_SECONDS)
+
+
+@contextlib.contextmanager
+def of_libraries() -> Iterator[int]:
+    """Until the block ends, what C++ libraries print is kept in a file without a name; yields its descriptor.
+
+    Only what Outputs and `last_words` write goes on to stdout and stderr.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with tempfile.TemporaryFile() as kept:
+        for descriptor in OURS:
+            OURS[descriptor] = os.dup(descriptor)
+            os.dup2(kept.fileno(), descriptor)
+        try:
+            yield kept.fileno()
+        finally:
+            for descriptor, ours in OURS.items():
+                os.dup2(ours, descriptor)
+                os.close(ours)
+                OURS[descriptor] = descriptor

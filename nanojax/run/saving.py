@@ -24,10 +24,20 @@ class Saver:
     """The run's checkpoints. Only Diverged leaves `save`: whatever else fails is a warning in the log.
 
     `saved` is the newest step whose checkpoint is known to be whole.
+
+    Args:
+      gathered: the plain state of one that several processes hold; they take part in it.
     """
 
-    def __init__(self, run: Path, config: Config, tokenizer: Tokenizer, log: Metrics):
-        self.run, self.config, self.tokenizer, self.log = run, config, tokenizer, log
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        tokenizer: Tokenizer,
+        log: Metrics,
+        gathered: Callable[[steps.State], steps.State] = lambda state: state,
+    ):
+        self.run, self.config, self.tokenizer, self.log, self.gathered = run, config, tokenizer, log, gathered
         self.writer = checkpoint.open_for_saving(run, config)
         self.saved = max(run_folder.available(run), default=0)
         self.writing: int | None = None  # the step that is being saved
@@ -54,6 +64,7 @@ class Saver:
         step = int(state.step)
         if step == self.saved:
             return
+        state = self.gathered(state)
         try:
             self._complete_folder()
             checkpoint.save(self.writer, self.config, state, data, self.tokenizer.fingerprint)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanojax import config as configs
@@ -29,9 +30,11 @@ def concrete(config: Config) -> Config:
     """`config` with parallel.devices as a number that this machine has. UserError where it has fewer."""
     if not config.several:
         return config
-    here = jax.device_count()
+    here, processes = jax.device_count(), jax.process_count()
     if config.parallel.devices == "all":
         config = config_rules.resolve(configs.override(config, {"parallel.devices": str(here)}))
+    if config.devices % processes:
+        raise UserError(f"--parallel.devices={config.devices}: {processes} processes cannot have as many each")
     if config.devices > here:
         more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
         more = more if jax.default_backend() == "cpu" else ""
@@ -40,8 +43,17 @@ def concrete(config: Config) -> Config:
 
 
 def mesh_here(config: Config) -> Mesh:
-    """The first of this machine's devices, as many as the config asks for."""
-    return mesh_of(jax.devices()[: config.devices])
+    """The first devices of each process, in all as many as the config asks for."""
+    each = config.devices // jax.process_count()
+    of = lambda i: [device for device in jax.devices() if device.process_index == i][:each]
+    return mesh_of([device for i in range(jax.process_count()) for device in of(i)])
+
+
+def own_rows(config: Config, mesh: Mesh) -> range:
+    """Which rows of a step's batch this process's devices compute."""
+    own = [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
+    each = config.microbatches // config.devices * config.train.microbatch
+    return range(own[0] * each, (own[-1] + 1) * each)
 
 
 def mesh_of(devices: list[Any]) -> Mesh:
@@ -85,22 +97,47 @@ def _padded(config: Config, state: State) -> State:
 def spread(config: Config, mesh: Mesh, state: State) -> State:
     """A plain state on all devices of `mesh`, array after array; the plain arrays are deleted.
 
-    Copied by jit: a donated buffer that device_put made is accepted but not reused.
+    Of several processes that of the first one counts; the others give `blank`. Copied by jit: a donated buffer that
+    device_put made is accepted but not reused.
     """
     shardings = jax.tree.map(lambda a: a.sharding, abstract(config, mesh)[0])
     leaves, tree = jax.tree.flatten(state)
     for i, sharding in enumerate(jax.tree.leaves(shardings)):
         plain = leaves[i]
         padded = Share(config.devices).padded(plain) if sharding.spec == DIVIDED else plain
-        put = jax.device_put(padded, sharding)
+        put = jax.device_put(padded, sharding) if jax.process_count() == 1 else _sent(padded, sharding)
         leaves[i] = jax.block_until_ready(jax.jit(jnp.copy, out_shardings=sharding)(put))
-        plain.delete()
+        if isinstance(plain, jax.Array):
+            plain.delete()
     return jax.tree.unflatten(tree, leaves)
 
 
-def batch_on(mesh: Mesh, batch: step.Batch) -> step.Batch:
-    """Each device's microbatches of a batch."""
-    return jax.device_put(batch, NamedSharding(mesh, DIVIDED))
+def blank(config: Config) -> State:
+    """A plain state in whose place `spread` puts the first process's; of zeros, which take no memory until they are read."""
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_state(config))
+
+
+def _sent(plain: Any, sharding: NamedSharding) -> jax.Array:
+    """The first process's array, on all devices. Its bits are sent: as numbers, what is sent is a sum, which turns -0 into 0."""
+    host = np.asarray(plain)
+    bits = multihost_utils.broadcast_one_to_all(host.view(f"uint{8 * host.dtype.itemsize}"))
+    whole = np.asarray(bits).view(host.dtype)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def batch_on(config: Config, mesh: Mesh, batch: step.Batch) -> step.Batch:
+    """Each device's microbatches of a batch; of several processes each gives the whole one or its own rows (`own_rows`)."""
+    sharding = NamedSharding(mesh, DIVIDED)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    rows, A = own_rows(config, mesh), config.microbatches
+    own = slice(rows.start // config.train.microbatch, rows.stop // config.train.microbatch)
+
+    def put(a: jax.Array) -> jax.Array:
+        part = np.asarray(a[own] if len(a) == A else a)
+        return jax.make_array_from_process_local_data(sharding, part, (A, *a.shape[1:]))
+
+    return jax.tree.map(put, batch)
 
 
 def model_of(state: State) -> State:

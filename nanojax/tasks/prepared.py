@@ -119,6 +119,12 @@ def read_mixture(folder: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def fingerprint(folder: str | os.PathLike) -> str:
+    """A hash of the folder's files and its tokenizer, as mixture.json describes them."""
+    content = read_mixture(folder)
+    return _digest({key: content[key] for key in ("tokenizer", "files")})[:16]
+
+
 def load(folder: str | os.PathLike, split: str, verify: bool = True) -> tuple[Tokenizer, Conversations]:
     """The tokenizer and the conversations of "train" or "valid". UserError names the file that is missing or damaged.
 

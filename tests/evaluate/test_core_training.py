@@ -60,7 +60,7 @@ def test_core_is_logged_at_its_steps(home: Path) -> None:
 
 def test_core_is_off_by_default(home: Path) -> None:
     """No key set: no task is loaded, whether or not there is a bundle."""
-    assert train._core_tasks(tiny_run.load(home / "tiny.py", home / "off")) == []
+    assert core.tasks_of(tiny_run.load(home / "tiny.py", home / "off")) == []
 
 
 def test_a_signal_cuts_core_off(home: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_signal_cuts_core_off(home: Path) -> None:
     log, stop = metrics.Metrics(resolved, home / "cut", 0), threading.Event()
     stop.set()
     alive = functools.partial(guard.alive, watch.Watch(home / "cut", 0), stop)
-    guard.attempt(log, "CORE", train._core, resolved, state, tokenizer, train._core_tasks(resolved), log, alive)
+    guard.attempt(log, "CORE", train._core, resolved, state, tokenizer, core.tasks_of(resolved), log, alive)
     log.close()
     assert metrics.read(home / "cut", "core") == []
 

@@ -40,7 +40,7 @@ def run(config: Config, steps: int) -> tuple[list[float], step.State, Any]:
     losses = []
     for i in range(steps):
         batch = step.Batch(jax.random.randint(jax.random.key(i), config.batch_shape, 0, config.model.V))
-        state, metrics = compiled(state, devices.batch_on(mesh, batch) if mesh else batch)
+        state, metrics = compiled(state, devices.batch_on(config, mesh, batch) if mesh else batch)
         losses.append(float(metrics["loss"]))
     return losses, devices.plain(config, state), compiled
 
