@@ -30,14 +30,14 @@ def walk(
     params: Params,
     tokens_BT: jax.Array,
     attend: LayerAttend,
-    start: Start = 0,
+    start: Start = None,
     before_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """The last block's output [B,T,D], in the compute dtype and not normed, and what `attend` kept of each layer.
 
     Args:
       attend: (i, q, k, v) -> (output [B,T,N,H], what to keep); what attention means here: full, cached, packed.
-      start: the position of a row's first token, or an array [T] added to 0, 1, ... to give positions.
+      start: as seam.Start.
       before_BT: the token before each, -1 where there is none. None: the one to its left.
     """
     model = family.of(config)

@@ -69,13 +69,13 @@ class Block(Module):
     """
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, attend: Attend, start: Start = 0) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, attend: Attend, start: Start = None) -> tuple[jax.Array, Any]:
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
         rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
         x_MD = x_BTD.reshape(B * T, D)
-        names, first = ("attn_in", "qkv"), jnp.asarray(start, jnp.int32)
-        heads: Any = qkv_linear(c, names, rotation, 0, *self.weight("qkv"), x_MD, first)
+        names = ("attn_in", "qkv")
+        heads: Any = qkv_linear(c, names, rotation, 0, *self.weight("qkv"), x_MD, start)
         q, k, v, x_MD, *_ = heads
         out_BTNH, kept = attend(q, k, v)
         x_MD: Any = linear(c, "proj_in", *self.weight("o"), out_BTNH.reshape(B * T, D), x_MD)
@@ -117,7 +117,7 @@ def block(
     x_BTD: jax.Array,
     shared: Shared,
     attend: Attend,
-    start: Start = 0,
+    start: Start = None,
 ) -> tuple[jax.Array, Shared, Any]:
     """Block; all layers are alike."""
     del i, rows

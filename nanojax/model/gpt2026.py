@@ -53,15 +53,15 @@ class Block(Module):
     @nn.compact
     def __call__(
         self, rows: Rows, x_BTD: jax.Array, first_MD: jax.Array | None, factors_2: jax.Array | None, attend: Attend,
-        start: Start = 0,
+        start: Start = None,
     ) -> tuple[jax.Array, jax.Array | None, Any]:  # fmt: skip
         c, m = self.config.compute, self.config.model
         B, T, D = x_BTD.shape
         rotation = rope.Rotation(T, m.N, m.H, m.rope_base)
         x_MD = x_BTD.reshape(B * T, D)
-        names, position = ("attn_in", "qkv"), jnp.asarray(start, jnp.int32)
+        names = ("attn_in", "qkv")
         channels = weights.GATE_CHANNELS if "value" in rows else 0
-        heads: Any = qkv_linear(c, names, rotation, channels, *self.weight("qkv"), x_MD, position, first_MD, factors_2)
+        heads: Any = qkv_linear(c, names, rotation, channels, *self.weight("qkv"), x_MD, start, first_MD, factors_2)
         q, k, v, x_MD, u_MC, first_MD = heads
         if channels:
             gate_NC = scalars(*self.weight("value_gate"))
@@ -94,7 +94,7 @@ def block(
     x_BTD: jax.Array,
     shared: Shared,
     attend: Attend,
-    start: Start = 0,
+    start: Start = None,
 ) -> tuple[jax.Array, Shared, Any]:
     """Block; the middle layer's output is shared, for `leave` to take out again."""
     factors, *rest = shared.get("factors", (None,))

@@ -14,7 +14,7 @@ Taps = dict[str, jax.Array] | None  # f32 arrays of the weights' shapes, whose c
 Rows = dict[str, jax.Array]  # the float rows [B,T,D] that tokens select from embeddings: the model's, or one layer's
 Shared = Any  # a tree of arrays that `enter` makes, every layer may read and add to, and `leave` sees
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q, k, v [B,T,N,H] -> output, what to keep
-Start = int | jax.Array  # position of a row's first token; or an array [T] added to 0, 1, ... to give positions
+Start = jax.Array | None  # int32 position of a row's first token, or [T] added to 0, 1, ... to give positions; None: 0
 
 
 class Enter(Protocol):
@@ -38,7 +38,7 @@ class Block(Protocol):
 
     def __call__(
         self, config: Config, i: int, layer: NamedParams, taps: Taps, rows: Rows, x_BTD: jax.Array, shared: Shared,
-        attend: Attend, start: Start = 0,
+        attend: Attend, start: Start = None,
     ) -> tuple[jax.Array, Shared, Any]: ...  # fmt: skip
 
 

@@ -311,7 +311,7 @@ def norm_linear_epilogue(c: Compute, residuals: Any, dq: Any, dx: jax.Array, dot
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def qkv_linear(
     c: Compute, names: tuple[str, str], rotation: rope.Rotation, channels: int, w: Any, tap: jax.Array | None,
-    x: jax.Array, start: jax.Array, first: jax.Array | None = None, factors: jax.Array | None = None,
+    x: jax.Array, start: jax.Array | None, first: jax.Array | None = None, factors: jax.Array | None = None,
 ) -> Any:  # fmt: skip
     """(q, k, v [B,T,N,H], x, u, first): norm_linear in three parts, then RoPE and QK-norm of q and k (rope.py).
 
@@ -320,7 +320,7 @@ def qkv_linear(
     Args:
       names: of what norm_linear saves; of q, k, v and the heads' 1/rms.
       channels: how many of the normed x's first values are returned as u, f32 [M,channels], for gates.
-      start: int32, the position of the first token.
+      start: int32, the position of the first token; None: 0 (rope.angles).
       first, factors: None, or [M,K] and f32 [2]: x is mixed with first before the norm (mix.py), and the x that is returned is
         the mixed one. Returning first lets backward add its gradient from later layers in the pass that computes this one's.
     """

@@ -29,11 +29,12 @@ class Rotation(NamedTuple):
     base: float
 
 
-def angles(rotation: Rotation, start: jax.Array, kernels: bool) -> tuple[jax.Array, jax.Array]:
-    """f32 cos and sin [T,H/2] of positions start..start+T."""
+def angles(rotation: Rotation, start: jax.Array | None, kernels: bool) -> tuple[jax.Array, jax.Array]:
+    """f32 cos and sin [T,H/2] of positions start..start+T; None: from 0 on, and then a constant that all layers share."""
     T, _, H, base = rotation
     frequency = base ** (-jnp.arange(0, H, 2, dtype=F32) / H)
-    angle = (jnp.arange(T) + start).astype(F32)[:, None] * frequency[None]
+    positions = jnp.arange(T) if start is None else jnp.arange(T) + start
+    angle = positions.astype(F32)[:, None] * frequency[None]
     if kernels or T % 2:
         return jnp.cos(angle), jnp.sin(angle)
     # In a loop of two turns. Otherwise XLA's CPU compiler, which ignores barriers, computes them anew for every row, head and
@@ -56,7 +57,9 @@ def _kernels(c: Compute, rotation: Rotation) -> bool:
     return implementation(c.rows) == "pallas" and half & (half - 1) == 0
 
 
-def forward(c: Compute, rotation: Rotation, q_MD: jax.Array, k_MD: jax.Array, start: jax.Array) -> tuple[Any, Any]:
+def forward(
+    c: Compute, rotation: Rotation, q_MD: jax.Array, k_MD: jax.Array, start: jax.Array | None
+) -> tuple[Any, Any]:
     """Rotates q and k [M,D] and normalises each head.
 
     Returns:
@@ -84,7 +87,7 @@ def backward(
     c: Compute,
     rotation: Rotation,
     kept: Any,
-    start: jax.Array,
+    start: jax.Array | None,
     dys: tuple[jax.Array, ...],
     scale: jax.Array | None,
     v: jax.Array | None = None,

@@ -52,7 +52,7 @@ def block(
     x_BTD: jax.Array,
     shared: Any,
     attend: Any,
-    start: Any = 0,
+    start: Any = None,
 ) -> tuple[jax.Array, Any, Any]:
     """gpt's block after what this layer's own weights do."""
     own = {"qkv", "o", "up", "down"}
