@@ -275,7 +275,7 @@ def check(compiled: Any, config: Config, limit_bytes: int | None) -> str:
 def changes(config: Config) -> list[dict[str, str]]:
     """Single changes to `config` that save memory, mildest first."""
     rows, c, s, a = config.train.microbatch, config.compute, config.stored, config.accumulate
-    out: list[dict[str, str]] = []
+    out: list[dict[str, str]] = [{"compute.held": "0"}] if c.held else []
     while rows > 1:
         rows //= 2
         if config.train.tokens_per_step % (rows * config.row) == 0:

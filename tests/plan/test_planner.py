@@ -85,7 +85,8 @@ def test_unknown_card_names_the_known_ones(name):
 @pytest.mark.parametrize(
     ("config", "card"),
     [("d32_4070", "rtx4070"), ("d32_4070_laptop", "rtx4070_laptop"), ("d32_4070_15b", "rtx4070"), ("demo", "rtx4070"),
-     ("d12_h100", "h100"), ("d20_rtx5090_fast", "rtx5090"), ("d12_40700", "rtx4070")],
+     ("d12_h100", "h100"), ("d20_rtx5090_fast", "rtx5090"), ("d12_40700", "rtx4070"),
+     ("d32_2026_2x4070", "rtx4070"), ("d20_8xh100", "h100")],
 )  # fmt: skip
 def test_card_of_a_config_is_in_its_name(config, card):
     """depth_hardware names: the longest match, whole words only."""
