@@ -211,7 +211,8 @@ def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Grou
         group = Group(where, wires, stop)
         with _ended_by_jax(group, said):
             jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-            os.environ["no_grpc_proxy"] = where.host  # noqa: SIM112  that it is reached without a proxy is known
+            jax.config.update("jax_check_proxy_envs", False)  # the coordinator is reached without one, as it just was
+            os.environ["no_grpc_proxy"] = where.host  # noqa: SIM112
             jax.distributed.initialize(
                 where._replace(port=port).address, where.processes, where.number, where.devices,
                 cluster_detection_method="deactivate", initialization_timeout=60,
@@ -232,6 +233,8 @@ def code_of(error: BaseException) -> int:
     """The exit code of a process that ends by `error`."""
     if isinstance(error, Failed):
         return error.code
+    if guard.is_out_of_memory(error):
+        return exits.MISTAKE
     known = {Diverged: exits.DIVERGED, UserError: exits.MISTAKE, OSError: exits.MISTAKE}
     return next((code for kind, code in known.items() if isinstance(error, kind)), exits.FAILED_UNSAVED)
 
