@@ -91,7 +91,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
 
     with contextlib.ExitStack() as open_until_the_end:
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
-        config, group = open_until_the_end.enter_context(processes.joined(config, stop))
+        config, group = open_until_the_end.enter_context(processes.joined(config, by_hand, stop))
         if group and group.number:
             return group.ends(follow.follow(config, group, in_loop, _compiled))
 

@@ -188,11 +188,14 @@ class Group:
 
 
 @contextlib.contextmanager
-def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Group | None]]:
+def joined(config: Config, by_hand: frozenset[str], stop: threading.Event) -> Iterator[tuple[Config, Group | None]]:
     """Meets the other processes and starts jax.distributed; at the end of the block they are told how it ended.
 
-    Yields the config with the number of processes and without what is each one's own, and no group if there is only one.
-    Raises UserError, in all processes, when one does not come or is not like the others.
+    Yields process 0's config with the number of processes, and no group if there is only one. Raises UserError, in all processes,
+    when one does not come or is not like the others.
+
+    Args:
+      by_hand: the keys of the command line.
     """
     if not config.parallel.coordinator:
         if config.parallel.processes > 1:
@@ -205,7 +208,7 @@ def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Grou
     if where.processes == 1:
         yield plain, None
         return
-    wires, port = meeting.met(where, meeting.facts(config), config.parallel.wait)
+    wires, port = meeting.met(where, meeting.facts(config, by_hand), config.parallel.wait)
     xla.autotune_alone()
     with output.of_libraries() as said:
         group = Group(where, wires, stop)
@@ -218,7 +221,7 @@ def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Grou
                 cluster_detection_method="deactivate", initialization_timeout=60,
             )  # fmt: skip
             try:
-                yield plain, group
+                yield group.chosen(plain), group
             except BaseException as error:
                 error = group.reason(error)
                 group.code = code_of(error)
