@@ -14,6 +14,7 @@ from nanojax import source as sources
 from nanojax import xla
 from nanojax.config import Config
 from nanojax.evaluate import core
+from nanojax.plan import planner
 from nanojax.run import exits, guard
 from nanojax.run.processes import Group
 from nanojax.run.watch import Watch
@@ -46,6 +47,7 @@ def follow(config: Config, group: Group, in_loop: threading.Event, build: Callab
     sources.of_process(source, config, devices.own_rows(config, mesh))
     print(f"process {group.number}: compiling for {jax.local_devices()[0].device_kind} ...", flush=True)
     train_step = build(config)
+    planner.check(train_step, config, xla.pool_bytes())
 
     data = group.shared(None)
     state = devices.spread(config, mesh, devices.blank(config))

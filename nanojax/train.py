@@ -66,6 +66,7 @@ examples:
   python -m nanojax.train --config=demo --model.depth=2 --train.steps=100 --train.run=runs/small
   python -m nanojax.train --config=d32_4070 --profile.start=10 --profile.steps=3
   python -m nanojax.train --config=d32_4070 --parallel.devices=all                     all cards of this machine
+  python -m nanojax.train --config=d32_4070 --parallel.coordinator=HOST:PORT --parallel.processes=2 --parallel.process=0
   python -m nanojax.train --config=demo --train.steps=320 --train.extend=120          more steps, from checkpoint 120
   python -m nanojax.train --config=demo --train.run=runs/second --train.init=runs/demo     from another run's weights
 """
@@ -90,7 +91,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
 
     with contextlib.ExitStack() as open_until_the_end:
         stop, in_loop = open_until_the_end.enter_context(signals.stop_requests())
-        config, group = open_until_the_end.enter_context(processes.joined(config, stop))
+        config, group = open_until_the_end.enter_context(processes.joined(config, by_hand, stop))
         if group and group.number:
             return group.ends(follow.follow(config, group, in_loop, _compiled))
 
@@ -358,14 +359,13 @@ def _run(make: Callable[[], Config]) -> int:
     except exits.Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except (UserError, OSError) as error:
-        if not jax.distributed.is_initialized():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return exits.MISTAKE
     except Exception as error:  # before the loop; Python's own exit code would be that of a diverged run
-        if guard.is_out_of_memory(error):
-            raise UserError(guard.reason(error)) from None
+        mistake = UserError(guard.reason(error)) if guard.is_out_of_memory(error) else error
+        if isinstance(mistake, UserError | OSError):
+            if not jax.distributed.is_initialized():
+                raise mistake from None
+            print(f"error: {mistake}", file=sys.stderr)
+            return exits.MISTAKE
         traceback.print_exc()
         return exits.FAILED
 

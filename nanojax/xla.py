@@ -365,7 +365,7 @@ def pool_bytes() -> int | None:
     """Bytes that XLA may use on the default device; None if there is no limit (CPU). Starts the device."""
     import jax
 
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def peak_bytes(compiled: Any) -> int:

@@ -113,14 +113,16 @@ def _of_environment(key: str, processes: int, wait: float) -> Place:
     return Place(host.strip("[]"), int(port), count, number, list(devices) if devices is not None else None)
 
 
-def facts(config: Config) -> dict[str, Any]:
-    """What must be the same in all processes."""
-    keys = {name: str(value.value) for name, value in configs.keys(config).items() if name not in configs.paths()}
-    return {
-        "jax": jax.__version__,
-        "nanojax's code": _code(),
-        "settings": {name: value for name, value in keys.items() if name not in OWN_KEYS},
-    }
+def facts(config: Config, by_hand: frozenset[str]) -> dict[str, Any]:
+    """What must be the same in all processes.
+
+    Of a run that begins from another one only the keys of the command line, since others may come from its run folder, which
+    process 0 alone has.
+    """
+    keys = {name: str(key.value) for name, key in configs.keys(config).items() if name not in configs.paths()}
+    asked = keys.keys() & by_hand if config.train.init else keys.keys()
+    settings = {name: keys[name] for name in sorted(asked) if name not in OWN_KEYS}
+    return {"jax": jax.__version__, "nanojax's code": _code(), "settings": settings}
 
 
 def _code() -> str:

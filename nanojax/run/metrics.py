@@ -87,6 +87,7 @@ class Metrics:
         self.line_time = -math.inf
         started = {"device": device.device_kind, "jax": jax.__version__, "command": cli.command()}
         several = {"devices": config.devices} if config.several else {}
+        several |= {"processes": config.parallel.processes} if config.parallel.processes > 1 else {}
         self._write({"kind": "start", "step": step, **started, **several})
         if config.train.tensorboard:
             try:

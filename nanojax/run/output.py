@@ -46,10 +46,9 @@ class Output:
 
     def isatty(self) -> bool:
         """Whether the other stream is a terminal. A closed one is not."""
-        try:
-            return bool(self.stream.isatty())
-        except (OSError, ValueError):
-            return False
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return bool(self.stream.isatty()) or os.isatty(OURS.get(self.stream.fileno()) or -1)
+        return False
 
     def fileno(self) -> int:
         """The other stream's descriptor; OSError if it has none."""

@@ -188,11 +188,14 @@ class Group:
 
 
 @contextlib.contextmanager
-def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Group | None]]:
+def joined(config: Config, by_hand: frozenset[str], stop: threading.Event) -> Iterator[tuple[Config, Group | None]]:
     """Meets the other processes and starts jax.distributed; at the end of the block they are told how it ended.
 
-    Yields the config with the number of processes and without what is each one's own, and no group if there is only one.
-    Raises UserError, in all processes, when one does not come or is not like the others.
+    Yields process 0's config with the number of processes, and no group if there is only one. Raises UserError, in all processes,
+    when one does not come or is not like the others.
+
+    Args:
+      by_hand: the keys of the command line.
     """
     if not config.parallel.coordinator:
         if config.parallel.processes > 1:
@@ -205,19 +208,20 @@ def joined(config: Config, stop: threading.Event) -> Iterator[tuple[Config, Grou
     if where.processes == 1:
         yield plain, None
         return
-    wires, port = meeting.met(where, meeting.facts(config), config.parallel.wait)
+    wires, port = meeting.met(where, meeting.facts(config, by_hand), config.parallel.wait)
     xla.autotune_alone()
     with output.of_libraries() as said:
         group = Group(where, wires, stop)
         with _ended_by_jax(group, said):
             jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-            os.environ["no_grpc_proxy"] = where.host  # noqa: SIM112  that it is reached without a proxy is known
+            jax.config.update("jax_check_proxy_envs", False)  # the coordinator is reached without one, as it just was
+            os.environ["no_grpc_proxy"] = where.host  # noqa: SIM112
             jax.distributed.initialize(
                 where._replace(port=port).address, where.processes, where.number, where.devices,
                 cluster_detection_method="deactivate", initialization_timeout=60,
             )  # fmt: skip
             try:
-                yield plain, group
+                yield group.chosen(plain), group
             except BaseException as error:
                 error = group.reason(error)
                 group.code = code_of(error)
@@ -232,6 +236,8 @@ def code_of(error: BaseException) -> int:
     """The exit code of a process that ends by `error`."""
     if isinstance(error, Failed):
         return error.code
+    if guard.is_out_of_memory(error):
+        return exits.MISTAKE
     known = {Diverged: exits.DIVERGED, UserError: exits.MISTAKE, OSError: exits.MISTAKE}
     return next((code for kind, code in known.items() if isinstance(error, kind)), exits.FAILED_UNSAVED)
 

@@ -38,7 +38,9 @@ def concrete(config: Config) -> Config:
     if config.devices > here:
         more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
         more = more if jax.default_backend() == "cpu" else ""
-        raise UserError(f"--parallel.devices={config.devices}: jax sees {here} here{more}")
+        raise UserError(
+            f"--parallel.devices={config.devices}: jax sees {here} {'in all processes' if processes > 1 else 'here'}{more}"
+        )
     return config
 
 

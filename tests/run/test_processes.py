@@ -20,7 +20,7 @@ from helpers import tiny_run
 from helpers.paths import ROOT
 
 from nanojax.cli import UserError
-from nanojax.data import loader
+from nanojax.data import loader, prepare
 from nanojax.run import exits, guard, metrics, processes, run_folder, watch
 from nanojax.run.exits import Failed
 from nanojax.run.meeting import Place, Wire
@@ -241,11 +241,8 @@ def test_a_killed_process_ends_the_other(killed: int, home: Path, tmp_path: Path
 def test_mistakes_end_both(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """Other data, other settings, no data, devices that cannot be: one line in each, code 2, and nothing is compiled."""
     other = tmp_path / "other"
-    shutil.copytree(home / "data", other)
-    (other / "train_00000.json").rename(other / "kept")
-    text = (other / "kept").read_text()
-    (other / "train_00000.json").write_text(text.replace(text.split('"sha256": "')[1][:8], "01234567"))
-    (other / "kept").unlink()
+    held_out = ["--vocab", "300", "--valid", "hash:0.4", "--workers", "1"]
+    prepare.main(["--input", str(home / "texts"), "--out", str(other), *held_out])
     mistakes: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("data", dict(data__path=(home / "data", other)), "process 1 on .* has other data"),
         ("seed", dict(train__seed=(0, 1)), "has other settings: train.seed=1; process 0 has train.seed=0"),
