@@ -26,15 +26,20 @@ def number(text: str) -> str:
     return text
 
 
-def spread(params: Any, number: str) -> Any:
-    """The parameters on so many of this machine's devices, "all" or a number. UserError where there are fewer."""
+def chosen(number: str) -> list[Any]:
+    """So many of this machine's devices, "all" or a number. UserError where there are fewer."""
     here = jax.local_devices()
     count = len(here) if number == "all" else int(number)
     if count > len(here):
         raise UserError(f"--devices={number}: jax sees {len(here)} here")
-    if count == 1:
+    return here[:count]
+
+
+def spread(params: Any, devices: list[Any]) -> Any:
+    """The parameters on all of these devices; of one, as they are."""
+    if len(devices) == 1:
         return params
-    return jax.device_put(params, NamedSharding(Mesh(np.array(here[:count]), (AXIS,)), PartitionSpec()))
+    return jax.device_put(params, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
 
 
 def count(params: Any) -> int:

@@ -59,13 +59,14 @@ def load(
     """The model behind --run or --hf on `number` devices. UserError when neither or both are given, or it cannot be read."""
     if (run is None) == (hf is None):
         raise UserError("give either --run=DIR (a run folder) or --hf=FOLDER (a Hugging Face or nanochat checkpoint)")
+    where = devices.chosen(number)
     dtype = dtype or ("f32" if jax.default_backend() == "cpu" else "stored")
     if run is not None:
         config, params, tokenizer, step = checkpoint.load(run, None if dtype == "stored" else dtype, step)
-        params = devices.spread(params, number)
+        params = devices.spread(params, where)
         return Subject(config, params, tokenizer, Path(run).name, step, Path(out or run) / "evals")
     found = interop.load(Path(str(hf)), step=step)
     config, params = interop.as_dtype(found.config, found.params, dtype)
-    params = devices.spread(params, number)
+    params = devices.spread(params, where)
     kept = Path(out) / "evals" if out else None  # the folder is another program's
     return Subject(config, params, found.tokenizer, found.config.name, found.step, kept)

@@ -58,7 +58,7 @@ def _answers(config: Config, params: Any) -> Any:
 def test_two_devices_find_what_one_does(model: tuple[Config, Any], measured: Callable[..., Any]) -> None:
     """Bits per byte and log-likelihoods to 1e-6; choices and the tokens of answers exactly."""
     config, params = model
-    on_two = devices.spread(params, "all")
+    on_two = devices.spread(params, devices.chosen("all"))
     assert devices.count(on_two) == 2 and devices.count(params) == 1
     one, two = measured(config, params), measured(config, on_two)
     if measured in (_choices, _answers):
@@ -73,7 +73,7 @@ def test_rows_are_divided_and_results_are_whole(model: tuple[Config, Any]) -> No
     seen = []
     double = devices.by_rows(lambda config, params, rows: (seen.append(rows.shape), rows * 2)[1])
     rows = np.arange(12).reshape(4, 3)
-    found = double(config, devices.spread(params, "2"), rows)
+    found = double(config, devices.spread(params, devices.chosen("2")), rows)
     assert found.is_fully_replicated and len(found.devices()) == 2 and seen == [(2, 3)]
     np.testing.assert_array_equal(found, rows * 2)
     np.testing.assert_array_equal(double(config, params, rows), rows * 2)
@@ -81,7 +81,7 @@ def test_rows_are_divided_and_results_are_whole(model: tuple[Config, Any]) -> No
 
 def test_turns(model: tuple[Config, Any]) -> None:
     """Two pieces at a time, each on its own device, results in order; an error ends it, and what had not begun is left."""
-    on_two, both = devices.spread(model[1], "2"), threading.Barrier(2, timeout=20)
+    on_two, both = devices.spread(model[1], devices.chosen("2")), threading.Barrier(2, timeout=20)
 
     def work(params: Any, piece: int) -> tuple[int, Any]:
         both.wait()
@@ -98,10 +98,10 @@ def test_turns(model: tuple[Config, Any]) -> None:
     assert len(begun) < 1000
 
 
-def test_numbers_that_cannot_be(model: tuple[Config, Any]) -> None:
+def test_numbers_that_cannot_be() -> None:
     """More devices than there are, none, or no number: one line."""
     with pytest.raises(UserError, match=r"^--devices=3: jax sees 2 here$"):
-        devices.spread(model[1], "3")
+        devices.chosen("3")
     for text in ("0", "two", "-1", "²"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a number of devices from 1, or all"):
             devices.number(text)

@@ -147,6 +147,20 @@ def test_the_command_writes_everything(run, tmp_path, monkeypatch, capsys):
     assert "resuming: 18 examples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_command_on_two_devices(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--devices=all: bits per byte to 1e-9, CORE's tasks and the texts exactly those of one device."""
+    shared = (f"--run={run}", "--eval=bpb,core,sample", f"--bundle={run.parent / 'bundle'}", "--tokens=4")
+    for number in ("1", "all"):
+        _command(monkeypatch, *shared, f"--out={tmp_path / number}", f"--devices={number}")
+    one, two = (tmp_path / number / "evals" for number in ("1", "all"))
+    read = lambda folder, name, key: json.loads((folder / f"{name}_000003.json").read_text())[key]
+    assert read(two, "bpb", "bpb") == pytest.approx(read(one, "bpb", "bpb"), rel=1e-9)
+    for key in ("core", "tasks", "params"):
+        assert read(two, "core", key) == read(one, "core", key)
+    assert (two / "sample_000003.txt").read_text() == (one / "sample_000003.txt").read_text()
+
+
 @pytest.mark.long
 def test_a_hugging_face_folder_scores_as_the_run(run, tmp_path, monkeypatch, capsys):
     """--hf on the exported folder gives the run's CORE and bits per byte, without an import."""
