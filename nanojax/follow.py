@@ -50,6 +50,7 @@ def follow(config: Config, group: Group, in_loop: threading.Event, build: Callab
     planner.check(train_step, config, xla.pool_bytes())
 
     data = group.shared(None)
+    group.meet()
     state = devices.spread(config, mesh, devices.blank(config))
     if data:
         source.batches.set_state(data)

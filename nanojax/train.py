@@ -167,6 +167,7 @@ def train(config: Config, by_hand: frozenset[str] = frozenset(), card: starting.
             state = jax.jit(steps.init_state, static_argnums=0)(config)
         if group:
             group.shared(batches.get_state())
+            group.meet()
         if mesh:
             state = devices.spread(config, mesh, state)
         done = first = int(state.step)

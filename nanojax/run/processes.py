@@ -130,6 +130,10 @@ class Group:
             meeting.compare(i, wire.host, {what: value}, {what: self._got(self.inbox[i].get())[1]})
         self.order("same")
 
+    def meet(self) -> None:
+        """Until all are here: an exchange between CPUs fails when one of them waits for 30 s."""
+        self.same("", None)
+
     def ends(self, code: int) -> int:
         """Remembers the exit code of this process, which the others will hear."""
         self.code = code
@@ -252,8 +256,17 @@ def _ended_by_jax(group: Group, said: int) -> Iterator[None]:
 
     def on_abort(_: int) -> None:  # in the thread that aborts, which is not in the middle of anything
         group._listen(ABORT_SECONDS)
+        text = os.pread(said, 1 << 20, 0).decode("utf-8", "replace")
+        if (
+            not group.ended and "JAX distributed service detected" in text
+        ):  # one that hangs: its connection is still there
+            why = text.rpartition("absl::Status: ")[2].partition("\n")[0]
+            group.ended = (
+                f"another process does not answer jax.distributed ({why}); start all again",
+                exits.FAILED_UNSAVED,
+            )
         group.last()
-        output.last_words(os.pread(said, 1 << 20, 0).decode("utf-8", "replace"))
+        output.last_words(text)
         os._exit(128 + signal.SIGABRT)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # Python's own would wait for the main thread
