@@ -75,4 +75,9 @@ def follow(config: Config, group: Group, in_loop: threading.Event, build: Callab
                 with contextlib.suppress(guard.AskedToStop):
                     core.finished(config, state.params, source.tokenizer, tasks, alive)
             case ["end", code]:
+                if code not in (exits.DONE, exits.STOPPED):
+                    print(
+                        f"process {group.number}: the run ended with exit code {code}; process 0 says why",
+                        file=sys.stderr,
+                    )
                 return code

@@ -128,14 +128,17 @@ CARDS: dict[str, Card] = {
 }
 
 
-def find_card(name: str) -> Card:
-    """The card called `name`: rtx4070, RTX-4070, 4070 Super, the driver's name. UserError if it is unknown."""
+def find_card(name: str, option: str = "--card=") -> Card:
+    """The card called `name`: rtx4070, RTX-4070, 4070 Super, the driver's name.
+
+    UserError that begins with `option` if it is unknown.
+    """
     wanted = _plain(name)
     for card in CARDS.values():
         if wanted in (re.sub(r"rtx|[^a-z0-9]", "", card.key), _plain(card.name)):
             return card
     raise UserError(
-        f"--card={name}: unknown card; known are {', '.join(CARDS)}; to add one, add a line to CARDS in {__file__}"
+        f"{option}{name}: unknown card; known are {', '.join(CARDS)}; to add one, add a line to CARDS in {__file__}"
     )
 
 

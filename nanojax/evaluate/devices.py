@@ -31,7 +31,9 @@ def chosen(number: str) -> list[Any]:
     here = jax.local_devices()
     count = len(here) if number == "all" else int(number)
     if count > len(here):
-        raise UserError(f"--devices={number}: jax sees {len(here)} here")
+        more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
+        more = more if jax.default_backend() == "cpu" else ""
+        raise UserError(f"--devices={number}: jax sees {len(here)} here{more}")
     return here[:count]
 
 

@@ -117,7 +117,7 @@ def _cards(text: str) -> tuple[int, Card]:
     count, _, name = text.partition("x")
     if not (count.isascii() and count.isdecimal() and 1 <= int(count) <= 64 and name):
         raise UserError(f"--cards={text}: expected a number from 1 to 64 and a card, for example --cards=2xrtx4070")
-    return int(count), hardware.find_card(name)
+    return int(count), hardware.find_card(name, f"--cards={count}x")
 
 
 def _by_number(a: argparse.Namespace, config: Config, card: Card, options: dict[str, Any], console: Console) -> None:

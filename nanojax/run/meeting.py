@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -122,7 +123,7 @@ def facts(config: Config, by_hand: frozenset[str]) -> dict[str, Any]:
     keys = {name: str(key.value) for name, key in configs.keys(config).items() if name not in configs.paths()}
     asked = keys.keys() & by_hand if config.train.init else keys.keys()
     settings = {name: keys[name] for name in sorted(asked) if name not in OWN_KEYS}
-    return {"jax": jax.__version__, "nanojax's code": _code(), "settings": settings}
+    return {"jax": jax.__version__, "sources of nanojax": _code(), "settings": settings}
 
 
 def _code() -> str:
@@ -147,6 +148,8 @@ def _roll_call(where: Place, mine: dict[str, Any], wait: float) -> tuple[dict[in
     wires: dict[int, Wire] = {}
     end = time.monotonic() + wait
     with _listening(where) as listener:
+        others = "1" if where.processes == 2 else f"1 to {where.processes - 1}"
+        print(f"waiting up to {wait:g} s at {where.address} for process {others} of {where.processes}", flush=True)
         try:
             while len(wires) < where.processes - 1:
                 number, wire, theirs = _next(where, listener, wires, end, wait)
@@ -184,7 +187,7 @@ def _listening(where: Place) -> socket.socket:
         return socket.create_server(("", where.port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"{key}: the port cannot be opened ({error.strerror}); another process 0, or another port"
+            f"{key}: the port cannot be opened ({os.strerror(error.errno or 0)}); end the other process 0, or choose another port"
         ) from None
 
 
@@ -227,6 +230,7 @@ def _next(
 
 
 def _answered(where: Place, mine: dict[str, Any], wait: float) -> tuple[dict[int, Wire], int]:
+    print(f"process {where.number}: waiting up to {wait:g} s for process 0 at {where.address}", flush=True)
     wire = Wire(_connected(where, wait), where.host)
     wire.send("nanojax", where.number, where.processes, socket.gethostname(), mine)
     match wire.receive():
@@ -253,7 +257,9 @@ def _connected(where: Place, wait: float) -> socket.socket:
         except OSError as error:
             if time.monotonic() > end:
                 why = error.strerror or error
-                raise UserError(f"{key}: process 0 did not answer for {wait:g} s ({why}); start it there") from None
+                raise UserError(
+                    f"{key}: process 0 did not answer for {wait:g} s ({why}); start the one with --parallel.process=0 there"
+                ) from None
         time.sleep(min(0.5, wait / 10))
 
 
@@ -266,5 +272,5 @@ def compare(number: int, host: str, ours: dict[str, Any], theirs: dict[str, Any]
             own, other = (", ".join(f"{key}={of.get(key)}" for key in sorted(keys)[:3]) for of in (own, other))
         if own != other:
             raise UserError(
-                f"process {number} on {host} has other {what}: {other}; process 0 has {own}; make them the same"
+                f"process {number} on {host} has other {what} ({other}) than process 0 ({own}); make them the same"
             )

@@ -44,7 +44,7 @@ def meet(port: int, *calls: tuple[int, int, dict[str, Any]], wait: float = 5) ->
         except UserError as error:
             got[i] = str(error)
 
-    threads = [threading.Thread(target=one, args=(i, *call)) for i, call in enumerate(calls)]
+    threads = [threading.Thread(target=one, args=(i, *call), daemon=True) for i, call in enumerate(calls)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -61,7 +61,7 @@ def test_three_meet(port: int) -> None:
                 return stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             time.sleep(0.01)
 
-    stranger = threading.Thread(target=knock)
+    stranger = threading.Thread(target=knock, daemon=True)
     stranger.start()
     zero, one, two = meet(port, (0, 3, {"a": 1}), (1, 3, {"a": 1}), (2, 3, {"a": 1}))
     stranger.join()
@@ -76,12 +76,12 @@ def test_three_meet(port: int) -> None:
         ([(0, 3, {}), (1, 3, {}), (1, 3, {})], r"--parallel.process=1 twice: on .* and on "),
         (
             [(0, 2, {"jax": "0.12"}), (1, 2, {"jax": "0.11"})],
-            r"process 1 on .* has other jax: 0.11; process 0 has 0.12",
+            r"process 1 on .* has other jax \(0.11\) than process 0 \(0.12\)",
         ),
-        ([(0, 2, {"nanojax's code": "a"}), (1, 2, {"nanojax's code": "b"})], r"has other nanojax's code: b; .* has a"),
+        ([(0, 2, {"sources": "a"}), (1, 2, {"sources": "b"})], r"has other sources \(b\) than process 0 \(a\)"),
         (
             [(0, 2, {"settings": {"train.seed": "0"}}), (1, 2, {"settings": {"train.seed": "7"}})],
-            r"has other settings: train.seed=7; process 0 has train.seed=0",
+            r"has other settings \(train.seed=7\) than process 0 \(train.seed=0\)",
         ),
     ],
 )

@@ -76,8 +76,8 @@ def test_what_must_be_the_same(pair: tuple[processes.Group, processes.Group]) ->
         with contextlib.suppress(Failed):
             one.same("data", mine)
 
-    for mine, said in (("abc", None), ("xyz", "process 1 on host1 has other data: xyz; process 0 has abc")):
-        answer = threading.Thread(target=compared, args=(mine,))
+    for mine, said in (("abc", None), ("xyz", r"process 1 on host1 has other data \(xyz\) than process 0 \(abc\)")):
+        answer = threading.Thread(target=compared, args=(mine,), daemon=True)
         answer.start()
         with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
             zero.same("data", "abc")
@@ -245,7 +245,7 @@ def test_mistakes_end_both(home: Path, tmp_path: Path, compile_cache: Path) -> N
     prepare.main(["--input", str(home / "texts"), "--out", str(other), *held_out])
     mistakes: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("data", dict(data__path=(home / "data", other)), "process 1 on .* has other data"),
-        ("seed", dict(train__seed=(0, 1)), "has other settings: train.seed=1; process 0 has train.seed=0"),
+        ("seed", dict(train__seed=(0, 1)), r"has other settings \(train.seed=1\) than process 0 \(train.seed=0\)"),
         ("gone", dict(data__path=(home / "nowhere", home / "data")), "no data folder there"),
         ("size", dict(parallel__devices=3), "does not divide the step's 4 microbatches"),
     )
