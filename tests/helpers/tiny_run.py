@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,3 +152,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     for path, leaf in leaves_a.items():
         assert leaf.dtype == leaves_b[path].dtype and leaf.tobytes() == leaves_b[path].tobytes(), path
     assert records_of(a) == records_of(b)
+
+
+def losses(run: Path) -> list[float]:
+    """Of all steps."""
+    return [r["loss"] for r in metrics.read(run, "train")]
+
+
+def cut_after(whole: Path, run: Path, step: int) -> Path:
+    """A copy of the run as it was when it had saved `step`."""
+    shutil.copytree(whole, run)
+    for later in run_folder.available(run):
+        if later > step:
+            shutil.rmtree(run / run_folder.CHECKPOINTS / str(later))
+    return run

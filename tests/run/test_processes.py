@@ -168,19 +168,6 @@ class Started:
         tiny_run.wait_for(self.both[0], condition)
 
 
-def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in metrics.read(run, "train")]
-
-
-def cut_after(whole: Path, run: Path, step: int) -> Path:
-    """A copy of the run as it was when it had saved `step`."""
-    shutil.copytree(whole, run)
-    for later in run_folder.available(run):
-        if later > step:
-            shutil.rmtree(run / run_folder.CHECKPOINTS / str(later))
-    return run
-
-
 @pytest.mark.slow
 def test_two_processes_are_one_run(home: Path, tmp_path: Path, compile_cache: Path) -> None:
     """20 steps of 2 processes with 2 devices each have the losses of one device (1e-6) and its validation. From step 9 on, two
@@ -193,22 +180,22 @@ def test_two_processes_are_one_run(home: Path, tmp_path: Path, compile_cache: Pa
     assert little == "process 1: compiling for cpu ...\n" and not (tmp_path / "not_there").exists()
     process = tiny_run.spawn(home / "tiny.py", one, compile_cache, train__microbatch=1, **kept)
     assert "done, 20 steps" in process.communicate()[0]
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-6)
+    np.testing.assert_allclose(tiny_run.losses(two), tiny_run.losses(one), rtol=1e-6)
     bits = lambda run: [r["bpb"] for r in metrics.read(run, "eval")]
     np.testing.assert_allclose(bits(two), bits(one), rtol=1e-6)
     assert tiny_run.saved(two)[2]["position"] == tiny_run.saved(one)[2]["position"]
     assert tiny_run.saved(two)[1].keys() == {k for k in tiny_run.saved(one)[1] if not k.startswith(".accum")}
 
-    again = cut_after(two, tmp_path / "again", 9)
+    again = tiny_run.cut_after(two, tmp_path / "again", 9)
     (code, said), _ = Started(home, again, compile_cache, **kept).ends()
     assert code == 0 and "resuming after step 9" in said and "bit for bit" not in said
     tiny_run.assert_same_run(two, again)
 
-    fewer = cut_after(two, tmp_path / "fewer", 9)
+    fewer = tiny_run.cut_after(two, tmp_path / "fewer", 9)
     process = tiny_run.spawn(home / "tiny.py", fewer, compile_cache, train__microbatch=1, **kept)
     said = process.communicate()[0]
     assert "parallel.devices (was 4, now 1), parallel.processes (was 2, now 1): from step 10 on not bit for bit" in said
-    np.testing.assert_allclose(losses(fewer), losses(two), rtol=1e-6)
+    np.testing.assert_allclose(tiny_run.losses(fewer), tiny_run.losses(two), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A run on two devices of one machine: the losses of one, plain checkpoints, and going on with the same number or another."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +8,12 @@ from helpers import tiny_run
 
 from nanojax import train
 from nanojax.cli import UserError
-from nanojax.run import metrics, run_folder
+from nanojax.run import metrics
 
 compile_cache = tiny_run.compile_cache
 home = tiny_run.home
 pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.slow]
 KEPT = dict(checkpoint__keep_last=9)
-
-
-def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in metrics.read(run, "train")]
-
-
-def cut_after(whole: Path, run: Path, step: int) -> Path:
-    """A copy of the run as it was when it had saved `step`."""
-    shutil.copytree(whole, run)
-    for later in run_folder.available(run):
-        if later > step:
-            shutil.rmtree(run / run_folder.CHECKPOINTS / str(later))
-    return run
 
 
 def test_goes_on_with_any_number(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -42,7 +28,7 @@ def test_goes_on_with_any_number(home: Path, tmp_path: Path, capsys: pytest.Capt
     for name, devices in (("one", "1"), ("two", "2")):
         assert go(name, devices) == 0
     one, two = tmp_path / "one", tmp_path / "two"
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-6)
+    np.testing.assert_allclose(tiny_run.losses(two), tiny_run.losses(one), rtol=1e-6)
     measured = lambda run: [r["bpb"] for r in metrics.read(run, "eval")]
     np.testing.assert_allclose(measured(two), measured(one), rtol=1e-6)
     assert len(measured(two)) == 3
@@ -50,15 +36,15 @@ def test_goes_on_with_any_number(home: Path, tmp_path: Path, capsys: pytest.Capt
     assert tiny_run.saved(two)[1].keys() == {k for k in tiny_run.saved(one)[1] if not k.startswith(".accum")}
     capsys.readouterr()
 
-    again = cut_after(two, tmp_path / "again", 6)
+    again = tiny_run.cut_after(two, tmp_path / "again", 6)
     assert go("again", "all") == 0  # the tests have two devices
     assert "bit for bit" not in capsys.readouterr().out
     tiny_run.assert_same_run(two, again)
 
-    fewer = cut_after(two, tmp_path / "fewer", 6)
+    fewer = tiny_run.cut_after(two, tmp_path / "fewer", 6)
     assert go("fewer", "1") == 0
     assert "parallel.devices (was 2, now 1): from step 7 on not bit for bit" in capsys.readouterr().out
-    np.testing.assert_allclose(losses(fewer), losses(two), rtol=1e-6)
+    np.testing.assert_allclose(tiny_run.losses(fewer), tiny_run.losses(two), rtol=1e-6)
 
 
 def test_more_devices_than_there_are(home: Path, tmp_path: Path) -> None:
