@@ -71,8 +71,10 @@ def _folder_made(folder: Path) -> Iterator[None]:
 
 def save(
     writer: ocp.training.Checkpointer, config: Config, state: steps.State, data: dict[str, Any], fingerprint: str
-) -> None:
+) -> Any:
     """Starts saving `state`; blocks only until it is copied to the host, so that it may be donated next.
+
+    Returns orbax's response, for `wait`.
 
     Args:
       data: the loader's get_state().
@@ -99,7 +101,7 @@ def save(
     if jax.process_count() > 1:
         parts = jax.device_get(parts)  # orbax takes arrays of one process for a mistake
     try:
-        writer.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
+        return writer.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
     except Exception as error:
         raise UserError(_failed(writer, step, error)) from error
 
@@ -113,12 +115,19 @@ def save_import(run: Path, config: Config, step: int, parts: dict[str, Any]) -> 
             raise UserError(_failed(writer, step, error)) from error
 
 
-def wait(writer: ocp.training.Checkpointer, step: int) -> None:
-    """Until the save of `step`, the last one begun, is on disk. UserError when it failed."""
+def wait(writer: ocp.training.Checkpointer, step: int, response: Any = None) -> None:
+    """Until the save of `step`, the last one begun, is on disk. UserError when it failed.
+
+    response: what `save` returned. orbax keeps a thread for it until it is asked.
+    """
     try:
         writer.wait()
     except Exception as error:
         raise UserError(_failed(writer, step, error)) from error
+    finally:
+        if response is not None:
+            with contextlib.suppress(Exception):  # the same error
+                response.result()
 
 
 def _failed(writer: ocp.training.Checkpointer, step: int, error: Exception) -> str:

@@ -41,6 +41,7 @@ class Saver:
         self.writer = checkpoint.open_for_saving(run, config)
         self.saved = max(run_folder.available(run), default=0)
         self.writing: int | None = None  # the step that is being saved
+        self.response: Any = None
         self.retry_at = math.inf
 
     @property
@@ -67,7 +68,7 @@ class Saver:
         state = self.gathered(state)
         try:
             self._complete_folder()
-            checkpoint.save(self.writer, self.config, state, data, self.tokenizer.fingerprint)
+            self.response = checkpoint.save(self.writer, self.config, state, data, self.tokenizer.fingerprint)
             self.writing = step
         except checkpoint.NotFinite as error:
             raise Diverged(f"step {step}: {error} holds NaN or Inf, not saved") from None
@@ -127,7 +128,7 @@ class Saver:
         step, self.writing = self.writing, None
         assert step is not None
         try:
-            checkpoint.wait(self.writer, step)
+            checkpoint.wait(self.writer, step, self.response)
         except UserError as error:
             self._failed(step, error)
         else:
