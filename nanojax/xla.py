@@ -228,6 +228,14 @@ def check_memory_variables(environ: Mapping[str, str]) -> None:
         raise UserError(f"{ALLOCATOR}={environ[ALLOCATOR]}: expected one of {', '.join(ALLOCATORS)}")
 
 
+def more_devices() -> str:
+    """What helps where there are fewer devices than were asked for; "" where nothing does."""
+    import jax
+
+    cpu = jax.default_backend() == "cpu"
+    return "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU" if cpu else ""
+
+
 def use_allocator(name: str) -> None:
     """Makes jax's GPU memory come from this allocator: "default" or "cuda_async". To be called before `start`."""
     import jax

@@ -270,7 +270,7 @@ def _started(f: Facts) -> Iterator[Line]:
         advice = "run nvidia-smi; restart the machine if that fails too"
         if "XLA_FLAGS" in f.jax_error:
             advice = "unset XLA_FLAGS, or mend what it says"
-        elif "Unknown backend" in f.jax_error or "unknown backend" in f.jax_error:
+        elif "unknown backend" in f.jax_error.lower():
             advice = f"JAX_PLATFORMS={f.jax_platforms} names no device that jax knows; unset it"
         elif f.wsl2:
             advice = "in Windows run: wsl --shutdown, then try again; update Windows' driver if it stays"

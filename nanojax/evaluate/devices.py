@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nanojax import xla
 from nanojax.cli import UserError
 from nanojax.step.share import AXIS
 
@@ -31,9 +32,7 @@ def chosen(number: str) -> list[Any]:
     here = jax.local_devices()
     count = len(here) if number == "all" else int(number)
     if count > len(here):
-        more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
-        more = more if jax.default_backend() == "cpu" else ""
-        raise UserError(f"--devices={number}: jax sees {len(here)} here{more}")
+        raise UserError(f"--devices={number}: jax sees {len(here)} here{xla.more_devices()}")
     return here[:count]
 
 

@@ -257,14 +257,11 @@ def _ended_by_jax(group: Group, said: int) -> Iterator[None]:
     def on_abort(_: int) -> None:  # in the thread that aborts, which is not in the middle of anything
         group._listen(ABORT_SECONDS)
         text = os.pread(said, 1 << 20, 0).decode("utf-8", "replace")
-        if (
-            not group.ended and "JAX distributed service detected" in text
-        ):  # one that hangs: its connection is still there
+        if not group.ended and "JAX distributed service detected" in text:
+            # One that hangs: its connection is still there.
             why = text.rpartition("absl::Status: ")[2].partition("\n")[0]
-            group.ended = (
-                f"another process does not answer jax.distributed ({why}); start all again",
-                exits.FAILED_UNSAVED,
-            )
+            told = f"another process does not answer jax.distributed ({why}); start all again"
+            group.ended = told, exits.FAILED_UNSAVED
         group.last()
         output.last_words(text)
         os._exit(128 + signal.SIGABRT)

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanojax import config as configs
-from nanojax import config_rules, weights
+from nanojax import config_rules, weights, xla
 from nanojax.cli import UserError
 from nanojax.config import Config
 from nanojax.step import step
@@ -36,11 +36,8 @@ def concrete(config: Config) -> Config:
     if config.devices % processes:
         raise UserError(f"--parallel.devices={config.devices}: {processes} processes cannot have as many each")
     if config.devices > here:
-        more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
-        more = more if jax.default_backend() == "cpu" else ""
-        raise UserError(
-            f"--parallel.devices={config.devices}: jax sees {here} {'in all processes' if processes > 1 else 'here'}{more}"
-        )
+        where = "in all processes" if processes > 1 else "here"
+        raise UserError(f"--parallel.devices={config.devices}: jax sees {here} {where}{xla.more_devices()}")
     return config
 
 
