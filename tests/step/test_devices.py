@@ -71,8 +71,10 @@ def test_two_devices_learn_what_one_does(tiny: Callable[..., Config], sections: 
     shape = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert shape((shared.params, shared.opt)) == shape((state.params, state.opt)) and shared.accum == {}
     if not rounded:
-        worst = lambda a, b: float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-9))
-        assert max(jax.tree.leaves(jax.tree.map(worst, shared.opt, state.opt))) < 5e-3
+        apart = lambda a, b: float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-9))
+        # One number's gradient may be a sum that cancels: backout's is 1.3e-3 apart.
+        worst = lambda a, b: apart(a, b) / (5e-3 if a.size == 1 else 1e-3)
+        assert max(jax.tree.leaves(jax.tree.map(worst, shared.opt, state.opt))) < 1
     inside = [line for line in compiled.as_text().splitlines() if COLLECTIVE.search(line) and "while" in line]
     assert inside == [] and COLLECTIVE.search(compiled.as_text())
     own = devices.abstract(on(config, 2), devices.mesh_here(on(config, 2)))[0].opt
